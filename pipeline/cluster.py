@@ -1,0 +1,111 @@
+"""The Ray that a job runs on: the cluster it was submitted to, or a local one that lives as long as the job."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+from ray.data import DataContext
+
+from pipeline import storage
+from pipeline.recipe import Recipe
+
+SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
+
+
+def connect(recipe: Recipe) -> None:
+    """Join the cluster of RAY_ADDRESS (set inside ``ray job submit``) or start a local one; nothing if already joined.
+
+    Raises ValueError where the recipe asks for GPUs and a local machine has too few for one replica.
+    """
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS", "local") != "local":
+            _use_token()
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        else:
+            _start_local(recipe)
+    _quiet()
+    _warn_about_local_folder(recipe)
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The same recipe with paths that mean the same in every process, whatever its working directory.
+
+    package:// stays: each node has its own installed copy.
+    """
+
+    def fixed(uri: str) -> str:
+        return uri if not uri or uri.startswith("package://") else storage.resolve(uri)
+
+    def optional(uri: str | None) -> str | None:
+        return fixed(uri) if uri else uri
+
+    teacher, evaluate = recipe.teacher, recipe.evaluate
+    return replace(
+        recipe,
+        run=fixed(recipe.run),
+        teacher=replace(teacher, tokenizer=fixed(teacher.tokenizer), checkpoint=fixed(teacher.checkpoint)),
+        pairs=replace(recipe.pairs, uri=optional(recipe.pairs.uri)),
+        train=replace(recipe.train, uri=optional(recipe.train.uri)),
+        evaluate=replace(
+            evaluate,
+            uri=optional(evaluate.uri),
+            student=optional(evaluate.student),
+            inception=optional(evaluate.inception),
+            reference=optional(evaluate.reference),
+        ),
+    )
+
+
+def _start_local(recipe: Recipe) -> None:
+    """A local cluster large enough for every pool of the recipe.
+
+    Ray's CPUs are bookkeeping, not cores: with fewer than the pool reserves, a laptop of two cores would wait for ever.
+    """
+    replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
+    cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
+    found = ray.cluster_resources().get("GPU", 0)
+    if found < recipe.cluster.gpus:
+        ray.shutdown()
+        raise ValueError(
+            f"cluster.gpus is {recipe.cluster.gpus:g} but this machine has {found:g} GPUs that Ray can see; set it to 0 for"
+            " the CPU, or submit the job to a cluster."
+        )
+
+
+def _use_token() -> None:
+    """Authenticate with the token that is there: given an address, Ray 2.60 ignores it unless told to use it."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.exists()):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _quiet() -> None:
+    """Ray Data without its own progress output, with blocks left as they are and no patience limit on spot nodes."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a block is a unit of work of ours and must not be split
+    context.execution_no_progress_timeout_s = -1  # waiting hours for spot GPUs is no error
+    context.retried_map_errors = ["CUDA out of memory"]
+    context.max_map_retries = 2
+
+
+def _warn_about_local_folder(recipe: Recipe) -> None:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    more_to_come = ray.cluster_resources().get("GPU", 0) < recipe.cluster.gpus
+    if (len(nodes) > 1 or more_to_come) and not storage.is_remote(recipe.run):
+        print(
+            f"warning: run is {recipe.run}, a local path, on a cluster of several nodes; it must be a folder that every node"
+            " shares, or an s3:// or gs:// URI.",
+            file=sys.stderr,
+        )

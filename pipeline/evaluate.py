@@ -1,0 +1,334 @@
+"""Draw, score and time every sampler that a recipe lists, then write the report.
+
+A fixed pool of Ray Data actors draws fixed ranges of sample ids and returns float64 statistics; the driver
+merges them in the order of the ids, so neither the number of actors nor who finishes first changes a digit. A
+finished sampler's statistics stay in <report>/cache under a fingerprint of all that shaped them, and a rerun
+draws only what is missing. Speed is measured afterwards, in one process with the pool gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+from torch import Tensor
+
+from pipeline import cluster, noise, pairs, report, samplers, scoring, speed, storage, tracking
+from pipeline.metrics import Statistics
+from pipeline.models import checkpoints
+from pipeline.models.base import Student
+from pipeline.plan import Draw, Plan, describe, prepare
+from pipeline.recipe import Recipe
+from pipeline.samplers import Autoregressive, Models, OneStepStar
+
+VERSIONS = ("torch", "numpy", "scipy", "ray")
+
+
+# ---- the workers
+
+
+class Artist:
+    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time."""
+
+    def __init__(self, plan: Plan, draws: list[Draw], frequencies: np.ndarray | None) -> None:
+        self.plan, self.draws = plan, draws
+        self.models = load(plan, frequencies)
+        self.network = scoring.features(plan.recipe.evaluate, plan.device)
+        self.real = scoring.ReferenceImages(plan.recipe.evaluate)
+        self.loaded = ""  # the student in self.models
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """{draw [1], item [1]} -> the same with packed statistics."""
+        draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
+        statistics = self.statistics(draw, item)
+        return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
+
+    @torch.no_grad()
+    def statistics(self, draw: Draw, item: int) -> Statistics:
+        """Draw and score the images of one unit of work."""
+        started, settings, layout = time.perf_counter(), self.plan.recipe.evaluate, self.plan.layout
+        out = Statistics.empty(self.network, layout.classes, layout.image_size, draw.count)
+        places = draw.places(item)
+        for start in range(places.start, places.stop, settings.batch):
+            part = np.arange(start, min(start + settings.batch, places.stop))
+            images, labels = self.images(draw, part)
+            out.add(images, labels, self.network, part, draw.keep, settings.grid)
+        out.seconds = time.perf_counter() - started
+        return out
+
+    def images(self, draw: Draw, places: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
+        """Images [B, 3, H, W] at ``places`` of a draw, and their labels where they are known."""
+        if draw.sampler is None:
+            images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
+            return images.to(self.plan.device), labels
+        if draw.student and draw.student != self.loaded:
+            self.models = dataclasses.replace(
+                self.models, student=load_student(self.plan, draw.student, self.models)
+            )
+            self.loaded = draw.student
+        ids = draw.first + places
+        embeddings = draw.sampler.draw(self.models, ids)
+        return self.models.teacher.decode(embeddings), noise.labels(ids, self.plan.layout.classes)
+
+
+def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
+    """The teacher of a plan on its device; the student is loaded when a draw needs it."""
+    teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
+    shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
+    recipe = plan.recipe
+    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device)
+
+
+def load_student(plan: Plan, uri: str, models: Models) -> Student:
+    """A student of a plan on its device."""
+    return checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
+
+
+def collect(plan: Plan, frequencies: np.ndarray | None) -> dict[Draw, Statistics]:
+    """The statistics of all draws: out of the cache, or drawn now and put there."""
+    draws = plan.draws()
+    done = {draw: _cached(plan, draw) for draw in draws}
+    todo = [draw for draw in draws if done[draw] is None]
+    out = {draw: found for draw, found in done.items() if found is not None}
+    if not todo:
+        return out
+    units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
+    settings = plan.recipe.cluster
+    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        Artist,
+        fn_constructor_args=(plan, todo, frequencies),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
+        num_cpus=settings.cpus,
+        num_gpus=settings.gpus or None,
+        max_task_retries=2,
+    )
+    waiting: dict[tuple[int, int], bytes] = {}
+    merged = [0] * len(todo)
+    for row in dataset.iter_rows():
+        waiting[row["draw"], row["item"]] = row["statistics"]
+        i, draw = row["draw"], todo[row["draw"]]
+        while (i, merged[i]) in waiting:  # in the order of the ids, whoever comes first
+            part = Statistics.unpack(waiting.pop((i, merged[i])))
+            out[draw] = _merged(out[draw], part) if merged[i] else part
+            merged[i] += 1
+        if merged[i] == draw.items:
+            storage.write_bytes(plan.cache(draw), out[draw].pack())
+    return out
+
+
+def _merged(first: Statistics, second: Statistics) -> Statistics:
+    first.merge(second)
+    return first
+
+
+def _cached(plan: Plan, draw: Draw) -> Statistics | None:
+    uri = plan.cache(draw)
+    return Statistics.unpack(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def _time_alone(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+    """``time_samplers`` in a Ray task with the resources of one actor, when the pool is gone."""
+    settings = plan.recipe.cluster
+    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(time_samplers)
+    return ray.get(task.remote(plan, frequencies))
+
+
+def time_samplers(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+    """Speed of every sampler of the table, and of the AR teacher in any case; runs alone in one Ray task."""
+    models = load(plan, frequencies)
+    if plan.students:
+        models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
+    batches = plan.recipe.evaluate.timing_batches
+    speeds = [speed.measure(models, sampler, batches) for sampler in plan.samplers]
+    kinds = [type(sampler) for sampler in plan.samplers]
+    teacher = speeds[kinds.index(Autoregressive)] if Autoregressive in kinds else None
+    return {
+        "speeds": speeds,
+        "baseline_ms": (teacher or speed.measure(models, Autoregressive(), (1,)))[0].ms,
+        "device": speed.device_name(plan.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- the job
+
+
+def evaluate(recipe: Recipe) -> str:
+    """Score every sampler of a recipe, write report.md, report.json and pictures, and return the table.
+
+    Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
+    sampling.
+    """
+    plan = prepare(recipe)
+    if recipe.dry_run:
+        return describe(plan)
+    if finished := _finished(plan):
+        return finished
+    with tracking.Run.start(recipe, "evaluate") as run:
+        cluster.connect(recipe)
+        frequencies = _frequencies(plan)
+        statistics = collect(plan, frequencies)
+        print("Measuring speed, one sampler at a time.", flush=True)
+        timing = _time_alone(plan, frequencies)
+        results = summarise(plan, statistics, timing)
+        files = write(plan, results, statistics)
+        _log(run, plan, results, files)
+    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
+
+
+def _finished(plan: Plan) -> str | None:
+    """The table of a report that is there already and was made from the same plan."""
+    uri = storage.join(plan.recipe.report_uri, "report.json")
+    if not storage.exists(uri):
+        return None
+    results = storage.read_json(uri)
+    if results.get("fingerprint") != plan.fingerprint():
+        return None
+    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; delete it to measure speed again."
+
+
+def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
+    """Everything the report says, as JSON values."""
+    settings, names = plan.recipe.evaluate, samplers.names(plan.samplers)
+    reference = _reference(plan, statistics)
+    entries = [
+        report.Entry(
+            name,
+            type(sampler).__name__,
+            dataclasses.asdict(sampler),
+            sampler.steps_label(plan.layout),
+            statistics[draw],
+            speeds,
+        )
+        for name, sampler, draw, speeds in zip(
+            names, plan.samplers, plan.table(), timing["speeds"], strict=True
+        )
+    ]
+    by_kind = {entry.kind: entry.statistics for entry in entries}
+    second = plan.second()
+    return {
+        "name": plan.recipe.name,
+        "title": "FD" if settings.features == "digits" else "FID",
+        "fingerprint": plan.fingerprint(),
+        "rows": report.numbers(entries, reference, timing["baseline_ms"]),
+        "agreement": report.agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
+        if second
+        else None,
+        "curve": _curve(plan, statistics, reference),
+        "made": _made(plan, statistics, timing),
+    }
+
+
+def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> report.Reference:
+    settings = plan.recipe.evaluate
+    real = statistics[plan.reference()] if plan.real else None
+    if settings.features == "digits" and real:
+        return report.Reference(real.moments.gaussian(), real)
+    return report.Reference(scoring.reference_gaussian(settings.reference or ""), real)
+
+
+def _curve(
+    plan: Plan, statistics: dict[Draw, Statistics], reference: report.Reference
+) -> dict[str, Any] | None:
+    draws = plan.curve()
+    if not draws:
+        return None
+    named = dict(zip(plan.samplers, samplers.names(plan.samplers), strict=True)) | {
+        Autoregressive(): "teacher, AR"
+    }
+
+    def point(draw: Draw) -> tuple[str, float]:
+        assert draw.sampler is not None
+        return named[draw.sampler], report.score(statistics[draw], reference)
+
+    points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
+    return {
+        "count": plan.recipe.evaluate.curve_count,
+        "teachers": dict(point(draw) for draw in draws[0]),
+        "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
+    }
+
+
+def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
+    """What somebody needs who wants the same numbers."""
+    recipe, settings = plan.recipe, plan.recipe.evaluate
+    return {
+        "count": settings.count,
+        "seed": settings.seed,
+        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
+        | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},
+        "solver": dataclasses.asdict(recipe.pairs.solver),
+        "student": {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
+        if plan.students
+        else None,
+        "pairs": plan.facts.get("pairs"),
+        "features": settings.features,
+        "dimensions": plan.facts["dim"],
+        "features SHA-256": plan.facts["features"],
+        "real images": plan.real,
+        "sampling": {
+            "device": plan.device,
+            "actors": settings.actors,
+            "batch": settings.batch,
+            "seconds of all actors": round(sum(found.seconds for found in statistics.values()), 1),
+        },
+        "timing": {key: timing[key] for key in ("device", "threads")},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "fingerprint": plan.fingerprint(),
+    }
+
+
+def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics]) -> dict[str, bytes]:
+    """The report's files by name, after writing them; report.json, which says that it is complete, comes
+    last.
+    """
+    drawn = [statistics[draw].images for draw in plan.table()]
+    columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
+    labels = noise.labels(range(columns), plan.layout.classes)
+    files = {
+        "samples.png": report.samples(
+            samplers.names(plan.samplers), [np.concatenate(d) for d in drawn], labels
+        )
+    }
+    if results["curve"]:
+        files["curve.png"] = report.curve(results)
+    files["report.md"] = report.markdown(results).encode()
+    files["report.json"] = (json.dumps(results, indent=2) + "\n").encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(plan.recipe.report_uri, name), data)
+    return files
+
+
+def _frequencies(plan: Plan) -> np.ndarray | None:
+    """Token frequencies [classes or 1, n, V] of the pair set, where a sampler draws from them."""
+    if not any(sampler.frequencies for sampler in plan.samplers):
+        return None
+    by_class = any(isinstance(sampler, OneStepStar) and sampler.given_class for sampler in plan.samplers)
+    return pairs.token_frequencies(plan.recipe.pairs_uri, by_class)
+
+
+def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Numbers, pictures and links into MLflow."""
+    run.metrics(report.scalars(results))
+    for point in (results["curve"] or {"points": []})["points"]:
+        run.metrics({f"curve/{report.metric_name(point['name'])}": point["score"]}, step=point["step"])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+            run.artifact(Path(folder, name))
+    for key, value in plan.facts["teacher"].items():
+        run.tag(f"teacher_{key}", value)
+    if plan.students:
+        run.tag("student", plan.students[plan.student])
+    if "pairs" in plan.facts:
+        run.tag("pairs_fingerprint", plan.facts["pairs"])

@@ -1,0 +1,347 @@
+"""What is measured of images: Fréchet distance, Inception Score, precision and recall, class accuracy,
+variance.
+
+Means and covariances are float64 and streaming (Chan et al. 1979): parts made anywhere merge into what one
+pass over all images would have found. Images are rounded as a PNG would round them before anything looks at
+them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import softmax
+from torch import Tensor
+
+from pipeline.models.convnet import to_uint8
+from pipeline.scoring import Features
+
+BUFFER = 1024  # rows collected before they enter a covariance: smaller updates cost ten times as much
+SCORE_BLOCK = 5_000  # images of one Inception Score, in the order of their ids, as ADM's evaluator has it
+THUMBNAIL = 32  # pixel statistics are those of grey thumbnails of at most this side
+COMPONENTS = 50  # principal components of the pixel distance
+
+
+# ---- streaming statistics
+
+
+class Moments:
+    """Mean [D] and sum of squared deviations [D, D] of rows, in one pass, mergeable."""
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.mean = np.zeros(dim)
+        self.m2 = np.zeros((dim, dim))
+        self._rows: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        """Rows [B, D] of any float type."""
+        self._rows.append(np.asarray(rows, dtype=np.float64))
+        if sum(map(len, self._rows)) >= BUFFER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take the collected rows in."""
+        if not self._rows:
+            return
+        rows = np.concatenate(self._rows)
+        self._rows = []
+        mean = rows.mean(0)
+        centred = rows - mean
+        self._join(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> None:
+        """Add what ``other`` has seen."""
+        self.flush()
+        other.flush()
+        self._join(other.n, other.mean, other.m2)
+
+    def _join(self, n: int, mean: np.ndarray, m2: np.ndarray) -> None:
+        total = self.n + n
+        if n == 0:
+            return
+        step = mean - self.mean
+        self.m2 = self.m2 + m2 + np.outer(step, step) * (self.n * n / total)
+        self.mean = self.mean + step * (n / total)
+        self.n = total
+
+    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [D] and unbiased covariance [D, D]."""
+        self.flush()
+        if self.n < 2:
+            raise ValueError(f"a covariance needs 2 samples or more, and {self.n} were seen.")
+        return self.mean, self.m2 / (self.n - 1)
+
+
+class ClassVariance:
+    """Variance of pixels within a class, averaged over the pixels: one mean image [P] and one sum of
+    squares a class.
+    """
+
+    def __init__(self, classes: int, pixels: int) -> None:
+        self.n = np.zeros(classes)
+        self.mean = np.zeros((classes, pixels))
+        self.m2 = np.zeros(classes)
+
+    def add(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Pixels [B, P] and their labels [B]."""
+        for k in np.unique(labels):
+            rows = pixels[labels == k].astype(np.float64)
+            mean = rows.mean(0)
+            self._join(
+                np.array([k]), np.array([len(rows)]), mean[None], np.array([np.square(rows - mean).sum()])
+            )
+
+    def merge(self, other: ClassVariance) -> None:
+        """Add what ``other`` has seen."""
+        seen = np.flatnonzero(other.n)
+        self._join(seen, other.n[seen], other.mean[seen], other.m2[seen])
+
+    def _join(self, k: np.ndarray, n: np.ndarray, mean: np.ndarray, m2: np.ndarray) -> None:
+        total = self.n[k] + n
+        step = mean - self.mean[k]
+        self.m2[k] += m2 + np.square(step).sum(1) * self.n[k] * n / total
+        self.mean[k] += step * (n / total)[:, None]
+        self.n[k] = total
+
+    def value(self) -> float | None:
+        """The mean over classes with 2 images or more; None where there is none."""
+        enough = self.n >= 2
+        if not enough.any():
+            return None
+        return float((self.m2[enough] / (self.n[enough] - 1)).mean() / self.mean.shape[1])
+
+
+class InceptionScore:
+    """exp of the mutual information of image and predicted class, the mean over blocks of images."""
+
+    def __init__(self, blocks: int, classes: int) -> None:
+        self.n = np.zeros(blocks)
+        self.p = np.zeros((blocks, classes))
+        self.p_log_p = np.zeros(blocks)
+
+    def add(self, logits: np.ndarray, block: np.ndarray) -> None:
+        """Logits [B, K] and the block [B] that each image belongs to."""
+        p = softmax(logits.astype(np.float64), axis=1)
+        p_log_p = (p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(1)
+        for i in np.unique(block):
+            self.n[i] += (block == i).sum()
+            self.p[i] += p[block == i].sum(0)
+            self.p_log_p[i] += p_log_p[block == i].sum()
+
+    def merge(self, other: InceptionScore) -> None:
+        """Add what ``other`` has seen."""
+        self.n += other.n
+        self.p += other.p
+        self.p_log_p += other.p_log_p
+
+    def value(self) -> float:
+        """The mean of the blocks' scores; a short last block counts as much as the others, as in ADM's
+        evaluator.
+        """
+        seen = self.n > 0
+        q = self.p[seen] / self.n[seen][:, None]
+        entropy = (q * np.log(np.maximum(q, np.finfo(np.float64).tiny))).sum(1)
+        return float(np.exp(self.p_log_p[seen] / self.n[seen] - entropy).mean())
+
+
+@dataclass
+class Statistics:
+    """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
+    ids.
+
+    ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
+    ``features`` (for precision and recall) and ``images`` (for the grid) hold the kept rows.
+    """
+
+    moments: Moments
+    pixels: Moments
+    variance: ClassVariance
+    score: InceptionScore
+    right: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    features: list[np.ndarray] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, network: Features, classes: int, side: int, count: int) -> Statistics:
+        """For ``count`` images of ``side`` pixels and ``classes`` labels."""
+        pixels = min(side, THUMBNAIL) ** 2
+        blocks = math.ceil(count / SCORE_BLOCK)
+        return cls(
+            Moments(network.dim),
+            Moments(pixels),
+            ClassVariance(classes, pixels),
+            InceptionScore(blocks, network.classes),
+        )
+
+    def merge(self, other: Statistics) -> None:
+        """Add the part that follows this one."""
+        self.moments.merge(other.moments)
+        self.pixels.merge(other.pixels)
+        self.variance.merge(other.variance)
+        self.score.merge(other.score)
+        self.right += other.right
+        self.labelled += other.labelled
+        self.seconds += other.seconds
+        self.features += other.features
+        self.images += other.images
+
+    def pack(self) -> bytes:
+        """As an npz file; nothing in it is pickled."""
+        self.moments.flush()
+        self.pixels.flush()
+        arrays: dict[str, Any] = {
+            f"{name}.{key}": value
+            for name in ("moments", "pixels", "variance", "score")
+            for key, value in vars(getattr(self, name)).items()
+            if not key.startswith("_")
+        }
+        arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
+        for key in ("features", "images"):
+            if getattr(self, key):
+                arrays[key] = np.concatenate(getattr(self, key))
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Statistics:
+        """The inverse of ``pack``."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        dim, pixels = len(arrays["moments.mean"]), len(arrays["pixels.mean"])
+        out = cls(
+            Moments(dim),
+            Moments(pixels),
+            ClassVariance(len(arrays["variance.n"]), pixels),
+            InceptionScore(*arrays["score.p"].shape),
+        )
+        for key, value in arrays.items():
+            if "." in key:
+                name, attribute = key.split(".")
+                setattr(getattr(out, name), attribute, int(value) if value.ndim == 0 else value)
+        out.right, out.labelled = int(arrays["counts"][0]), int(arrays["counts"][1])
+        out.seconds = float(arrays["counts"][2])
+        out.features = [arrays["features"]] if "features" in arrays else []
+        out.images = [arrays["images"]] if "images" in arrays else []
+        return out
+
+    @torch.no_grad()
+    def add(
+        self,
+        images: Tensor,
+        labels: np.ndarray | None,
+        network: Features,
+        place: np.ndarray,
+        keep: bool,
+        grid: int,
+    ) -> None:
+        """Score a batch: images [B, 3, H, W] in [-1, 1]; ``place`` [B] counts the sampler's images from 0.
+
+        Labels may be unknown (None). ``keep`` keeps the features, and the first ``grid`` images of all are
+        kept.
+        """
+        pixels = to_uint8(images)
+        features, logits = (out.float().cpu().numpy() for out in network(pixels))
+        small = thumbnails(pixels)
+        self.moments.add(features)
+        self.pixels.add(small)
+        self.score.add(logits, place // SCORE_BLOCK)
+        if labels is not None:
+            self.variance.add(small, labels)
+            if network.names_labels:
+                self.right += int((logits.argmax(1) == labels).sum())
+                self.labelled += len(labels)
+        if keep:
+            self.features.append(features)
+        if (place < grid).any():
+            self.images.append(pixels.cpu().numpy()[place < grid])
+
+
+def thumbnails(pixels: Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] -> grey float32 [B, P] in [-1, 1], P = 32 x 32 or the image's own size if
+    smaller.
+    """
+    grey = (pixels.float() / 127.5 - 1).mean(1, keepdim=True)
+    side = min(grey.shape[-1], THUMBNAIL)
+    return F.adaptive_avg_pool2d(grey, side).flatten(1).cpu().numpy()
+
+
+# ---- distances
+
+
+def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two (mean [D], covariance [D, D]).
+
+    The root's trace is the sum of the square roots of the eigenvalues of F' S_b F, where S_a = F F':
+    symmetric matrices throughout, hence real, and right for singular covariances. A result like -1e-7 is
+    rounding.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root.T @ cov_b @ root), 0)).sum()
+    return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def pixel_frechet(a: Moments, reference: Moments) -> float:
+    """Fréchet distance of the pixels on the reference's 50 leading principal components.
+
+    It sees what a classifier's features forgive: blur, thickness, position.
+    """
+    mean, cov = reference.gaussian()
+    basis = np.linalg.eigh(cov)[1][:, -COMPONENTS:]
+    own_mean, own_cov = a.gaussian()
+    return frechet((own_mean @ basis, basis.T @ own_cov @ basis), (mean @ basis, basis.T @ cov @ basis))
+
+
+def precision_recall(
+    generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 1_000
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D], float32.
+
+    A point's ball reaches to its k-th nearest neighbour in its own set; precision is the share of generated
+    points in some real ball, recall the share of real points in some generated ball. Both depend on N and M.
+    """
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(
+            f"precision and recall need more than {k} images a set; they have {len(generated)} and"
+            f" {len(real)}."
+        )
+    centre = real.mean(0)  # squared distances from products lose digits far from the origin
+    fake, true = torch.from_numpy(generated - centre).float(), torch.from_numpy(real - centre).float()
+    fake_radius, true_radius = _radii(fake, k, block), _radii(true, k, block)
+    inside_real = torch.zeros(len(fake), dtype=torch.bool)
+    inside_fake = torch.zeros(len(true), dtype=torch.bool)
+    for rows in range(0, len(fake), block):
+        for columns in range(0, len(true), block):
+            r, c = slice(rows, rows + block), slice(columns, columns + block)
+            distance = _squared(fake[r], true[c])
+            inside_real[r] |= (distance <= true_radius[c]).any(1)
+            inside_fake[c] |= (distance <= fake_radius[r, None]).any(0)
+    return float(inside_real.double().mean()), float(inside_fake.double().mean())
+
+
+def _radii(x: Tensor, k: int, block: int) -> Tensor:
+    """Squared distance [N] to the k-th nearest neighbour; the smallest distance of all is the point to
+    itself.
+    """
+    out = []
+    for rows in x.split(block):
+        best = torch.full((len(rows), k + 1), torch.inf)
+        for columns in x.split(block):
+            best = torch.cat([best, _squared(rows, columns)], 1).topk(k + 1, largest=False).values
+        out.append(best.amax(1))
+    return torch.cat(out)
+
+
+def _squared(a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b.square().sum(1)[None] + a.square().sum(1)[:, None], a, b.T, alpha=-2).clamp_(min=0)

@@ -1,0 +1,188 @@
+"""What a family of models must provide: ``Layout``, ``Tokenizer``, ``Teacher``, ``Student``.
+
+Nothing here knows VAR from LlamaGen. AR steps are counted from 1, as in the paper; step t covers the tokens of
+``Layout.span(t)``. B is the batch, n the tokens of an image, V the vocabulary, C the dimension of a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.recipe import Filter
+
+Choose = Callable[[int, Tensor], Tensor]
+"""(AR step from 1, log-probabilities [B, g, V] float32 with -inf where p is 0) -> codes [B, g] int64."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of one image as a sequence of tokens.
+
+    ``groups[i]`` is the number of tokens that AR step i + 1 draws at once: (1, 4, 9, ..., 256) for VAR, (1,) * 256 for
+    LlamaGen.
+    """
+
+    groups: tuple[int, ...]
+    vocabulary: int
+    code_dim: int
+    classes: int
+    image_size: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of one image, n."""
+        return sum(self.groups)
+
+    @property
+    def steps(self) -> int:
+        """AR steps of one image."""
+        return len(self.groups)
+
+    def before(self, t: int) -> int:
+        """Tokens drawn before AR step t; t = steps + 1 gives all of them."""
+        if not 1 <= t <= self.steps + 1:
+            raise ValueError(f"AR step {t} is outside this layout: steps run from 1 to {self.steps}.")
+        return sum(self.groups[: t - 1])
+
+    def span(self, t: int) -> slice:
+        """The tokens of AR step t, 1 <= t <= steps."""
+        return slice(self.before(t), self.before(t + 1))
+
+    def step_of(self, tokens: int) -> int:
+        """The AR step that comes after the first ``tokens`` tokens; the inverse of ``before``."""
+        for t in range(1, self.steps + 2):
+            if self.before(t) == tokens:
+                return t
+        raise ValueError(f"a prefix of {tokens} tokens ends inside an AR step; the steps hold {self.groups} tokens.")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What an image is drawn for: class labels [B] int64. Only the models look inside."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Condition:
+        return Condition(self.labels.to(device))
+
+
+class Tokenizer(nn.Module):
+    """Images [B, 3, H, W] float32 in [-1, 1] to codes and back; the state_dict has the official file's names."""
+
+    layout: Layout
+
+    @property
+    def codebook(self) -> Tensor:
+        """[V, C] float32: the space in which flow matching runs and the student's tokens live."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> codes [B, n] int64."""
+        raise NotImplementedError
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, n, C], codes or any continuous values -> images [B, 3, H, W]; differentiable."""
+        raise NotImplementedError
+
+
+class Teacher(nn.Module):
+    """A pre-trained AR model with its tokenizer and its sampling filter.
+
+    ``network`` is the transformer, with the official state_dict names; ``tokenizer`` has its own file.
+    """
+
+    layout: Layout
+    filter: Filter
+    tokenizer: Tokenizer
+    network: nn.Module
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.tokenizer.codebook
+
+    def forward(self, condition: Condition, codes: Tensor) -> Tensor:
+        """Teacher-forced logits [B, n, V], without guidance or filter: codes [B, n] -> p(code i | codes before i)."""
+        raise NotImplementedError
+
+    def generate(
+        self, condition: Condition, choose: Choose, prefix: Tensor | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Draw AR steps one after the other with cached keys and values, guidance and filter.
+
+        ``choose`` turns the filtered log-probabilities of one step into codes. ``prefix`` [B, m] holds the codes of the
+        leading whole steps, which are kept. Generation ends before AR step ``stop`` (default: after the last).
+        Returns codes [B, before(stop)] int64, the prefix included. Raises ValueError for a prefix that ends inside a
+        step and for a stop that is not after the prefix.
+        """
+        raise NotImplementedError
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, n, C] -> images [B, 3, H, W]; differentiable."""
+        return self.tokenizer.decode(embeddings)
+
+    def span(self, prefix: Tensor | None, stop: int | None) -> tuple[int, int]:
+        """(first AR step to draw, first AR step not to draw) of a ``generate`` call, checked."""
+        first = 1 if prefix is None else self.layout.step_of(prefix.shape[1])
+        end = self.layout.steps + 1 if stop is None else stop
+        if not first <= end <= self.layout.steps + 1:
+            raise ValueError(
+                f"generate was asked to stop before AR step {end}, but the prefix already holds the steps before {first}"
+                f" and the layout has {self.layout.steps} steps."
+            )
+        return first, end
+
+
+class Prediction(NamedTuple):
+    """What a student says of every position: logits [B, n, V] and embeddings [B, n, C]."""
+
+    logits: Tensor
+    embeddings: Tensor
+
+
+class Student(nn.Module):
+    """A few-step generator: from X_t (true tokens before AR step t, noise from there on) to the whole sequence.
+
+    ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict.
+    """
+
+    layout: Layout
+    codebook: Tensor
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """x_t [B, n, C], t [B] int64 (AR steps from 1, may differ in a batch) -> Prediction at every position."""
+        raise NotImplementedError
+
+    def jump(self, x: Tensor, noise: Tensor, t: int, condition: Condition, split: int) -> Tensor:
+        """F_theta (Eq. 6) from step t to the final sequence: keep what is before t, predict the rest.
+
+        x and noise [B, n, C]; returns embeddings [B, n, C]. Tokens of the first ``split`` AR steps are codes (argmax of
+        the logits; kept tokens are snapped to the nearest code), the others are the embedding head's output.
+        """
+        kept, coded = self.layout.before(t), self.layout.before(split + 1)
+        x_t = torch.cat([x[:, :kept], noise[:, kept:]], dim=1)
+        at = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
+        logits, embeddings = self(x_t, at, condition)
+        out = torch.cat([x[:, :kept], embeddings[:, kept:].float()], dim=1)
+        if coded:
+            chosen = logits[:, :coded].argmax(-1)
+            known = min(kept, coded)
+            if known:
+                chosen[:, :known] = nearest(x[:, :known], self.codebook)
+            out[:, :coded] = self.codebook[chosen]
+        return out
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of x [..., C] in codebook [V, C]; the first wins a tie.
+
+    |x|^2 is left out: it does not change the order. No [.., V, C] tensor is built.
+    """
+    return (x @ codebook.T - 0.5 * codebook.square().sum(-1)).argmax(-1)

@@ -1,0 +1,176 @@
+"""Reading official and own weight files strictly, and building the models that a recipe names.
+
+Layouts (the first that fits): own safetensors; flat state_dicts (VAR, its tokenizer); ``trainer`` dicts (VAR-DD);
+``ema``, ``model``, ``module`` or ``state_dict`` (LlamaGen, LlamaGen-DD). A moving average is preferred where a file has
+one. Parameters must match one to one in name and shape; the constant buffers that the constructors compute may be
+missing and then stay as built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.models.base import Student, Teacher, Tokenizer
+from pipeline.recipe import TeacherSettings
+
+NESTED = ("ema", "ema_parameters", "trainer", "model", "var_wo_ddp", "module", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+DERIVED = ("freqs_cis",)  # tables that every loader recomputes
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read, or that does not fit the model of the recipe; one sentence."""
+
+
+def load(module: nn.Module, uri: str) -> str:
+    """Copy the weights at ``uri`` into ``module`` strictly and return the file's SHA-256.
+
+    Values are cast to the module's dtype. Raises CheckpointError for a file that is missing, unreadable or does not fit.
+    """
+    path = storage.local(uri)
+    found = {key: value for key, value in _clean(_read(path, uri)).items() if not key.endswith(DERIVED)}
+    own = module.state_dict()
+    parameters = {name for name, _ in module.named_parameters()}
+    missing = [key for key in own if key in parameters and key not in found]
+    unexpected = [key for key in found if key not in own]
+    misshaped = [
+        f"{key} is {tuple(found[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in found and key in parameters and found[key].shape != own[key].shape
+    ]
+    for what, keys in (("lacks", missing), ("holds unknown", unexpected), ("does not fit:", misshaped)):
+        if keys:
+            raise CheckpointError(
+                f"{uri} {what} {', '.join(keys[:3])}{' and more' if len(keys) > 3 else ''} ({len(keys)} in all) for"
+                f" {type(module).__module__}.{type(module).__name__}; check that teacher.family and teacher.config"
+                " describe the file."
+            )
+    with torch.no_grad():
+        for key, value in found.items():
+            if value.shape == own[key].shape:  # only a constant buffer may differ, and keeps the module's own
+                own[key].copy_(value)
+    return storage.sha256(uri)
+
+
+def _read(path: Path, uri: str) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{uri} is not a readable safetensors file ({error}); fetch or write it again.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{uri} could not be read as a PyTorch weight file ({first}); it is damaged, or holds more than tensors."
+        ) from error
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inside = next((content[key] for key in NESTED if key in content), None)
+        if not isinstance(inside, dict):
+            raise CheckpointError(f"{uri} holds no weights: its keys are {sorted(map(str, content))[:6]}.")
+        content = inside
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{uri} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def _clean(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors only, without the prefixes that DDP and torch.compile leave."""
+    out = {}
+    for key, value in content.items():
+        while key.startswith(PREFIXES):
+            key = key[len(next(p for p in PREFIXES if key.startswith(p))) :]
+        if isinstance(value, Tensor):
+            out[key] = value
+    return out
+
+
+def save(weights: nn.Module | dict[str, Tensor], uri: str, settings: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write safetensors atomically, with ``settings`` as JSON in the file's metadata; ``dtype`` casts floats."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    tensors = {
+        key: value.detach().to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+        for key, value in state.items()
+    }
+    storage.write_bytes(uri, to_safetensors(tensors, {"settings": json.dumps(settings, sort_keys=True)}))
+
+
+def metadata(uri: str) -> dict[str, Any]:
+    """The settings that ``save`` wrote; CheckpointError where there are none."""
+    try:
+        with safe_open(storage.local(uri), "pt") as file:
+            stored = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{uri} is not a readable safetensors file ({error}); fetch or write it again.") from error
+    if "settings" not in stored:
+        raise CheckpointError(f"{uri} carries no settings; it was not exported by distill.")
+    return json.loads(stored["settings"])
+
+
+def family(settings: TeacherSettings) -> ModuleType:
+    """The package of a family; ValueError where there is none of that name."""
+    try:
+        package = importlib.import_module(settings.family)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"teacher.family is {settings.family!r}, and there is no such package; use pipeline.models.var,"
+            " pipeline.models.llamagen or the dotted path of your own."
+        ) from error
+    return package
+
+
+def config(settings: TeacherSettings) -> Any:
+    """The family's Config with the recipe's values; ValueError for fields that it does not have."""
+    kind = family(settings).Config
+    known = {f.name for f in fields(kind)}
+    unknown = [name for name in settings.config if name not in known]
+    if unknown:
+        raise ValueError(f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}.")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.config.items()}
+    return kind(**values)
+
+
+def checksums(settings: TeacherSettings) -> dict[str, str]:
+    """SHA-256 of the teacher's two files; a missing one is named before anything is built."""
+    for name in ("tokenizer", "checkpoint"):
+        if not getattr(settings, name):
+            raise ValueError(f"teacher.{name} is not set; give the path or URI of the weights.")
+    return {"tokenizer": storage.sha256(settings.tokenizer), "checkpoint": storage.sha256(settings.checkpoint)}
+
+
+def teacher(settings: TeacherSettings) -> Teacher:
+    """The frozen teacher of a recipe with its weights."""
+    model: Teacher = family(settings).Teacher(config(settings), settings.filter)
+    load(model.tokenizer, settings.tokenizer)
+    load(model.network, settings.checkpoint)
+    if settings.precision == "bf16":
+        model.network.to(torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer(settings: TeacherSettings) -> Tokenizer:
+    """The frozen tokenizer alone: what a student needs to make images."""
+    model: Tokenizer = family(settings).Tokenizer(config(settings))
+    load(model, settings.tokenizer)
+    return model.eval().requires_grad_(False)
+
+
+def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "released") -> Student:
+    """A frozen student: its shape from the recipe, its weights from ``uri`` (ours or the authors')."""
+    model: Student = family(settings).Student(config(settings), codebook, mask)
+    load(model, uri)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,244 @@
+"""The LlamaGen transformer (arXiv 2406.06525), class-conditional: a Llama over tokens in raster order.
+
+The sequence is [class, token 0 .. token n - 2]; position i predicts token i. Attribute names and their order
+are those of the official files (``c2i_B_256.pt``), whose rotary table is not stored. The official training
+dropout (0.1) is left out: a teacher is used in eval mode, and the small one of the embedded default is
+trained without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models import base
+from pipeline.models.llamagen.tokenizer import Config, Tokenizer
+from pipeline.recipe import Filter
+
+INIT_STD = 0.02  # of every matrix and table of the official initialisation
+
+
+def rotary(config: Config, device: torch.device) -> Tensor:
+    """Rotations [1 + n, D / 2] complex64 of the class position and every token, D channels per head.
+
+    Half of the angles turn with the token's row, half with its column. The class position is **zero**, not an
+    identity rotation: its query and key vanish, so every token gives the class the attention logit 0. The
+    released weights were trained so. Recomputed in every pass: a few tiny operations, which no cast of the
+    network to bfloat16 can blur.
+    """
+    half = config.dim // config.heads // 2
+    frequency = 10_000.0 ** (-torch.arange(0, half, 2, device=device).float() / half)
+    angle = torch.arange(config.side, device=device).float()[:, None] * frequency
+    rows, columns = angle.repeat_interleave(config.side, dim=0), angle.repeat(config.side, 1)
+    angles = torch.cat([rows, columns], dim=1)
+    return F.pad(torch.polar(torch.ones_like(angles), angles), (0, 0, 1, 0))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) in float32, then cast back, then scaled."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-5).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, over what is passed in or over a cache."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x [B, g, dim] -> [B, g, dim]; ``rotations`` [g, D / 2] are those of x's positions.
+
+        With a cache [2, B, heads, length, D], x holds the positions from ``start`` on: either all from 0, or
+        a single one that sees all earlier ones. Neither needs a mask.
+        """
+        batch, new, dim = x.shape
+        qkv = self.wqkv(x).view(batch, new, 3, self.heads, dim // self.heads)
+        pairs = torch.view_as_complex(qkv[:, :, :2].float().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * rotations[:, None, None]).flatten(-2).to(qkv.dtype)
+        q, k, v = (
+            turned[:, :, 0].transpose(1, 2),
+            turned[:, :, 1].transpose(1, 2),
+            qkv[:, :, 2].transpose(1, 2),
+        )
+        if cache is not None:
+            keys, values = cache
+            keys[:, :, start : start + new] = k
+            values[:, :, start : start + new] = v
+            k, v = keys[:, :, : start + new], values[:, :, : start + new]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+        return self.wo(out.transpose(1, 2).reshape(batch, new, dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(SiLU(w1 x) * w3 x)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to its input."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    """Labels [B] -> the condition token [B, 1, dim]; row ``classes`` is the null class."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.classes + 1, config.dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)[:, None]
+
+
+class Network(nn.Module):
+    """The transformer of the teacher, with the official initialisation: normal matrices and a zero head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=INIT_STD)
+        nn.init.zeros_(self.output.weight)
+
+    def embed(self, labels: Tensor, codes: Tensor) -> Tensor:
+        """Labels [B] and the first m codes [B, m] -> inputs [B, 1 + m, dim]."""
+        return torch.cat([self.cls_embedding(labels), self.tok_embeddings(codes)], dim=1)
+
+    def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
+        """Labels [B], codes [B, n] -> logits [B, n, V]; the last code is not looked at."""
+        h = self.embed(labels, codes[:, :-1])
+        rotations = rotary(self.config, h.device)[: h.shape[1]]
+        for layer in self.layers:
+            h = layer(h, rotations)
+        return self.output(self.norm(h))
+
+    def cache(self, batch: int, length: int) -> Tensor:
+        """Room for the keys and values of ``length`` positions: [layers, 2, B, heads, length, D]."""
+        config = self.config
+        shape = (config.layers, 2, batch, config.heads, length, config.dim // config.heads)
+        return torch.empty(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
+
+    def extend(self, h: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
+        """Inputs [B, g, dim] of the positions from ``start`` on -> logits [B, 1, V] float32 of the last."""
+        for layer, keys_values in zip(self.layers, cache, strict=True):
+            h = layer(h, rotations, keys_values, start)
+        return self.output(self.norm(h[:, -1:])).float()
+
+
+def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
+    """LlamaGen's temperature, top-k and top-p: logits [..., V] -> log p [..., V] float32, -inf where p is 0.
+
+    Top-k keeps ties with the k-th. Top-p keeps the most probable codes up to and including the one with which
+    their sum exceeds ``top_p``; among equals torch.sort's order decides, as in the official code.
+    """
+    logits = logits.float() / max(filter.temperature, 1e-5)
+    if 0 < filter.top_k < logits.shape[-1]:
+        smallest = logits.topk(filter.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if filter.top_p < 1:
+        ranked, order = logits.sort(descending=True)
+        beyond = F.pad(ranked.softmax(-1).cumsum(-1)[..., :-1] > filter.top_p, (1, 0))
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+class Teacher(base.Teacher):
+    """A LlamaGen model with its tokenizer.
+
+    Guided logits are uncond + guidance * (cond - uncond); with guidance 1 the unconditional half is not
+    computed. Below 1 the formula would weaken the condition, while the official code silently leaves guidance
+    out: such a filter is refused with a ValueError.
+    """
+
+    network: Network
+
+    def __init__(self, config: Config, filter: Filter) -> None:
+        if filter.guidance < 1:
+            raise ValueError(
+                f"teacher.filter.guidance is {filter.guidance}; for LlamaGen 1 means none, so give 1 or more."
+            )
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        self.filter = filter
+        self.network = Network(config)
+        self.tokenizer = Tokenizer(config)
+
+    def forward(self, condition: base.Condition, codes: Tensor) -> Tensor:
+        """Teacher-forced logits [B, n, V] in the network's dtype, without guidance or filter; codes [B, n].
+
+        The label ``layout.classes`` is the null class: training drops a label by replacing it with that.
+        """
+        return self.network(condition.labels, codes)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        condition: base.Condition,
+        choose: base.Choose,
+        prefix: Tensor | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """See ``base.Teacher.generate``; a prefix goes through the network in one causal pass."""
+        first, end = self.span(prefix, stop)
+        batch, labels, network = len(condition), condition.labels, self.network
+        codes = labels.new_empty(batch, end - 1, dtype=torch.long)
+        if prefix is not None:
+            codes[:, : first - 1] = prefix
+        if first == end:
+            return codes
+        copies = 2 if self._guided(first) else 1
+        if copies == 2:
+            labels = torch.cat([labels, torch.full_like(labels, self.layout.classes)])
+        rotations, cache = rotary(self.config, labels.device), network.cache(copies * batch, end - 1)
+        h = network.embed(labels, codes[:, : first - 1].repeat(copies, 1))
+        for t in range(first, end):
+            if copies == 2 and not self._guided(t):  # from here on only the conditional half counts
+                copies, h, cache = 1, h[:batch], cache[:, :, :batch]
+            start = t - h.shape[1]
+            logits = network.extend(h, rotations[start:t], cache, start)
+            if copies == 2:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + self.filter.guidance * (cond - uncond)
+            codes[:, t - 1 : t] = choose(t, log_probabilities(logits, self.filter))
+            h = network.tok_embeddings(codes[:, t - 1 : t].repeat(copies, 1))
+        return codes
+
+    def _guided(self, t: int) -> bool:
+        """Whether AR step t is guided: without an interval all are, else the first and K + 1 after it."""
+        last = self.config.guidance_interval
+        return self.filter.guidance != 1 and (last < 0 or t <= last + 2)

@@ -1,0 +1,238 @@
+"""The numbers of a LlamaGen model, and its VQ tokenizer (arXiv 2406.06525): one token per cell of a grid.
+
+Attribute names and their order are those of the official files (``vq_ds16_c2i.pt``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models import base
+from pipeline.models.convnet import Down, ResBlock, SplitAttention, Up, norm, to_map, widths
+
+COMMITMENT = 0.25
+USAGE_WINDOW = 65_536  # length of the official usage statistics, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of tokenizer, teacher and student; the defaults are LlamaGen-B for 256x256 ImageNet.
+
+    L is ``Config(layers=24, heads=16, dim=1024)``, XL is ``Config(layers=36, heads=20, dim=1280)``.
+
+    Attributes:
+        layers, heads, dim: of the transformer.
+        ffn_multiple: the SwiGLU hidden size is 8/3 dim, rounded up to a multiple of this.
+        classes: of the condition; one more row of the table is the null class.
+        guidance_interval: the official ``cfg_interval``; -1 guides every token, K >= 0 only the first K + 2.
+        side: tokens per row and per column.
+        vocabulary, code_dim: rows and columns of the codebook.
+        channels: of the tokenizer's finest level.
+        multipliers: of the channels on every level, finest first; each level but the last halves the size.
+        z_channels: between the convolutional nets and the 1x1 convolutions around the codes.
+        encoder_blocks, decoder_blocks: residual blocks per level.
+        attention: after every residual block of the coarsest level (the middle has one in any case).
+
+    Raises ValueError for numbers that no network can have.
+    """
+
+    layers: int = 12
+    heads: int = 12
+    dim: int = 768
+    ffn_multiple: int = 256
+    classes: int = 1000
+    guidance_interval: int = -1
+    side: int = 16
+    vocabulary: int = 16_384
+    code_dim: int = 8
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    z_channels: int = 256
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # a list when it comes from YAML
+        for name, value in vars(self).items():
+            smallest = -1 if name == "guidance_interval" else 0 if name == "attention" else 1
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not numbers or min(numbers) < smallest:
+                raise ValueError(f"LlamaGen config {name} is {value}; it must be {smallest} or more.")
+        if self.dim % (4 * self.heads):
+            raise ValueError(
+                f"LlamaGen config dim is {self.dim} with {self.heads} heads; rotary positions need a"
+                f" multiple of 4 channels per head, so make dim a multiple of {4 * self.heads}."
+            )
+        if self.channels % 32:
+            raise ValueError(
+                f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32."
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size of the SwiGLU feed-forward."""
+        return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
+
+    @cached_property
+    def layout(self) -> base.Layout:
+        return base.Layout(
+            groups=(1,) * self.side**2,
+            vocabulary=self.vocabulary,
+            code_dim=self.code_dim,
+            classes=self.classes,
+            image_size=self.side * 2 ** (len(self.multipliers) - 1),
+        )
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where ``attention`` is set."""
+
+    def __init__(self, inside: int, outside: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(outside if j else inside, outside) for j in range(blocks))
+        self.attn = nn.ModuleList(SplitAttention(outside) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[j](x)
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
+        super().__init__(inside, outside, blocks, attention)
+        self.downsample = nn.Identity() if last else Down(outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
+        super().__init__(inside, outside, blocks, attention)
+        self.upsample = nn.Identity() if last else Up(outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+def _middle(width: int) -> nn.Sequential:
+    return nn.Sequential(ResBlock(width, width), SplitAttention(width), ResBlock(width, width))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> features [B, z, side, side]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = widths(config.channels, config.multipliers)
+        before = [config.channels, *width[:-1]]
+        last = len(width) - 1
+        self.conv_in = nn.Conv2d(3, before[0], 3, padding=1)
+        self.conv_blocks = nn.Sequential(
+            *(
+                DownLevel(
+                    before[i], width[i], config.encoder_blocks, config.attention and i == last, i == last
+                )
+                for i in range(len(width))
+            )
+        )
+        self.mid = _middle(width[-1])
+        self.norm_out = norm(width[-1])
+        self.conv_out = nn.Conv2d(width[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mid(self.conv_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Features [B, z, side, side] -> images [B, 3, H, W]; ``conv_blocks`` runs from coarse to fine."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = widths(config.channels, config.multipliers)[::-1]
+        before = [width[0], *width[:-1]]
+        last = len(width) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, width[0], 3, padding=1)
+        self.mid = _middle(width[0])
+        self.conv_blocks = nn.Sequential(
+            *(
+                UpLevel(before[k], width[k], config.decoder_blocks, config.attention and k == 0, k == last)
+                for k in range(len(width))
+            )
+        )
+        self.norm_out = norm(width[-1])
+        self.conv_out = nn.Conv2d(width[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_blocks(self.mid(self.conv_in(z)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Quantizer(nn.Module):
+    """The codebook before normalisation, and the official usage statistics, which nothing here uses."""
+
+    codebook_used: Tensor
+
+    def __init__(self, vocabulary: int, code_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
+        self.embedding = nn.Embedding(vocabulary, code_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / vocabulary, 1 / vocabulary)
+
+
+class Tokenizer(base.Tokenizer):
+    """VQ tokenizer with an l2-normalised codebook: images in [-1, 1] <-> codes in raster order."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.layout = config.layout
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config.vocabulary, config.code_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codes [V, C] of length 1, the normalised rows of the stored table; differentiable."""
+        return F.normalize(self.quantize.embedding.weight, dim=-1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> vectors [B, n, C] of length 1, to be replaced by their nearest codes."""
+        size = self.layout.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"the tokenizer got images of shape {list(images.shape)}; it takes [B, 3, {size}, {size}]."
+            )
+        z = self.quant_conv(self.encoder(images))
+        return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float32 in [-1, 1] -> codes [B, n] int64; ValueError for another size."""
+        return base.nearest(self.features(images), self.codebook)
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, n, C] -> images [B, 3, H, W], about in [-1, 1] and not clamped; differentiable."""
+        return self.decoder(self.post_quant_conv(to_map(embeddings)))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: images [B, 3, H, W] -> (reconstruction [B, 3, H, W], codes [B, n] int64, scalar VQ loss).
+
+        The gradient passes the quantisation straight through. The loss is the official one, code + 0.25
+        commitment; its entropy term has weight 0 in all official trainings and is left out.
+        """
+        z, codebook = self.features(images), self.codebook
+        codes = base.nearest(z.detach(), codebook.detach())
+        quantized = codebook[codes]
+        loss = F.mse_loss(quantized, z.detach()) + COMMITMENT * F.mse_loss(z, quantized.detach())
+        return self.decode(z + (quantized - z).detach()), codes, loss

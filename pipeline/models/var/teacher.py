@@ -1,0 +1,148 @@
+"""VAR as a teacher: all tokens of a scale at once, scale after scale, with guidance, filter and a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.models import base
+from pipeline.models.base import Choose, Condition
+from pipeline.models.var.config import Config
+from pipeline.models.var.tokenizer import Tokenizer
+from pipeline.models.var.transformer import Cache, Transformer, initialise, modulated
+from pipeline.recipe import Filter
+
+
+class Network(Transformer):
+    """The official VAR transformer: a token sees its own scale and all earlier ones."""
+
+    def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
+        super().__init__(config, config.patch_nums, lambda query, key: query >= key)
+        initialise(self, generator)
+
+    def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        """Labels [B] and inputs [B, L - 1, C] of scales 1, 2, ... -> logits [B, L, V]."""
+        return Pass(self, labels)(inputs)
+
+
+class Pass:
+    """One sequence per label on its way through the network, in one call or, with a cache, scale by scale.
+
+    What depends on the class alone is computed once. ``length`` positions are cached; 0 stands for no cache.
+    """
+
+    def __init__(self, network: Network, labels: Tensor, length: int = 0) -> None:
+        self.network, self.end = network, 0
+        condition = network.class_emb(labels)
+        self.start = condition[:, None] + network.pos_start
+        self.positions = network.positions()
+        self.modulations = network.modulations(condition)
+        self.head = network.head_nm.modulation(condition)
+        self.caches = [Cache(length) if length else None for _ in network.blocks]
+
+    def __call__(self, inputs: Tensor, masked: bool = True, last: int = 0) -> Tensor:
+        """The next m positions -> their logits [B, m, V], or those of the ``last`` ones only.
+
+        ``inputs`` [B or B / 2, m, C] serve both halves of guidance; in the first call they are m - 1, because
+        the start token comes before them. ``masked`` hides later scales from the positions of the first call.
+        """
+        net = self.network
+        x = net.word_embed(inputs.to(net.word_embed.weight.dtype))
+        if len(x) != len(self.start):
+            x = x.repeat(len(self.start) // len(x), 1, 1)
+        if self.end == 0:
+            x = torch.cat([self.start.to(x.dtype), x], dim=1)
+        begin, self.end = self.end, self.end + x.shape[1]
+        x = x + self.positions[:, begin : self.end]
+        mask = net.attn_bias_for_masking[..., : self.end, : self.end] if masked and begin == 0 else None
+        for block, by, cache in zip(net.layers, self.modulations, self.caches, strict=True):
+            x = block(x, by, mask, cache)
+        return net.head(modulated(x[:, -last:], *self.head))
+
+
+class Teacher(base.Teacher):
+    """A VAR and its tokenizer. The network starts with fresh weights, from ``generator`` if there is one."""
+
+    tokenizer: Tokenizer
+    network: Network
+
+    def __init__(self, config: Config, filter: Filter, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        self.filter = filter
+        self.tokenizer = Tokenizer(config)
+        self.network = Network(config, generator)
+
+    def forward(self, condition: Condition, codes: Tensor) -> Tensor:
+        """Teacher-forced logits [B, n, V] of codes [B, n].
+
+        No label is dropped here, in training or not (the official forward drops them even in evaluation). Who
+        trains for guidance replaces labels by the null class, ``layout.classes``.
+        """
+        known = codes[:, : self.layout.before(self.layout.steps)]  # the last scale's codes are no input
+        _, inputs = self.tokenizer.quantize.replay(self.codebook[known])
+        return self.network(condition.labels, torch.cat(inputs, dim=1))
+
+    @torch.no_grad()
+    def generate(
+        self, condition: Condition, choose: Choose, prefix: Tensor | None = None, stop: int | None = None
+    ) -> Tensor:
+        first, end = self.span(prefix, stop)
+        labels, layout, quantize = condition.labels, self.layout, self.tokenizer.quantize
+        if prefix is None:
+            prefix = labels.new_empty(len(labels), 0)
+        if len(prefix) != len(labels):
+            raise ValueError(
+                f"the prefix has {len(prefix)} rows for {len(labels)} labels; give one per label."
+            )
+        if first == end:
+            return prefix
+        if self.filter.guidance:
+            labels = torch.cat([labels, torch.full_like(labels, layout.classes)])
+        network = Pass(self.network, labels, layout.before(end))
+        f_hat, inputs = quantize.replay(self.codebook[prefix])
+        x = torch.cat([self.codebook.new_empty(len(prefix), 0, layout.code_dim), *inputs], dim=1)
+        codes = [prefix]
+        for t in range(first, end):
+            # With a prefix, the first pass holds several scales, and only there does a mask say something.
+            masked = t == first > 1 and self.config.prefix_mask == "causal"
+            logits = guided(network(x, masked, layout.groups[t - 1]), self.filter.guidance, t, layout.steps)
+            codes.append(choose(t, filtered(logits, self.filter)))
+            if t + 1 < end:
+                added = quantize.contribution(self.codebook[codes[-1]], t - 1)
+                f_hat = added if f_hat is None else f_hat + added
+                x = quantize.next_input(f_hat, t)
+        return torch.cat(codes, dim=1)
+
+
+def guided(logits: Tensor, guidance: float, t: int, steps: int) -> Tensor:
+    """(1 + w) cond - w uncond with w = guidance (t - 1) / (steps - 1), float32: AR step 1 is never guided.
+
+    ``logits`` [2 B, g, V] hold the conditional half first; without guidance they are [B, g, V] and only cast.
+    """
+    logits = logits.float()
+    if not guidance:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    w = guidance * (t - 1) / (steps - 1)
+    return (1 + w) * conditional - w * unconditional
+
+
+def filtered(logits: Tensor, filter: Filter) -> Tensor:
+    """Logits [..., V] float32 -> log-probabilities after temperature, top-k and top-p; -inf where removed.
+
+    Top-k keeps ties with the k-th. Top-p removes, from the least likely up, every code whose cumulative
+    probability is at most 1 - p, but never the most likely one; torch.sort decides which of equal codes goes.
+    """
+    if filter.temperature != 1:
+        logits = logits / filter.temperature
+    if 0 < filter.top_k < logits.shape[-1]:
+        least = logits.topk(filter.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if filter.top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        gone = ascending.softmax(-1).cumsum(-1) <= 1 - filter.top_p
+        gone[..., -1] = False
+        logits = logits.masked_fill(gone.scatter(-1, order, gone), -torch.inf)
+    return logits.log_softmax(-1)

@@ -1,0 +1,369 @@
+"""The rows of a pair set: Parquet shards, their checks, and the stream that training reads.
+
+``manifest`` owns the folder around them. The columns are sample_id uint64, label int32, noise float16 [n, C] (left out
+and derived again when ``pairs.noise`` is derived) and tokens uint16 [n], in canonical Arrow types that pandas, DuckDB and
+others read. b is rows, n the tokens of an image, C the dimension of a code, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline import manifest, noise, storage
+from pipeline.manifest import Facts, Shard
+from pipeline.models.base import Layout
+from pipeline.recipe import Recipe, fingerprint
+
+WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is read once and kept
+FREQUENCIES = 2 << 30  # bytes of the largest table of token frequencies
+CHECKERS = 8  # threads that check shards: reading, SHA-256 and Parquet release the GIL
+T = TypeVar("T")
+
+
+class Rows(NamedTuple):
+    """Rows as stored: ids int64 [b], labels int64 [b], noise float16 [b, n, C] or None if derived, tokens uint16 [b, n]."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    noise: np.ndarray | None
+    tokens: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> Rows:
+        return Rows(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def join(parts: list[Rows]) -> Rows:
+        columns = zip(*parts, strict=True)
+        return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+
+class Pairs(NamedTuple):
+    """A batch for training: ids int64 [b], labels int64 [b], noise float32 [b, n, C], tokens int64 [b, n]."""
+
+    ids: Tensor
+    labels: Tensor
+    noise: Tensor
+    tokens: Tensor
+
+
+# ---- one shard
+
+
+def schema(known: Facts) -> pa.Schema:
+    length, dim = manifest.noise_shape(known)
+    columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
+    if known["noise"] == "stored":
+        columns.append(pa.field("noise", pa.fixed_shape_tensor(pa.float16(), [length, dim])))
+    return pa.schema([*columns, pa.field("tokens", pa.fixed_shape_tensor(pa.uint16(), [length]))])
+
+
+def row_bytes(known: Facts) -> int:
+    """Bytes of a row in memory, and at most about as many on disk."""
+    length, dim = manifest.noise_shape(known)
+    return 12 + 2 * length + (2 * length * dim if known["noise"] == "stored" else 0)
+
+
+def table(known: Facts, rows: Rows) -> pa.Table:
+    """Rows -> an Arrow table with the columns of a shard; ValueError for codes that the vocabulary lacks."""
+    vocabulary = known["layout"]["vocabulary"]
+    low, high = int(rows.tokens.min()), int(rows.tokens.max())
+    if not 0 <= low <= high < min(vocabulary, 2**16):
+        raise ValueError(
+            f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}, up to 65536."
+        )
+    arrays = {
+        "sample_id": pa.array(rows.ids.astype(np.uint64)),
+        "label": pa.array(rows.labels.astype(np.int32)),
+        "noise": None if rows.noise is None else _tensor(rows.noise),
+        "tokens": _tensor(rows.tokens.astype(np.uint16)),
+    }
+    wanted = schema(known)
+    return pa.table([arrays[name] for name in wanted.names], schema=wanted)
+
+
+def write_shard(uri: str, known: Facts, made: pa.Table) -> Shard:
+    """Commit the table of one shard atomically; the same rows give the same bytes."""
+    made = made.select(schema(known).names).combine_chunks()
+    number = made["sample_id"][0].as_py() // known["shard_rows"]
+    name = manifest.shard_name(number, made.num_rows, known["shard_rows"])
+    buffer = pa.BufferOutputStream()
+    # A dictionary suits tokens (12 bits instead of 32); noise, where hardly a value repeats, is written twice as fast
+    # without.
+    pq.write_table(
+        made,
+        buffer,
+        use_dictionary=["tokens.list.element"],
+        compression="zstd",
+        compression_level=1,
+        row_group_size=made.num_rows,
+    )
+    data = buffer.getvalue().to_pybytes()
+    storage.write_bytes(storage.join(uri, name), data)
+    return Shard(name, number, made.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def load_shard(uri: str, known: Facts, name: str) -> Rows:
+    """The rows of a shard as they are stored; ValueError naming the file for one that is damaged."""
+    return _decode(storage.read_bytes(storage.join(uri, name)), uri, known, name)
+
+
+def read_shard(uri: str, known: Facts, name: str) -> Rows:
+    """The rows of a shard with their noise, stored or derived."""
+    rows = load_shard(uri, known, name)
+    return rows._replace(noise=_noise(known, rows))
+
+
+def inspect_shard(uri: str, known: Facts, name: str, sha256: str | None = None) -> Shard:
+    """Read a committed shard whole and check it; ValueError naming the file and what to do."""
+    data = storage.read_bytes(storage.join(uri, name))
+    found = hashlib.sha256(data).hexdigest()
+    rows = _decode(data, uri, known, name)
+    if sha256 is not None and found != sha256:
+        raise _damaged(uri, name, "its bytes are not those that the manifest lists")
+    return Shard(name, rows.ids[0].item() // known["shard_rows"], len(rows.ids), len(data), found)
+
+
+def _decode(data: bytes, uri: str, known: Facts, name: str) -> Rows:
+    """Parquet bytes -> rows, after every check that the content alone allows."""
+    try:
+        read = pq.read_table(pa.BufferReader(data), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(uri, name, str(error).strip().splitlines()[0]) from None
+    if not read.schema.equals(schema(known)):
+        raise _damaged(uri, name, f"its columns are {', '.join(read.schema.names)} of other names or types")
+    ids = read["sample_id"].to_numpy().astype(np.int64)
+    labels = read["label"].to_numpy().astype(np.int64)
+    number, rows = manifest.number_and_rows(name, known["shard_rows"])
+    first = number * known["shard_rows"]
+    if not np.array_equal(ids, np.arange(first, first + rows)):
+        raise _damaged(uri, name, f"its {len(ids)} rows are not the ids from {first} to {first + rows - 1}")
+    if not np.array_equal(labels, noise.labels(ids, known["layout"]["classes"])):
+        raise _damaged(uri, name, "its labels are not those of its ids")
+    tokens = _array(read["tokens"])
+    if tokens.max() >= known["layout"]["vocabulary"]:
+        raise _damaged(uri, name, f"it holds the code {tokens.max()}, outside the vocabulary")
+    return Rows(ids, labels, _array(read["noise"]) if "noise" in read.column_names else None, tokens)
+
+
+def _damaged(uri: str, name: str, why: str) -> ValueError:
+    return ValueError(
+        f"{storage.join(uri, name)} is damaged ({why}); delete it and run generate_pairs again with the same recipe, which"
+        " makes it anew, bit for bit."
+    )
+
+
+def _tensor(array: np.ndarray) -> pa.ExtensionArray:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(array))
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().to_numpy_ndarray()
+
+
+def _noise(known: Facts, rows: Rows) -> np.ndarray:
+    if rows.noise is not None:
+        return rows.noise
+    return noise.gaussian(known["seed"], rows.ids, *manifest.noise_shape(known))
+
+
+# ---- a whole set
+
+
+def fingerprint_of(uri: str) -> str:
+    """The fingerprint of the set in a folder, complete or not."""
+    return storage.read_json(storage.join(uri, "recipe.json"))["fingerprint"]
+
+
+def check(recipe: Recipe) -> str:
+    """The fingerprint of the recipe's pair set; one sentence unless it is complete and made as the recipe says."""
+    known = manifest.facts_of(recipe)
+    manifest.check_claim(recipe.pairs_uri, known)
+    return manifest.read(recipe.pairs_uri, fingerprint(known))["fingerprint"]
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """Check schema, rows, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
+    found = manifest.read(uri)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        args = [(uri, found["facts"], shard["name"], shard["sha256"]) for shard in found["shards"]]
+        for _ in pool.map(inspect_shard, *zip(*args, strict=True)):
+            pass
+    return found
+
+
+def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
+    """How often each code stands at each position: int64 [n, V], or with ``by_class`` [classes, n, V].
+
+    Raises ValueError where the table by class would be too large (1,000 classes x 680 tokens x 4,096 codes are 22 GB).
+    """
+    found = manifest.read(uri)
+    known, layout = found["facts"], found["facts"]["layout"]
+    length, vocabulary = sum(layout["groups"]), layout["vocabulary"]
+    groups = layout["classes"] if by_class else 1
+    size = groups * length * vocabulary
+    if 8 * size > FREQUENCIES:
+        raise ValueError(
+            f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes."
+        )
+    counts = np.zeros(size, dtype=np.int64)
+    for shard in found["shards"]:
+        rows = load_shard(uri, known, shard["name"])
+        group = rows.labels if by_class else np.zeros_like(rows.labels)
+        cell = (group[:, None] * length + np.arange(length)) * vocabulary + rows.tokens
+        counts += np.bincount(cell.ravel(), minlength=size)
+    shape = (length, vocabulary)
+    return counts.reshape((groups, *shape) if by_class else shape)
+
+
+class PairStream:
+    """Rows of a complete set in an order that is a function of (seed, epoch) alone.
+
+    The shards are permuted, then the rows within each window of consecutive shards. Global batch k of an epoch is a fixed
+    set of rows however many workers share it, so a position is arithmetic and no loader state is ever saved. Neighbouring
+    rows are independent draws, hence shuffling within windows loses nothing.
+    """
+
+    def __init__(self, uri: str, found: dict[str, Any], window: int) -> None:
+        self.uri, self.facts, self.fingerprint, self.count = (
+            uri,
+            found["facts"],
+            found["fingerprint"],
+            found["count"],
+        )
+        self.layout = Layout(**{**self.facts["layout"], "groups": tuple(self.facts["layout"]["groups"])})
+        self.shards = [Shard(**shard) for shard in found["shards"]]
+        self._per_window = max(1, window // (row_bytes(self.facts) * self.facts["shard_rows"]))
+        self._cache: dict[str, Rows] = {}
+
+    @classmethod
+    def open(cls, uri: str, expected: str | None = None, window: int = WINDOW) -> PairStream:
+        """Open a set after checking that it is complete, is the ``expected`` one, and that its noise can be made here.
+
+        ``window`` bytes of rows are shuffled together; it is part of the order.
+        """
+        return cls(storage.resolve(uri), manifest.read(uri, expected), window)
+
+    def steps(self, batch: int) -> int:
+        """Batches of an epoch; a last one that is not full is dropped."""
+        return self.count // batch
+
+    def batches(
+        self, epoch: int, seed: int, batch: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Pairs]:
+        """Rank ``rank``'s share, batch / world rows, of the global batches start, start + 1, ... of an epoch.
+
+        Batches and windows are made one ahead in threads. Raises ValueError for a batch that the ranks cannot share or
+        that is larger than the set.
+        """
+        if batch % world or not 0 <= rank < world:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {world} workers (rank {rank}); make it a multiple."
+            )
+        if batch > self.count:
+            raise ValueError(
+                f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it."
+            )
+        windows = _ahead(self._windows(epoch, seed, batch, start, rank, world))
+        return _ahead(self._pairs(rows) for rows in _cut(windows, batch // world))
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """The ids of an epoch in order, int64 [count]: what ``batches`` follows."""
+        first = self.facts["shard_rows"] * np.array([shard.number for shard in self.shards])
+        parts = []
+        for group, places in self._plan(epoch, seed):
+            ids = np.concatenate([first[i] + np.arange(self.shards[i].rows) for i in group])
+            parts.append(ids[places])
+        return np.concatenate(parts)
+
+    def _plan(self, epoch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Windows of an epoch: the shards of each (places in ``shards``) and the permutation of their rows."""
+        shards = _permutation(seed, epoch, 0, len(self.shards))
+        for window, begin in enumerate(range(0, len(shards), self._per_window), start=1):
+            group = shards[begin : begin + self._per_window]
+            yield group, _permutation(seed, epoch, window, sum(self.shards[i].rows for i in group))
+
+    def _windows(
+        self, epoch: int, seed: int, batch: int, start: int, rank: int, world: int
+    ) -> Iterator[Rows]:
+        """This rank's rows of every window, in order."""
+        share, before = batch // world, 0
+        for group, places in self._plan(epoch, seed):
+            position = before + np.arange(len(places))
+            before += len(places)
+            wanted = (position >= start * batch) & (position < self.steps(batch) * batch)
+            mine = places[wanted & (position % batch // share == rank)]
+            if len(mine):
+                yield self._gather(group, mine)
+
+    def _gather(self, group: np.ndarray, places: np.ndarray) -> Rows:
+        """The rows at ``places`` of the concatenated shards of ``group``; each shard is read once and cut at once."""
+        parts, order, offset = [], [], 0
+        for i in group:
+            here = np.flatnonzero((places >= offset) & (places < offset + self.shards[i].rows))
+            if len(here):
+                parts.append(self._load(self.shards[i]).take(places[here] - offset))
+                order.append(here)
+            offset += self.shards[i].rows
+        back = np.empty(len(places), dtype=np.int64)
+        back[np.concatenate(order)] = np.arange(len(places))
+        return Rows.join(parts).take(back)
+
+    def _load(self, shard: Shard) -> Rows:
+        if shard.name in self._cache:
+            return self._cache[shard.name]
+        rows = load_shard(self.uri, self.facts, shard.name)
+        if len(self.shards) <= self._per_window:
+            self._cache[shard.name] = rows
+        return rows
+
+    def _pairs(self, rows: Rows) -> Pairs:
+        return Pairs(
+            torch.from_numpy(rows.ids),
+            torch.from_numpy(rows.labels),
+            torch.from_numpy(_noise(self.facts, rows).astype(np.float32)),
+            torch.from_numpy(rows.tokens.astype(np.int64)),
+        )
+
+
+def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """A permutation of range(count) from raw Philox bits, which no numpy version changes."""
+    bits = np.random.Philox(
+        key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream]
+    ).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def _cut(windows: Iterator[Rows], size: int) -> Iterator[Rows]:
+    """Windows of any length -> pieces of ``size`` rows, across their borders; a short rest is dropped."""
+    rest: Rows | None = None
+    for rows in windows:
+        at = 0
+        if rest is not None:
+            at = size - len(rest.ids)
+            rest = Rows.join([rest, rows.take(slice(0, at))])
+            if len(rest.ids) < size:
+                continue
+            yield rest
+        while at + size <= len(rows.ids):
+            yield rows.take(slice(at, at + size))
+            at += size
+        rest = rows.take(slice(at, None)) if at < len(rows.ids) else None
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is made in a thread while the last one is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

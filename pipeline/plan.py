@@ -1,0 +1,208 @@
+"""What an evaluation has to draw, under which fingerprint, and all that can be refused before it does.
+
+Knows samplers, files and fingerprints, and nothing of Ray: ``evaluate`` carries a plan out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import pairs, samplers, scoring, storage
+from pipeline.models import checkpoints
+from pipeline.models.base import Layout
+from pipeline.recipe import Recipe, fingerprint
+from pipeline.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
+
+ITEM = 1_000  # images of one unit of work; divides metrics.SCORE_BLOCK
+KEEP = 512 << 20  # bytes of features that are kept for precision and recall
+FORMAT = 1  # of the cached statistics
+SNAPSHOT = re.compile(r"step-(\d+)\.safetensors")  # students exported along the way
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images that are scored as one set: ``count`` samples from id ``first``, or as many real images
+    (sampler None).
+    """
+
+    sampler: Sampler | None
+    count: int
+    first: int = 0
+    student: str = ""
+    keep: bool = False
+
+    def places(self, item: int) -> range:
+        """The images of one unit of work, counted from 0."""
+        return range(item * ITEM, min((item + 1) * ITEM, self.count))
+
+    @property
+    def items(self) -> int:
+        return math.ceil(self.count / ITEM)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that passed the cheap checks, with what they found."""
+
+    recipe: Recipe
+    layout: Layout
+    samplers: list[Sampler]
+    real: int
+    facts: dict[str, Any]
+    students: dict[str, str] = field(default_factory=dict)
+    snapshots: dict[int, str] = field(default_factory=dict)
+    mask: str = "released"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.recipe.cluster.gpus else "cpu"
+
+    @property
+    def student(self) -> str:
+        return self.recipe.evaluate.student or storage.join(self.recipe.student_uri, "student.safetensors")
+
+    def table(self) -> list[Draw]:
+        """One draw per row of the report."""
+        keep = self.real > 0 and self.recipe.evaluate.count * self.facts["dim"] * 4 <= KEEP
+        return [self._draw(sampler, keep=keep) for sampler in self.samplers]
+
+    def reference(self) -> Draw:
+        return Draw(None, self.real, keep=True)
+
+    def second(self) -> Draw | None:
+        """Another draw of the AR teacher, the yardstick for the flow-matched one; None unless both are
+        listed.
+        """
+        kinds = {type(sampler) for sampler in self.samplers}
+        if not {Autoregressive, FlowMatched} <= kinds:
+            return None
+        return self._draw(Autoregressive(), first=self.recipe.evaluate.count)
+
+    def curve(self) -> dict[int, list[Draw]]:
+        """The few-step samplers of every exported student; step 0 holds the teacher's for the horizontal
+        lines.
+        """
+        few = [sampler for sampler in self.samplers if isinstance(sampler, FewStep)]
+        count = self.recipe.evaluate.curve_count
+        if not (few and self.snapshots and count):
+            return {}
+        listed = [sampler for sampler in self.samplers if isinstance(sampler, Autoregressive | FlowMatched)]
+        teachers = [self._draw(sampler, count=count) for sampler in listed or [Autoregressive()]]
+        return {0: teachers} | {
+            step: [self._draw(sampler, count=count, student=uri) for sampler in few]
+            for step, uri in sorted(self.snapshots.items())
+        }
+
+    def draws(self) -> list[Draw]:
+        """All that is to be drawn, those of one student together."""
+        out = [self.reference()] if self.real else []
+        out += self.table()
+        out += [draw for draw in [self.second()] if draw]
+        out += [draw for draws in self.curve().values() for draw in draws]
+        return list(dict.fromkeys(out))
+
+    def key(self, draw: Draw) -> str:
+        """Fingerprint of everything that shapes the statistics of a draw."""
+        evaluate = self.recipe.evaluate
+        facts: dict[str, Any] = {"format": FORMAT, "features": self.facts["features"], "grid": evaluate.grid}
+        facts |= {"count": draw.count, "first": draw.first, "keep": draw.keep}
+        if draw.sampler is not None:
+            facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
+            facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
+            facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
+        if isinstance(draw.sampler, FlowMatched):
+            facts["solver"] = dataclasses.asdict(self.recipe.pairs.solver)
+        if isinstance(draw.sampler, OneStepStar):
+            facts["pairs"] = [self.facts["pairs"], self.recipe.pairs.count]
+        return fingerprint(facts)
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the whole report."""
+        batches = list(self.recipe.evaluate.timing_batches)
+        return fingerprint({"draws": [self.key(draw) for draw in self.draws()], "timing": batches})
+
+    def cache(self, draw: Draw) -> str:
+        return storage.join(self.recipe.report_uri, "cache", f"{self.key(draw)[:24]}.npz")
+
+    def _draw(
+        self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: bool = False
+    ) -> Draw:
+        uri = (student or self.student) if sampler.student else ""
+        return Draw(sampler, count or self.recipe.evaluate.count, first, uri, keep)
+
+
+# ---- the checks
+
+
+def prepare(recipe: Recipe) -> Plan:
+    """Everything that can be wrong and is cheap to find; ValueError, one sentence each, before any
+    sampling.
+    """
+    settings = recipe.evaluate
+    config = checkpoints.config(recipe.teacher)
+    layout = config.layout
+    listed = samplers.build(settings.samplers, layout, recipe.train.split)
+    features = scoring.check(settings, layout.image_size, layout.classes)
+    facts = {
+        "family": recipe.teacher.family,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "filter": dataclasses.asdict(recipe.teacher.filter),
+        "precision": recipe.teacher.precision,
+        "teacher": checkpoints.checksums(recipe.teacher),
+        "features": features,
+        "dim": scoring.DIMENSIONS[settings.features],
+    }
+    plan = Plan(recipe, layout, listed, len(scoring.ReferenceImages(settings)), facts)
+    storage.check_writable(recipe.report_uri)
+    if any(sampler.frequencies for sampler in listed):
+        facts["pairs"] = pairs.check(recipe)
+    return _with_students(plan) if any(sampler.student for sampler in listed) else plan
+
+
+def _with_students(plan: Plan) -> Plan:
+    """Look at the student and the students exported along the way; refuse one of another teacher or pair
+    set.
+    """
+    recipe = plan.recipe
+    if not storage.exists(plan.student):
+        raise FileNotFoundError(
+            f"there is no student at {plan.student}; run jobs/distill.py first or set evaluate.student."
+        )
+    mask = recipe.train.mask
+    if plan.student.endswith(
+        ".safetensors"
+    ):  # the authors' files are .pth and .pt and say nothing of themselves
+        settings = checkpoints.metadata(plan.student)
+        _check_student(plan, settings)
+        mask = settings.get("mask", mask)
+    names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
+    found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
+    students = {uri: storage.sha256(uri) for uri in [plan.student, *found.values()]}
+    return dataclasses.replace(plan, snapshots=found, students=students, mask=mask)
+
+
+def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
+    of_pairs = pairs.facts(plan.recipe, plan.layout, plan.facts["teacher"])
+    wanted = {"family": plan.facts["family"], "teacher": plan.facts["teacher"]}
+    for key, value in (wanted | {"pairs_fingerprint": fingerprint(of_pairs)}).items():
+        if settings.get(key) != value:
+            raise ValueError(
+                f"the student at {plan.student} was distilled with {key} {settings.get(key)}, but this"
+                f" recipe has {value}; use the recipe that it was distilled with, or set evaluate.student."
+            )
+
+
+def describe(plan: Plan) -> str:
+    """The plan of a dry run: the resolved recipe, and what is left to draw."""
+    lines = [json.dumps(plan.recipe.resolved(), indent=2), "", "To draw:"]
+    for draw in plan.draws():
+        name = draw.sampler.name if draw.sampler else "real images"
+        student = f" with {draw.student}" if draw.student else ""
+        state = "in the cache" if storage.exists(plan.cache(draw)) else f"{draw.items} units of work"
+        lines.append(f"  {name}{student}: {draw.count} images from id {draw.first}, {state}")
+    return "\n".join(lines)

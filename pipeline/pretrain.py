@@ -1,0 +1,150 @@
+"""Training the embedded default's networks from scratch: classifiers, tokenizers, AR teachers.
+
+Real teachers come as files; this module exists so that the digits default can be remade by one command. Every network is
+the class that loads the official checkpoints, at a small size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline import digits
+from pipeline.models.base import Condition, Teacher, Tokenizer
+
+Report = Callable[[str], None]
+
+
+@contextmanager
+def cheap() -> Iterator[None]:
+    """bf16 autocast and plain matrix-product attention: on a CPU, a third of the time and the same curves."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """``steps`` batches of indices below ``count``; every epoch is a fresh permutation, a short tail is dropped."""
+    order = torch.randperm(count, generator=generator)
+    position = 0
+    for _ in range(steps):
+        if position + size > count:
+            order, position = torch.randperm(count, generator=generator), 0
+        yield order[position : position + size]
+        position += size
+
+
+class Averaged:
+    """A network being trained: AdamW, linear warm-up and cosine decay, clipping, moving average of the weights."""
+
+    def __init__(self, network: nn.Module, lr: float, steps: int, ema: float = 0.995, weight_decay: float = 0.02) -> None:
+        self.network, self.steps, self.ema = network, steps, ema
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda s: min(1.0, (s + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
+        )
+
+    def step(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        with torch.no_grad():
+            pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
+            for kept, new in pairs:
+                if kept.is_floating_point():
+                    kept.lerp_(new, 1 - self.ema)
+                else:
+                    kept.copy_(new)
+
+
+def train_classifier(
+    network: nn.Module, classify: Callable[[nn.Module, Tensor], Tensor], steps: int, seed: int, report: Report
+) -> nn.Module:
+    """A digits classifier (batch 128); ``classify(network, images)`` gives its logits."""
+    images, labels = digits.training_split()
+    generator = torch.Generator().manual_seed(seed)
+    run = Averaged(network, 3e-3, steps)
+    for index in batches(len(images), 128, steps, generator):
+        shown = digits.augmented(images[index], generator)
+        run.step(F.cross_entropy(classify(network, shown), labels[index], label_smoothing=0.05))
+    everything, truth = digits.images_and_labels()
+    with torch.no_grad():
+        found = classify(run.average, everything[-digits.HELD_OUT :]).argmax(1)
+    report(f"held-out accuracy {(found == truth[-digits.HELD_OUT :]).float().mean().item():.2%}")
+    return run.average
+
+
+def train_tokenizer(
+    tokenizer: Tokenizer, perceptual: digits.Perceptual, steps: int, batch: int, lr: float, seed: int, report: Report
+) -> Tokenizer:
+    """VQ auto-encoder on pixels and perceptual features; codes that fall out of use are moved beside busy ones."""
+    images, _ = digits.training_split()
+    generator = torch.Generator().manual_seed(seed)
+    embedding = tokenizer.quantize.embedding.weight
+    vocabulary = tokenizer.layout.vocabulary
+    used = torch.zeros(vocabulary)
+    run = Averaged(tokenizer, lr, steps, weight_decay=0.0)
+    for step, index in enumerate(batches(len(images), batch, steps, generator)):
+        shown = digits.augmented(images[index], generator)
+        with cheap():
+            made, codes, vq_loss = tokenizer(shown)
+            reconstruction = F.l1_loss(made, shown) + perceptual(made, shown).mean()
+        run.step(reconstruction + vq_loss)
+        used += torch.bincount(codes.flatten(), minlength=vocabulary)
+        if (step + 1) % 25 == 0 and step < 0.7 * steps:
+            _revive(embedding, used, generator)
+            used.zero_()
+        if (step + 1) % 100 == 0:
+            report(f"tokenizer step {step + 1}/{steps}: reconstruction {reconstruction.item():.4f} vq {vq_loss.item():.4f}")
+    return run.average
+
+
+@torch.no_grad()
+def _revive(embedding: Tensor, used: Tensor, generator: torch.Generator) -> None:
+    """Codes that took less than a tenth of their share get a perturbed copy of a code drawn by its use."""
+    dead = (used < 0.1 * used.mean()).nonzero()[:, 0]
+    if len(dead):
+        source = torch.multinomial(used, len(dead), replacement=True, generator=generator)
+        spread = embedding.std(0) * 0.1
+        embedding[dead] = embedding[source] + spread * torch.randn(len(dead), embedding.shape[1], generator=generator)
+
+
+@torch.no_grad()
+def shifted_codes(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Codes of the training digits under all nine one-pixel shifts: codes [40500, n] int64 and labels [40500]."""
+    images, labels = digits.training_split()
+    padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
+    side = images.shape[-1]
+    codes = [
+        tokenizer.encode(padded[start : start + 500, :, dy : dy + side, dx : dx + side])
+        for dy in range(3)
+        for dx in range(3)
+        for start in range(0, len(images), 500)
+    ]
+    return torch.cat(codes), labels.repeat(9)
+
+
+def train_teacher(teacher: Teacher, steps: int, batch: int, lr: float, seed: int, report: Report) -> nn.Module:
+    """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
+    codes, labels = shifted_codes(teacher.tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    run = Averaged(teacher.network, lr, steps, ema=0.998, weight_decay=0.05)
+    for step, index in enumerate(batches(len(codes), batch, steps, generator)):
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        condition = Condition(labels[index].masked_fill(dropped, teacher.layout.classes))
+        with cheap():
+            logits = teacher(condition, codes[index])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), codes[index].flatten())
+        run.step(loss)
+        if (step + 1) % 100 == 0:
+            report(f"teacher step {step + 1}/{steps}: cross-entropy {loss.item():.4f}")
+    return run.average

@@ -1,0 +1,71 @@
+"""Progress of a long loop: one updating bar on a terminal, a readable line now and then in a job's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """``with Progress(40, "shards") as progress: progress.update(note="1,520 rows/s")``, written to stderr.
+
+    In a log a line is written after the first update, at most every ``every`` seconds, and at the end. ``done`` of the
+    ``total`` were there before and do not count towards the speed.
+    """
+
+    def __init__(self, total: int, unit: str, every: float = 30.0, done: int = 0) -> None:
+        self.total, self.unit, self.every, self.done = total, unit, every, done
+        self._before, self._start, self._last = done, time.monotonic(), -float("inf")
+        self._bar = None
+        if sys.stderr.isatty():
+            form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
+            self._bar = tqdm(total=total, initial=done, desc=unit, bar_format=form, dynamic_ncols=True)
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """``n`` more are done; ``note`` says how it goes."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+            return
+        now = time.monotonic()
+        if now - self._last >= self.every or self.done >= self.total:
+            self._last = now
+            print(", ".join(filter(None, [self._count(), note, self._left()])), file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _count(self) -> str:
+        return f"{self.unit} {self.done:,}/{self.total:,}"
+
+    def _left(self) -> str:
+        made = self.done - self._before
+        if self.done >= self.total or not made:
+            return f"{duration(self.seconds)} in all"
+        return f"{duration(self.seconds / made * (self.total - self.done))} left"
+
+
+def duration(seconds: float) -> str:
+    """1.4 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

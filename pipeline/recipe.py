@@ -1,0 +1,357 @@
+"""Every knob of the three jobs as frozen dataclasses: one experiment, one YAML file, three commands.
+
+``parse`` turns ``--config recipe.yaml --train.lr 1e-4`` into a ``Recipe`` and is strict about typos. Checks that need
+no file and no network are made here, before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pipeline.flow import Solver
+
+DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-var.yaml"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """How a teacher turns logits into p: guidance, temperature, top-k, top-p. p after the filter is what FM preserves.
+
+    Attributes:
+        guidance: classifier-free guidance. VAR: (1 + w) cond - w uncond with w = guidance * s / (S - 1) on scale s, 0 is
+            off. LlamaGen: uncond + guidance * (cond - uncond), 1 is off.
+        temperature: logits are divided by it.
+        top_k: keep the k largest logits (ties with the k-th stay); 0 is off.
+        top_p: keep the nucleus of this probability by the family's own rule; 1 is off.
+    """
+
+    guidance: float = 2.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.guidance >= 0, f"teacher.filter.guidance is {self.guidance}; it must not be negative.")
+        _check(self.temperature > 0, f"teacher.filter.temperature is {self.temperature}; it must be above 0.")
+        _check(self.top_k >= 0, f"teacher.filter.top_k is {self.top_k}; use 0 to keep every code.")
+        _check(
+            0 < self.top_p <= 1,
+            f"teacher.filter.top_p is {self.top_p}; it must be above 0, and 1 keeps every code.",
+        )
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The teacher: which network, which weights, which p.
+
+    Attributes:
+        family: dotted path of the package with Config, Tokenizer, Teacher and Student.
+        config: fields of the family's Config, the shape of the nets.
+        tokenizer: URI of the tokenizer's weights (a path, s3://, gs://, hf:// or package://, the installed assets).
+        checkpoint: URI of the transformer's weights.
+        filter: guidance, temperature, top-k and top-p.
+        precision: fp32, or bf16 for the transformer on devices that have it; flow matching is always float32.
+    """
+
+    family: str = "pipeline.models.var"
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
+    checkpoint: str = ""
+    filter: Filter = field(default_factory=Filter)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Noise-token pairs (Alg. 1).
+
+    Attributes:
+        uri: folder of the pair set; default <run>/pairs.
+        count: rows in all. Outside the fingerprint: raise it to grow a set.
+        seed: with the sample id, determines noise and label.
+        shard_rows: rows of one Parquet shard, the unit of work, of commit and of resume.
+        noise: stored in the shards as float16, or derived again from (seed, sample id) by the reader.
+        solver: how the flow-matching ODE is solved.
+        batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
+        actors: teacher replicas. Fixed, and the cluster scales to it.
+        verify: check the finished set instead of generating: every shard, and some rows again through the teacher.
+    """
+
+    uri: str | None = None
+    count: int = 20_000
+    seed: int = 1
+    shard_rows: int = 1_000
+    noise: Literal["stored", "derived"] = "stored"
+    solver: Solver = field(default_factory=Solver)
+    batch: int = 250
+    actors: int = 2
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("count", "shard_rows", "batch", "actors"):
+            _check(getattr(self, name) >= 1, f"pairs.{name} is {getattr(self, name)}; it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Distillation (Alg. 2).
+
+    Attributes:
+        uri: folder of checkpoints and exported students; default <run>/student.
+        start_steps: the AR steps t that training draws from, in paper numbering (1 is pure noise).
+        split: leading AR steps whose embeddings come from the logits head; later ones from the embedding head.
+        cross_entropy: weight of the cross-entropy on logits.
+        lpips: weight of the perceptual loss on decoded images.
+        perceptual: which perceptual network: LPIPS's VGG or AlexNet trunk, or the small one of the digits default.
+        batch: samples of one optimiser step over all workers.
+        epochs: passes over the pair set.
+        lr: peak learning rate.
+        warmup: optimiser steps of linear warm-up.
+        schedule: after the warm-up, constant or cosine to zero.
+        betas: AdamW's.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest gradient norm.
+        ema: decay of the moving average that is exported.
+        seed: of the order of the pairs, of t and of the student's new parameters.
+        mask: VAR students, whether a token sees its scale mates (paper) or not (released).
+        precision: fp32, or bf16 autocast.
+        workers: DDP workers; 0 trains in the driver's process.
+        checkpoint_every: optimiser steps between checkpoints.
+        keep: newest checkpoints kept.
+        log_every: optimiser steps between logged metrics and progress lines.
+        snapshots: EMA students exported along the way for the report's curve, evenly spaced, the last is the result.
+        export: safetensors with its settings.
+    """
+
+    uri: str | None = None
+    start_steps: tuple[int, ...] = (1, 6)
+    split: int = 5
+    cross_entropy: float = 0.1
+    lpips: float = 1.0
+    perceptual: Literal["vgg", "alex", "digits"] = "vgg"
+    batch: int = 64
+    epochs: int = 10
+    lr: float = 1e-4
+    warmup: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.9999
+    seed: int = 3
+    mask: Literal["released", "paper"] = "released"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 20
+    snapshots: int = 5
+
+    def __post_init__(self) -> None:
+        positive = ("batch", "epochs", "checkpoint_every", "keep", "log_every", "snapshots")
+        for name in positive:
+            _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("lpips", "cross_entropy", "weight_decay", "warmup", "workers", "split"):
+            _check(
+                getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative."
+            )
+        _check(
+            self.lpips + self.cross_entropy > 0,
+            "train.lpips and train.cross_entropy are both 0; nothing is learned.",
+        )
+        _check(0 <= self.ema < 1, f"train.ema is {self.ema}; it must be from 0 (no averaging) to below 1.")
+        _check(self.lr > 0, f"train.lr is {self.lr}; it must be above 0.")
+        _check(self.clip > 0, f"train.clip is {self.clip}; it must be above 0.")
+        steps = self.start_steps
+        _check(
+            bool(steps) and steps[0] == 1 and list(steps) == sorted(set(steps)),
+            f"train.start_steps is {list(steps)}; it must rise and begin with 1, the step of pure noise.",
+        )
+        if self.workers:
+            _check(
+                self.batch % self.workers == 0,
+                f"train.batch {self.batch} is not a multiple of train.workers {self.workers}; change one of them.",
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Sampling and scoring.
+
+    Attributes:
+        uri: folder of the report; default <run>/report.
+        count: samples per sampler.
+        seed: of the evaluation's noise; never the pairs'.
+        samplers: rows of the report, each {name: FewStep, ...fields of that sampler}.
+        student: URI of the student's weights; default <run>/student/student.safetensors.
+        features: which network scores: digits, or inception (FID).
+        inception: URI of the Inception weights (features: inception).
+        reference: URI of the reference statistics (features: inception).
+        batch: samples that an actor draws at once.
+        actors: sampling actors.
+        grid: columns of the sample grid, one noise each.
+        curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
+        timing_batches: batch sizes whose speed is measured; 1 is always measured.
+    """
+
+    uri: str | None = None
+    count: int = 5_000
+    seed: int = 2
+    samplers: list[dict[str, Any]] = field(default_factory=list)
+    student: str | None = None
+    features: Literal["digits", "inception"] = "digits"
+    inception: str | None = None
+    reference: str | None = None
+    batch: int = 250
+    actors: int = 2
+    grid: int = 12
+    curve_count: int = 1_000
+    timing_batches: tuple[int, ...] = (1, 16, 64, 256)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "actors", "grid"):
+            _check(
+                getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more."
+            )
+        _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
+        if self.features == "inception":
+            for name in ("inception", "reference"):
+                _check(
+                    bool(getattr(self, name)),
+                    f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
+                )
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Where the jobs run.
+
+    Attributes:
+        gpus: GPUs of one teacher replica, training worker or sampling actor; 0 runs on the CPU.
+        cpus: CPU cores of the same.
+        usd_per_gpu_hour: price that --dry_run multiplies the GPU-hours with.
+    """
+
+    gpus: float = 0
+    cpus: float = 1
+    usd_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.gpus >= 0, f"cluster.gpus is {self.gpus}; it must not be negative.")
+        _check(self.cpus > 0, f"cluster.cpus is {self.cpus}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment.
+
+    Attributes:
+        name: of the experiment; the MLflow runs carry it.
+        run: folder (path or URI) that holds pairs, student, report and the default MLflow store.
+        teacher: network, weights and filter.
+        pairs: noise-token pairs.
+        train: distillation.
+        evaluate: sampling and scoring.
+        cluster: resources.
+        dry_run: print the resolved recipe and the plan, run nothing.
+    """
+
+    name: str = "digits-var"
+    run: str = "runs/digits-var"
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    pairs: PairSettings = field(default_factory=PairSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        _check(
+            self.pairs.seed != self.evaluate.seed,
+            f"pairs.seed and evaluate.seed are both {self.pairs.seed}; a student must not be scored on noise it was"
+            " trained on, so change evaluate.seed.",
+        )
+
+    @property
+    def pairs_uri(self) -> str:
+        return self.pairs.uri or f"{self.run}/pairs"
+
+    @property
+    def student_uri(self) -> str:
+        return self.train.uri or f"{self.run}/student"
+
+    @property
+    def report_uri(self) -> str:
+        return self.evaluate.uri or f"{self.run}/report"
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe as plain nested dicts, as it is printed, logged and stored."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """SHA-256 over facts (plain JSON values) in a canonical order: equal settings, equal fingerprint."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
+    """Command line and YAML -> Recipe; without a ``--config``, the digits default.
+
+    Bad keys, types and values end the program with one sentence and exit status 2.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    given = sys.argv[1:] if args is None else args
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", nargs="?")
+    if not first.parse_known_args(given)[0].config:
+        given = [
+            "--config",
+            str(DEFAULT),
+            *given,
+        ]  # not a layer below the user's recipe, which must say all it means
+
+    parser = ArgumentParser(description=doc, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe, e.g. jobs/recipes/digits-llamagen.yaml")
+    parser.add_class_arguments(Recipe)
+    try:
+        settings = parser.instantiate_classes(parser.parse_args(given))
+        del settings["config"]
+        return Recipe(**settings)
+    except (ArgumentError, ValueError) as error:
+        stop(error)
+
+
+def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
+    """The body of a job script: parse the command line, run, print the summary.
+
+    A ValueError or FileNotFoundError that this package raised is about the input: one sentence, exit status 2. From
+    anywhere else it is a bug and keeps its traceback.
+    """
+    recipe = parse(doc)
+    try:
+        print(job(recipe))
+    except (ValueError, FileNotFoundError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(__file__).parent not in Path(raised_in).parents:
+            raise
+        stop(error)
+
+
+def stop(error: Exception) -> NoReturn:
+    """End the program with exit status 2 and what is wrong, on one line."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _check(good: bool, sentence: str) -> None:
+    if not good:
+        raise ValueError(sentence)

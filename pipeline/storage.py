@@ -1,0 +1,219 @@
+"""One way to name and touch files: a local path, ``s3://``, ``gs://``, ``hf://``, or ``package://x`` = pipeline/assets/x.
+
+fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...). A write is atomic: whoever lists a folder sees a
+whole file or none. Missing files raise FileNotFoundError, every other trouble ValueError, with one sentence and the URI.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+ASSETS = Path(__file__).parent / "assets"
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
+TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
+JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
+BLOCK = 4 << 20
+
+
+def resolve(uri: str) -> str:
+    """The same URI for every process: local paths absolute, package:// as the installed file, remote ones as they are."""
+    if uri.startswith("package://"):
+        return str(ASSETS / uri.removeprefix("package://"))
+    if "://" in uri and not uri.startswith("file://"):
+        return uri.rstrip("/")
+    path = Path(uri.removeprefix("file://")).expanduser()
+    return str(path if path.is_absolute() else _base(os.getcwd()) / path)
+
+
+@lru_cache
+def _base(folder: str) -> Path:
+    """What relative paths start from: the current folder, unless it is one that Ray deletes after the job."""
+    if JOB_FOLDER not in folder:
+        return Path(folder)
+    home = Path.home() / "distilled-decoding"
+    print(
+        f"Relative paths are taken from {home}: the job's working directory is deleted when it ends.",
+        flush=True,
+    )
+    return home
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in resolve(uri)
+
+
+def join(uri: str, *names: str) -> str:
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(the fsspec filesystem, the path inside it) of a URI."""
+    protocol = resolve(uri).partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(resolve(uri))
+    except ImportError as error:
+        extra = f"[{EXTRAS[protocol]}]" if protocol in EXTRAS else ""
+        raise ValueError(
+            f"{uri} needs a package that is not installed ({error}); pip install 'distilled-decoding{extra}'."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://."
+        ) from None
+
+
+def exists(uri: str) -> bool:
+    with _sentences(uri, "looked up"):
+        fs, path = filesystem(uri)
+        fs.invalidate_cache()  # others write too
+        return bool(fs.exists(path))
+
+
+def listing(uri: str) -> list[str]:
+    """Names directly inside a folder, sorted; none for a folder that does not exist."""
+    with _sentences(uri, "listed"):
+        fs, path = filesystem(uri)
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+    inside = path.rstrip("/") + "/"
+    return sorted(
+        name.rstrip("/").removeprefix(inside) for name in found if name.rstrip("/") != path.rstrip("/")
+    )
+
+
+def read_bytes(uri: str) -> bytes:
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        return bytes(fs.cat_file(path))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file, whole or not at all, and durably: the data is on the disk or in the bucket when this returns."""
+    with _sentences(uri, "written"):
+        fs, path = filesystem(uri)
+        if is_remote(uri):
+            fs.pipe_file(
+                path, data
+            )  # one PUT of a finished buffer, or a multipart upload that is published as one
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{uri} is not JSON ({error}); it was not written by this package or was edited."
+        ) from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def local(uri: str) -> Path:
+    """A local file with the URI's content: the file itself, or a download kept in ~/.cache/distilled-decoding.
+
+    A remote file that changes gets another place in the cache.
+    """
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        if not is_remote(uri):
+            os.stat(path)
+            return Path(path)
+        key = hashlib.sha256(f"{resolve(uri)} {fs.ukey(path)}".encode()).hexdigest()[:16]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distilled-decoding" / key
+        target = cache / Path(path).name
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = cache / f"{TEMPORARY}{uuid.uuid4().hex}"
+            fs.get_file(path, str(temporary))
+            os.replace(temporary, target)
+        return target
+
+
+def sha256(uri: str) -> str:
+    """SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def remove(uri: str) -> None:
+    """Delete one file; one that is not there is no error."""
+    with _sentences(uri, "deleted"):
+        fs, path = filesystem(uri)
+        try:
+            fs.rm_file(path)
+        except FileNotFoundError:
+            pass
+
+
+def check_writable(uri: str, needed: int = 0) -> None:
+    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room."""
+    probe = join(uri, f"{TEMPORARY}probe-{uuid.uuid4().hex}")
+    write_bytes(probe, b"probe")
+    remove(probe)
+    if not is_remote(uri):
+        free = shutil.disk_usage(resolve(uri)).free
+        if free < needed:
+            raise ValueError(
+                f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some."
+            )
+
+
+@contextmanager
+def _sentences(uri: str, doing: str) -> Iterator[None]:
+    """Turn what a filesystem raises into one sentence that names the URI."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{uri} could not be {doing}: there is no such file; check the path."
+        ) from None
+    except PermissionError as error:
+        raise ValueError(
+            f"{uri} could not be {doing}: permission denied ({error.strerror or error})."
+        ) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space or choose another folder" if full else "check the path and the credentials"
+        raise ValueError(f"{uri} could not be {doing} ({error.strerror or error}); {advice}.") from None
+    except Exception as error:
+        # Backends have their own families (botocore's NoCredentialsError, EndpointConnectionError, ...).
+        if isinstance(error, ValueError) or not is_remote(uri):
+            raise
+        raise ValueError(
+            f"{uri} could not be {doing} ({error}); check the address and the credentials."
+        ) from None

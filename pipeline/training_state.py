@@ -1,0 +1,113 @@
+"""What distillation carries from step to step, and the checkpoint that holds it.
+
+A checkpoint is one file, written whole or not at all through ``storage``, so that a run goes on from the same file with
+any number of workers, none included: Ray Train's local mode keeps no checkpoints of its own. No random state is saved;
+the order of the pairs and every t are functions of (seed, epoch, sample id).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.models.base import Student
+from pipeline.recipe import TrainSettings
+
+SUFFIX = ".pt"
+
+
+class TrainingState:
+    """Student, its moving average, the optimiser, and ``step``, the number of optimiser steps done."""
+
+    def __init__(self, student: Student, settings: TrainSettings) -> None:
+        """``student`` is on the training device already."""
+        self.student, self.settings, self.step = student, settings, 0
+        self.average: Student = copy.deepcopy(student).eval().requires_grad_(False)
+        self.optimizer = optimizer(student, settings)
+        device = next(student.parameters()).device
+        self.failed_at = torch.tensor(0, device=device)  # the first step whose gradient was not finite
+
+    def advance(self, total: int) -> Tensor:
+        """One optimiser step from the gradients at hand; returns their norm before clipping, still on the device.
+
+        Nothing here waits for the device: a gradient that is not finite is noted and raised by ``check``.
+        """
+        group_lr = learning_rate(self.settings, self.step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group_lr
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        first = (self.failed_at == 0) & ~norm.isfinite()
+        self.failed_at = torch.where(first, self.step, self.failed_at)
+        self._update_average()
+        return norm
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Exponential moving average, with a decay that warms up so that early weights are soon forgotten."""
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - decay)
+
+    def check(self) -> None:
+        """Raise FloatingPointError if a gradient was not finite; called before anything is logged or saved."""
+        failed = int(self.failed_at)
+        if failed:
+            raise FloatingPointError(
+                f"the gradient of step {failed} is not finite; the last checkpoint is older and sound, so lower"
+                f" train.lr ({self.settings.lr}) or train.clip, or train in fp32, and start in a new folder."
+            )
+
+    def save(self, folder: str) -> None:
+        """Write the checkpoint of this step and remove all but the newest ``train.keep``."""
+        buffer = io.BytesIO()
+        content = {
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(content, buffer)
+        storage.write_bytes(storage.join(folder, f"step-{self.step:08d}{SUFFIX}"), buffer.getvalue())
+        for name in saved(folder)[: -self.settings.keep]:
+            storage.remove(storage.join(folder, name))
+
+    def restore(self, uri: str) -> None:
+        """Continue from a checkpoint."""
+        content = torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+        self.student.load_state_dict(content["student"])
+        self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step = content["step"]
+
+
+def saved(folder: str) -> list[str]:
+    """Names of the checkpoints in a folder, oldest first."""
+    return [name for name in storage.listing(folder) if name.startswith("step-") and name.endswith(SUFFIX)]
+
+
+def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices of linear layers and convolutions, not on embeddings, positions, biases."""
+    matrices = {id(m.weight) for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    groups = [
+        {"params": [p for p in student.parameters() if (id(p) in matrices) == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
+    ]
+    fused = next(student.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """The rate of optimiser step ``step`` (from 0): linear warm-up, then constant, or half a cosine to 0 at ``total``."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - settings.warmup) / max(1, total - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,36 @@
+"""One Ray for the whole session, started when the first test asks for it; nothing of a test leaves its tmp folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback and throw-away; never read or write ~/.ray
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION"] = "0"  # asks the dashboard, which is off, every second
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # silences a notice of Ray's on machines without a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: many small processes share the cores
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of four logical CPUs; ``pipeline.cluster.connect`` finds it and starts no other."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="dd-", dir="/tmp")  # short: a unix socket's path has at most 107 bytes
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
