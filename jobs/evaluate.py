@@ -1,4 +1,4 @@
-"""Score and time the samplers of a recipe, and write the report: table, sample grid, curve; resumes when run again."""
+"""Score and time the samplers of a recipe and write the report; resumes when run again."""
 
 from pipeline.evaluate import evaluate
 from pipeline.recipe import main

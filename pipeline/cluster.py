@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,15 +70,13 @@ def _start_local(recipe: Recipe) -> None:
     """
     replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
     cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
-    ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     found = ray.cluster_resources().get("GPU", 0)
     if found < recipe.cluster.gpus:
         ray.shutdown()
         raise ValueError(
-            f"cluster.gpus is {recipe.cluster.gpus:g} but this machine has {found:g} GPUs that Ray can see; set it to 0 for"
-            " the CPU, or submit the job to a cluster."
+            f"cluster.gpus is {recipe.cluster.gpus:g} but Ray sees {found:g} GPUs on this machine; set it to 0"
+            " for the CPU, or submit the job to a cluster."
         )
 
 
@@ -91,6 +90,8 @@ def _use_token() -> None:
 def _quiet() -> None:
     """Ray Data without its own progress output, with blocks left as they are and no patience limit on spot nodes."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # The only way in 2.60 to bound the retries of an actor's task; the warning comes at every call.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -105,7 +106,7 @@ def _warn_about_local_folder(recipe: Recipe) -> None:
     more_to_come = ray.cluster_resources().get("GPU", 0) < recipe.cluster.gpus
     if (len(nodes) > 1 or more_to_come) and not storage.is_remote(recipe.run):
         print(
-            f"warning: run is {recipe.run}, a local path, on a cluster of several nodes; it must be a folder that every node"
-            " shares, or an s3:// or gs:// URI.",
+            f"warning: run is {recipe.run}, a local path, on a cluster of several nodes; it must be a folder that"
+            " every node shares, or an s3:// or gs:// URI.",
             file=sys.stderr,
         )

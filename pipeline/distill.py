@@ -1,210 +1,145 @@
 """Distillation (Alg. 2) at scale: a Ray Train loop that turns noise-token pairs into a few-step student.
 
-The driver makes every cheap check, claims the folder, starts the MLflow run and hands over to ``train``, which runs in
-each DDP worker, or in the driver's process when ``train.workers`` is 0. What a run computes is a function of its facts:
-batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id), so neither the number of workers nor an
-interruption changes it beyond float rounding.
+The driver makes every cheap check, claims the student's folder, starts the MLflow run and hands over to ``train``,
+which runs in each DDP worker, or in the driver's own process when ``train.workers`` is 0. What a run computes is a
+function of its facts: batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id), so neither the number of
+workers nor an interruption changes it beyond float rounding. Running the same command again goes on from the last
+checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
-from torch import Tensor
+from ray.util.queue import Queue
+from torch import Tensor, nn
 
-from pipeline import cluster, losses, manifest, noise, storage, tracking, training_state
+from pipeline import cluster, losses, storage, tracking, training_data, training_plan, training_state
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Layout, Student, Tokenizer
-from pipeline.pairs import WINDOW, Pairs, PairStream, read_shard
-from pipeline.recipe import Recipe, TrainSettings, fingerprint
-from pipeline.snapshots import Observer
-from pipeline.training_state import TrainingState
+from pipeline.models.base import Student
+from pipeline.observer import Message, Observer, Report, Window
+from pipeline.progress import Progress, duration
+from pipeline.recipe import Recipe, TrainSettings
+from pipeline.training_data import Batch
+from pipeline.training_plan import Plan
+from pipeline.training_state import TrainingState, autocast
 
-FAILURES = 2  # worker groups that Ray Train replaces, from the last checkpoint, before it gives up
-NOT_FACTS = ("uri", "workers", "checkpoint_every", "keep", "log_every", "snapshots")  # do not change the student
-RESULT = "student.safetensors"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe that passed the cheap checks, with what they found. ``recipe`` has absolute URIs."""
-
-    recipe: Recipe
-    layout: Layout
-    teacher: dict[str, str]
-    pairs_fingerprint: str
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All that the student depends on."""
-        train = {k: v for k, v in self.recipe.resolved()["train"].items() if k not in NOT_FACTS}
-        return {"pairs_fingerprint": self.pairs_fingerprint, "pairs": {"count": self.recipe.pairs.count}, "train": train}
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.facts)
-
-    @property
-    def held_out(self) -> int:
-        """The last rows of the set, which no step trains on: 2 %, from 8 to 512."""
-        return min(512, max(8, self.recipe.pairs.count // 50))
-
-    @property
-    def rows(self) -> int:
-        return self.recipe.pairs.count - self.held_out
-
-    @property
-    def per_epoch(self) -> int:
-        """Optimiser steps of an epoch; the rows of a last batch that is not full wait for the next permutation."""
-        return self.rows // self.recipe.train.batch
-
-    @property
-    def total(self) -> int:
-        return self.per_epoch * self.recipe.train.epochs
-
-    @property
-    def snapshot_steps(self) -> list[int]:
-        wanted = self.recipe.train.snapshots
-        return [round(self.total * k / wanted) for k in range(1, wanted + 1)]
-
-    def at(self, *names: str) -> str:
-        """A place in the student's folder."""
-        return storage.join(self.recipe.student_uri, *names)
-
-
-class Batch(NamedTuple):
-    """Inputs and targets on the device: X_t [B, n, C], t [B], tokens [B, n] and the condition."""
-
-    x_t: Tensor
-    t: Tensor
-    tokens: Tensor
-    condition: Condition
-
-
-# ---- the driver
+FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
+MEASURED = 3  # steps that a dry run times, after one to warm up
+SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 
 
 def distill(recipe: Recipe) -> str:
-    """Alg. 2: train the recipe's student, or what is left of it, and export it; returns a summary of a few lines.
+    """Train the recipe's student, or what is left of it, and export it; returns a summary.
 
-    Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not fit,
-    before anything expensive starts.
+    Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
+    fit, before anything expensive starts.
     """
-    plan = check(recipe)
+    plan = training_plan.check(cluster.portable(recipe))
     if recipe.dry_run:
         return describe(plan)
-    if storage.exists(plan.at(RESULT)):
-        return f"Nothing is missing: {plan.at(RESULT)} is the student of this recipe."
-    storage.check_writable(recipe.student_uri)
-    before = claimed(plan) or {}
-    with tracking.Run.start(recipe, "distill", before.get("mlflow_run")) as run:
-        claim = {"fingerprint": plan.fingerprint, "facts": plan.facts, "recipe": recipe.resolved(), "mlflow_run": run.id}
-        storage.write_json(plan.at("recipe.json"), claim)
+    if storage.exists(plan.result):
+        return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
+    storage.check_writable(plan.at())
+    earlier = training_plan.claimed(plan) or {}
+    start = time.monotonic()
+    with tracking.Run.start(plan.recipe, "distill", earlier.get("mlflow_run")) as run:
+        training_plan.claim(plan, run.id)
         run.tag("pairs_fingerprint", plan.pairs_fingerprint)
-        run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
         if source := run.previous("pairs", pairs_fingerprint=plan.pairs_fingerprint):
             run.tag("pairs_run", source)
+        run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
         fit(plan, run)
-        run.tag("student", storage.sha256(plan.at(RESULT)))
-    return f"The student is {plan.at(RESULT)} after {plan.total} steps (MLflow run {run.id})."
-
-
-def check(recipe: Recipe) -> Plan:
-    """Every check that costs seconds; ValueError or FileNotFoundError with one sentence."""
-    losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
-    known = manifest.facts_of(recipe)
-    manifest.check_claim(recipe.pairs_uri, known)
-    plan = Plan(
-        recipe=_absolute(recipe),
-        layout=checkpoints.config(recipe.teacher).layout,
-        teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
-        pairs_fingerprint=fingerprint(known),
-    )
-    if plan.per_epoch < 1:
-        raise ValueError(
-            f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the {plan.held_out} held"
-            f" out, fewer than train.batch {recipe.train.batch}; generate more pairs or make the batch smaller."
-        )
-    if recipe.cluster.gpus and not recipe.train.workers and not torch.cuda.is_available():
-        raise ValueError(
-            f"cluster.gpus is {recipe.cluster.gpus:g} and train.workers 0, but this machine has no GPU; set cluster.gpus to"
-            " 0, or train.workers to the number of GPUs of the cluster."
-        )
-    claimed(plan)
-    if not recipe.dry_run:
-        there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
-        if there < recipe.pairs.count:
-            raise ValueError(
-                f"{recipe.pairs_uri} holds {there} pairs and pairs.count is {recipe.pairs.count}; run generate_pairs with"
-                f" this recipe, or set pairs.count to {there}."
-            )
-    return plan
-
-
-def claimed(plan: Plan) -> dict[str, Any] | None:
-    """What an earlier call wrote into the student's folder, or None; ValueError if that was another recipe's."""
-    place = plan.at("recipe.json")
-    if not storage.exists(place):
-        return None
-    there = storage.read_json(place)
-    if there["fingerprint"] == plan.fingerprint:
-        return there
-    old, new = tracking.flattened(there["facts"]), tracking.flattened(plan.facts)
-    name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
-    raise ValueError(
-        f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)} here; set"
-        " train.uri or run to another folder, or go back to the recipe that it was made with."
-    )
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """The recipe with every URI resolved: Ray's workers run in folders of their own."""
-    teacher = dataclasses.replace(
-        recipe.teacher,
-        tokenizer=storage.resolve(recipe.teacher.tokenizer),
-        checkpoint=storage.resolve(recipe.teacher.checkpoint),
-        precision="fp32",  # whatever made the pairs, the student starts from the weights as they are
-    )
-    return dataclasses.replace(
-        recipe,
-        teacher=teacher,
-        pairs=dataclasses.replace(recipe.pairs, uri=storage.resolve(recipe.pairs_uri)),
-        train=dataclasses.replace(recipe.train, uri=storage.resolve(recipe.student_uri)),
-    )
+        run.tag("student", storage.sha256(plan.result))
+    seconds = duration(time.monotonic() - start)
+    return f"The student is {plan.result}: {plan.total:,} steps, the last of them in {seconds} (MLflow run {run.id})."
 
 
 def fit(plan: Plan, run: tracking.Run) -> None:
-    """Run ``train`` on the workers. Ray replaces a failed group; ``train`` finds the checkpoint by itself."""
-    recipe = plan.recipe
-    resources = {"CPU": recipe.cluster.cpus} | ({"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {})
-    if recipe.train.workers:
+    """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
+    recipe, workers = plan.recipe, plan.recipe.train.workers
+    done = training_state.steps_done(plan.at("checkpoints"))
+    if done:
+        print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
+    with Progress(plan.total, "steps", done=done) as progress:
+
+        def receive(message: Message) -> None:
+            note = ", ".join(f"{name} {value:.4g}" for name, value in message.metrics.items() if name in SHOWN)
+            progress.update(message.step - progress.done, note)
+            run.metrics(message.metrics, message.step)
+            if message.grid:
+                from pipeline.report import mosaic  # loads matplotlib, which no worker needs
+
+                run.image("samples", mosaic(message.grid), message.step)
+
+        if not workers:
+            _trainer(plan, {"plan": plan, "report": receive, "mlflow_run": run.id}).fit()
+            return
         cluster.connect(recipe)
-    TorchTrainer(
+        with _relay(receive) as report:
+            _trainer(plan, {"plan": plan, "report": report, "mlflow_run": run.id}).fit()
+
+
+@contextmanager
+def _relay(receive: Report) -> Iterator[Report]:
+    """A function that any process of the cluster may call to have ``receive`` called in this one.
+
+    So MLflow and the progress line live in the driver alone, whose store no worker has to reach.
+    """
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def follow() -> None:
+        while (message := queue.get()) is not None:
+            receive(message)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield queue.put
+        queue.put(None)
+        thread.join()
+    finally:
+        queue.shutdown(force=True)
+
+
+def _trainer(plan: Plan, config: dict[str, Any]) -> TorchTrainer:
+    """Ray Train around ``train``: places the workers, joins them for DDP, replaces a group of which one failed.
+
+    Checkpoints are not Ray's (see ``training_state``), so its own folder stays empty and its name is never used again.
+    """
+    recipe = plan.recipe
+    gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
+    return TorchTrainer(
         train,
-        train_loop_config={"plan": plan, "tracking": (run.uri, run.id)},
+        train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=recipe.train.workers, use_gpu=recipe.cluster.gpus > 0, resources_per_worker=resources
+            num_workers=recipe.train.workers,
+            use_gpu=bool(gpu),
+            resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
         ),
         run_config=RunConfig(
-            name=f"distill-{plan.fingerprint[:12]}-{uuid.uuid4().hex[:6]}",
+            name=f"distill-{plan.fingerprint[:12]}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(Path(tempfile.gettempdir(), "distilled-decoding-train")),
             failure_config=FailureConfig(max_failures=FAILURES),
         ),
-    ).fit()
+    )
 
 
 # ---- every worker
@@ -216,47 +151,129 @@ def train(config: dict[str, Any]) -> None:
     settings = plan.recipe.train
 
     # 1. This worker's share and device.
-    rank, world = (f() for f in (ray.train.get_context().get_world_rank, ray.train.get_context().get_world_size))
-    device = prepare_device(plan.recipe)
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), _device(plan.recipe)
 
     # 2. The student starts from its teacher, of which only the tokenizer stays.
-    student, tokenizer = from_teacher(plan.recipe, device)
-    loss = build_loss(settings, tokenizer, device)
+    student, loss = build(plan.recipe, device)
     state = TrainingState(student, settings)
 
-    # 3. Or it goes on where the last checkpoint left it; rank 0's listing counts, should a folder be slow to agree.
+    # 3. Or it goes on where the last checkpoint left it. What rank 0 sees counts, should a folder be slow to show.
     newest = broadcast_from_rank_zero(training_state.saved(plan.at("checkpoints"))[-1:])
     if newest:
         state.restore(plan.at("checkpoints", newest[0]))
-    network = distributed(student, settings, device)
+    network = _distributed(student, settings, device)
 
-    # 4. Rank 0 also logs, looks at the held-out pairs and exports the moving average.
-    stream = leading(plan)
-    observer = Observer(plan, state, loss, held_out(plan, stream), *config["tracking"]) if rank == 0 else None
+    # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
+    observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     window = Window(settings, device)
-    for epoch, pairs in batches(plan, stream, state.step, rank, world):
-        batch = noised(pairs, epoch, settings, plan.layout, tokenizer.codebook)
-        with autocast(settings, device):
-            prediction = network(batch.x_t, batch.t, batch.condition)
-            value, sums = loss(prediction, batch.tokens, batch.t)
-        value.backward()
-        window.add(sums, state.advance(plan.total))
+    pairs = training_data.stream(plan)
+    for epoch, share in training_data.batches(plan, pairs, state.step, rank, world):
+        batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+        window.add(*step(network, loss, state, batch, plan.total))
 
-        step, last = state.step, state.step == plan.total
-        saving = step % settings.checkpoint_every == 0 or last
-        looking = step in plan.snapshot_steps
-        if step % settings.log_every == 0 or saving or looking:
+        saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+        looking = state.step in plan.snapshot_steps
+        if saving or looking or state.step % settings.log_every == 0:
             state.check()
-            found = window.close(settings, world)
+            metrics = window.close()
             if observer:
-                observer.log(found)
-                if looking:
-                    observer.snapshot()
-                if saving:
-                    state.save(plan.at("checkpoints"))
+                observer.log(metrics)
+            if observer and looking:
+                observer.snapshot()
+            if observer and saving:
+                state.save(plan.at("checkpoints"))
 
-    # 6. The result, written last: whoever finds it knows that nothing is missing.
+    # 6. The result comes last: whoever finds it knows that nothing is missing.
     if observer:
-        observer.export(plan.at(RESULT))
+        observer.export(plan.result)
+
+
+def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
+    """One optimiser step on this worker's share of a batch; the loss's sums and the gradient norm, on the device."""
+    with autocast(state.settings, batch.x_t.device):
+        prediction = network(batch.x_t, batch.t, batch.condition)
+        value, sums = loss(prediction, batch.tokens, batch.t)
+    value.backward()
+    return sums, state.advance(total)
+
+
+def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
+    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone."""
+    # In fp32 whatever made the pairs: the student starts from the weights as they are.
+    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32"))
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
+    network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
+    return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    """This worker's device; on a CPU, also its share of the cores."""
+    if recipe.cluster.gpus:
+        return ray.train.torch.get_device()
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
+    return torch.device("cpu")
+
+
+def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
+    options = {
+        "find_unused_parameters": not (settings.cross_entropy and settings.lpips),
+        "broadcast_buffers": False,  # they are constants
+        "gradient_as_bucket_view": True,
+    }
+    return ray.train.torch.prepare_model(student, move_to_device=device, parallel_strategy_kwargs=options)
+
+
+# ---- planning
+
+
+def describe(plan: Plan) -> str:
+    """The resolved recipe and what a run would take, from the seconds of a few steps; nothing is written."""
+    recipe, settings, cluster_settings = plan.recipe, plan.recipe.train, plan.recipe.cluster
+    left = plan.total - training_state.steps_done(plan.at("checkpoints"))
+    left = 0 if storage.exists(plan.result) else left
+    workers = max(1, settings.workers)
+    lines = [
+        json.dumps(recipe.resolved(), indent=2),
+        f"student      {plan.at()}, fingerprint {plan.fingerprint}",
+        f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
+        f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
+    ]
+    if left:
+        seconds = _seconds_per_step(recipe)
+        where = f"{workers} {'GPU' if cluster_settings.gpus else 'CPU'} worker{'s' * (workers > 1)}"
+        lines.append(f"one step     {duration(seconds)} on {where}, communication and reading not counted")
+        lines.append(f"time         about {duration(seconds * left)}")
+        if cluster_settings.gpus:
+            hours = seconds * left * workers * cluster_settings.gpus / 3600
+            price = cluster_settings.usd_per_gpu_hour
+            lines.append(f"GPU-hours    {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
+    return "\n".join(lines)
+
+
+def _seconds_per_step(recipe: Recipe) -> float:
+    """``measure`` where a worker would run."""
+    if not recipe.train.workers:
+        return measure(recipe)
+    cluster.connect(recipe)
+    task = ray.remote(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)(measure)
+    return ray.get(task.remote(recipe))
+
+
+def measure(recipe: Recipe) -> float:
+    """Seconds of one optimiser step on one worker's share of a batch, from made-up pairs."""
+    settings, layout = recipe.train, checkpoints.config(recipe.teacher).layout
+    device = _device(recipe)
+    student, loss = build(recipe, device)
+    state = TrainingState(student, settings)
+    pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
+    batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
+    ends = []
+    for _ in range(1 + MEASURED):
+        step(student, loss, state, batch, total=1 + MEASURED)
+        state.check()  # waits for the device
+        ends.append(time.perf_counter())
+    return (ends[-1] - ends[0]) / MEASURED

@@ -9,10 +9,12 @@ draws only what is missing. Speed is measured afterwards, in one process with th
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
+import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,14 @@ from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from pipeline import cluster, noise, pairs, report, samplers, scoring, speed, storage, tracking
-from pipeline.metrics import Statistics
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.plan import Draw, Plan, describe, prepare
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.samplers import Autoregressive, Models, OneStepStar
-
-VERSIONS = ("torch", "numpy", "scipy", "ray")
-
+from pipeline.summary import summarise
+from pipeline.tally import Statistics
 
 # ---- the workers
 
@@ -40,6 +41,7 @@ class Artist:
     """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time."""
 
     def __init__(self, plan: Plan, draws: list[Draw], frequencies: np.ndarray | None) -> None:
+        torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         self.plan, self.draws = plan, draws
         self.models = load(plan, frequencies)
         self.network = scoring.features(plan.recipe.evaluate, plan.device)
@@ -96,11 +98,28 @@ def load_student(plan: Plan, uri: str, models: Models) -> Student:
 def collect(plan: Plan, frequencies: np.ndarray | None) -> dict[Draw, Statistics]:
     """The statistics of all draws: out of the cache, or drawn now and put there."""
     draws = plan.draws()
-    done = {draw: _cached(plan, draw) for draw in draws}
-    todo = [draw for draw in draws if done[draw] is None]
-    out = {draw: found for draw, found in done.items() if found is not None}
+    out = {draw: found for draw in draws if (found := _cached(plan, draw))}
+    todo = [draw for draw in draws if draw not in out]
     if not todo:
         return out
+    total, done = (sum(draw.items for draw in some) for some in (draws, out))
+    parts = dict.fromkeys(range(len(todo)), 0)
+    with Progress(total, "parts", done=done) as progress:
+        for i, part in in_order(_rows(plan, todo, frequencies)):
+            draw = todo[i]
+            if parts[i]:
+                out[draw].merge(part)
+            else:
+                out[draw] = part
+            parts[i] += 1
+            if parts[i] == draw.items:
+                storage.write_bytes(plan.cache(draw), out[draw].pack())
+            progress.update(note=draw.name)
+    return out
+
+
+def _rows(plan: Plan, todo: list[Draw], frequencies: np.ndarray | None) -> Iterable[dict[str, Any]]:
+    """The parts of all draws as the actors finish them: {draw, item, statistics}."""
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
     settings = plan.recipe.cluster
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
@@ -109,26 +128,22 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> dict[Draw, Statistics
         batch_size=1,
         compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
         num_cpus=settings.cpus,
-        num_gpus=settings.gpus or None,
+        num_gpus=settings.gpus,
         max_task_retries=2,
     )
+    return dataset.iter_rows()
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
+    """(draw, part), the parts of each draw in the order of their ids, whoever came first."""
     waiting: dict[tuple[int, int], bytes] = {}
-    merged = [0] * len(todo)
-    for row in dataset.iter_rows():
-        waiting[row["draw"], row["item"]] = row["statistics"]
-        i, draw = row["draw"], todo[row["draw"]]
-        while (i, merged[i]) in waiting:  # in the order of the ids, whoever comes first
-            part = Statistics.unpack(waiting.pop((i, merged[i])))
-            out[draw] = _merged(out[draw], part) if merged[i] else part
-            merged[i] += 1
-        if merged[i] == draw.items:
-            storage.write_bytes(plan.cache(draw), out[draw].pack())
-    return out
-
-
-def _merged(first: Statistics, second: Statistics) -> Statistics:
-    first.merge(second)
-    return first
+    following: dict[int, int] = defaultdict(int)
+    for row in rows:
+        i = row["draw"]
+        waiting[i, row["item"]] = row["statistics"]
+        while (i, following[i]) in waiting:
+            yield i, Statistics.unpack(waiting.pop((i, following[i])))
+            following[i] += 1
 
 
 def _cached(plan: Plan, draw: Draw) -> Statistics | None:
@@ -136,25 +151,22 @@ def _cached(plan: Plan, draw: Draw) -> Statistics | None:
     return Statistics.unpack(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
-def _time_alone(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...]) -> dict[str, Any]:
     """``time_samplers`` in a Ray task with the resources of one actor, when the pool is gone."""
     settings = plan.recipe.cluster
     task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(time_samplers)
-    return ray.get(task.remote(plan, frequencies))
+    return ray.get(task.remote(plan, frequencies, batches))
 
 
-def time_samplers(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
-    """Speed of every sampler of the table, and of the AR teacher in any case; runs alone in one Ray task."""
+def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...]) -> dict[str, Any]:
+    """Speed of every sampler of the table, and of the AR teacher in any case."""
+    torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
     models = load(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
-    batches = plan.recipe.evaluate.timing_batches
-    speeds = [speed.measure(models, sampler, batches) for sampler in plan.samplers]
-    kinds = [type(sampler) for sampler in plan.samplers]
-    teacher = speeds[kinds.index(Autoregressive)] if Autoregressive in kinds else None
+    listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
     return {
-        "speeds": speeds,
-        "baseline_ms": (teacher or speed.measure(models, Autoregressive(), (1,)))[0].ms,
+        "speeds": {sampler: speed.measure(models, sampler, batches) for sampler in listed},
         "device": speed.device_name(plan.device),
         "threads": torch.get_num_threads(),
     }
@@ -169,21 +181,29 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
+    recipe = cluster.portable(recipe)
     plan = prepare(recipe)
     if recipe.dry_run:
-        return describe(plan)
+        return _dry_run(plan)
     if finished := _finished(plan):
         return finished
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        print("Measuring speed, one sampler at a time.", flush=True)
-        timing = _time_alone(plan, frequencies)
+        print("Measuring speed, one sampler at a time.", file=sys.stderr, flush=True)
+        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches)
         results = summarise(plan, statistics, timing)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
     return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
+
+
+def _dry_run(plan: Plan) -> str:
+    """The plan with what is left to draw, from the seconds of one batch of every sampler."""
+    cluster.connect(plan.recipe)
+    timing = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
+    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 
 
 def _finished(plan: Plan) -> str | None:
@@ -194,98 +214,8 @@ def _finished(plan: Plan) -> str | None:
     results = storage.read_json(uri)
     if results.get("fingerprint") != plan.fingerprint():
         return None
-    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; delete it to measure speed again."
-
-
-def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
-    """Everything the report says, as JSON values."""
-    settings, names = plan.recipe.evaluate, samplers.names(plan.samplers)
-    reference = _reference(plan, statistics)
-    entries = [
-        report.Entry(
-            name,
-            type(sampler).__name__,
-            dataclasses.asdict(sampler),
-            sampler.steps_label(plan.layout),
-            statistics[draw],
-            speeds,
-        )
-        for name, sampler, draw, speeds in zip(
-            names, plan.samplers, plan.table(), timing["speeds"], strict=True
-        )
-    ]
-    by_kind = {entry.kind: entry.statistics for entry in entries}
-    second = plan.second()
-    return {
-        "name": plan.recipe.name,
-        "title": "FD" if settings.features == "digits" else "FID",
-        "fingerprint": plan.fingerprint(),
-        "rows": report.numbers(entries, reference, timing["baseline_ms"]),
-        "agreement": report.agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
-        if second
-        else None,
-        "curve": _curve(plan, statistics, reference),
-        "made": _made(plan, statistics, timing),
-    }
-
-
-def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> report.Reference:
-    settings = plan.recipe.evaluate
-    real = statistics[plan.reference()] if plan.real else None
-    if settings.features == "digits" and real:
-        return report.Reference(real.moments.gaussian(), real)
-    return report.Reference(scoring.reference_gaussian(settings.reference or ""), real)
-
-
-def _curve(
-    plan: Plan, statistics: dict[Draw, Statistics], reference: report.Reference
-) -> dict[str, Any] | None:
-    draws = plan.curve()
-    if not draws:
-        return None
-    named = dict(zip(plan.samplers, samplers.names(plan.samplers), strict=True)) | {
-        Autoregressive(): "teacher, AR"
-    }
-
-    def point(draw: Draw) -> tuple[str, float]:
-        assert draw.sampler is not None
-        return named[draw.sampler], report.score(statistics[draw], reference)
-
-    points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
-    return {
-        "count": plan.recipe.evaluate.curve_count,
-        "teachers": dict(point(draw) for draw in draws[0]),
-        "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
-    }
-
-
-def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
-    """What somebody needs who wants the same numbers."""
-    recipe, settings = plan.recipe, plan.recipe.evaluate
-    return {
-        "count": settings.count,
-        "seed": settings.seed,
-        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
-        | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},
-        "solver": dataclasses.asdict(recipe.pairs.solver),
-        "student": {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
-        if plan.students
-        else None,
-        "pairs": plan.facts.get("pairs"),
-        "features": settings.features,
-        "dimensions": plan.facts["dim"],
-        "features SHA-256": plan.facts["features"],
-        "real images": plan.real,
-        "sampling": {
-            "device": plan.device,
-            "actors": settings.actors,
-            "batch": settings.batch,
-            "seconds of all actors": round(sum(found.seconds for found in statistics.values()), 1),
-        },
-        "timing": {key: timing[key] for key in ("device", "threads")},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "fingerprint": plan.fingerprint(),
-    }
+    advice = "delete it to measure speed again"
+    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; {advice}."
 
 
 def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics]) -> dict[str, bytes]:
@@ -295,11 +225,8 @@ def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics
     drawn = [statistics[draw].images for draw in plan.table()]
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    files = {
-        "samples.png": report.samples(
-            samplers.names(plan.samplers), [np.concatenate(d) for d in drawn], labels
-        )
-    }
+    names = samplers.names(plan.samplers)
+    files = {"samples.png": report.samples(names, [np.concatenate(parts) for parts in drawn], labels)}
     if results["curve"]:
         files["curve.png"] = report.curve(results)
     files["report.md"] = report.markdown(results).encode()
@@ -314,7 +241,8 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     if not any(sampler.frequencies for sampler in plan.samplers):
         return None
     by_class = any(isinstance(sampler, OneStepStar) and sampler.given_class for sampler in plan.samplers)
-    return pairs.token_frequencies(plan.recipe.pairs_uri, by_class)
+    counts = pairs.token_frequencies(plan.recipe.pairs_uri, by_class).astype(np.float32)
+    return counts if by_class else counts[None]
 
 
 def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -331,4 +259,4 @@ def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str
     if plan.students:
         run.tag("student", plan.students[plan.student])
     if "pairs" in plan.facts:
-        run.tag("pairs_fingerprint", plan.facts["pairs"])
+        run.tag("pairs_fingerprint", plan.facts["pairs"]["fingerprint"])

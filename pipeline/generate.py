@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import random
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+import yaml
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 from torch import Tensor
 
 from pipeline import cluster, flow, manifest, noise, pairs, storage, tracking
@@ -28,7 +32,7 @@ from pipeline.pairs import Rows
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, fingerprint
 
-FAILURES = 10  # shards that may fail before the job stops; those are named at the end
+FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
 DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
 VERIFIED_ROWS = 64  # rows that verify derives again
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
@@ -37,57 +41,54 @@ AGREEMENT = 0.95  # smallest share of codes found again; float rounding on anoth
 def generate(recipe: Recipe) -> str:
     """Make what is missing of the recipe's pair set; returns a summary.
 
-    Raises ValueError or FileNotFoundError for bad input before any model is built, RuntimeError when shards failed.
+    Raises ValueError or FileNotFoundError for bad input before any work, RuntimeError when shards failed.
     """
     recipe = cluster.portable(recipe)
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    claimed = manifest.check_claim(uri, known)
+    manifest.check_claim(uri, known)
     if recipe.pairs.verify:
         return verify(recipe, known)
-    complete = storage.read_json(storage.join(uri, "manifest.json")) if _is_complete(uri) else None
+    complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None
     count = max(recipe.pairs.count, complete["count"] if complete else 0)  # a set never shrinks
     shards = manifest.present(manifest.committed(uri), count, recipe.pairs.shard_rows)
-    if recipe.dry_run:
-        return plan(recipe, known, count, shards)
-    if complete and complete["count"] == count and None not in shards.values():
+    todo = [number for number, name in shards.items() if name is None]
+    if complete and complete["count"] == count and not todo:
         return f"Nothing is missing: {_described(uri, complete)}."
-    rows_left = sum(
-        min(recipe.pairs.shard_rows, count - k * recipe.pairs.shard_rows) for k in _missing(shards)
-    )
-    storage.check_writable(uri, needed=rows_left * pairs.row_bytes(known))
+    _check_weights(recipe)
+    if recipe.dry_run:
+        return plan(recipe, known, count, todo)
+    storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
     manifest.claim(uri, known, recipe)
-    if claimed and len(_missing(shards)) < len(shards):
-        print(f"Resuming {uri}: {len(_missing(shards))} of {len(shards)} shards are missing.", flush=True)
-    cluster.connect(recipe)
+    if len(todo) < len(shards):
+        print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
     with tracking.Run.start(recipe, "pairs") as run:
         done = _complete(recipe, known, count, shards, run)
     last = done["made"][-1]
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {_described(uri, done)}."
 
 
+def _check_weights(recipe: Recipe) -> None:
+    """Hold the weight files against the recipe's networks without memory for either."""
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        model = family.Teacher(config, recipe.teacher.filter)
+    checkpoints.load(model.tokenizer, recipe.teacher.tokenizer)
+    checkpoints.load(model.network, recipe.teacher.checkpoint)
+
+
 def _complete(
     recipe: Recipe, known: Facts, count: int, shards: dict[int, str | None], run: tracking.Run
 ) -> dict[str, Any]:
     """Make the missing shards, check those that were there, write the manifest; returns it."""
-    uri, todo, start = recipe.pairs_uri, _missing(shards), time.monotonic()
-    # Checking reads what is there once more (the manifest needs its SHA-256): beside the teachers' work, not after it.
+    uri, start = recipe.pairs_uri, time.monotonic()
+    todo = [number for number, name in shards.items() if name is None]
+    # The manifest needs the SHA-256 of what is there: it is read beside the teachers' work, not after it.
     with ThreadPoolExecutor(pairs.CHECKERS) as pool:
         there = [pool.submit(pairs.inspect_shard, uri, known, name) for name in shards.values() if name]
-        made = (
-            list(_report(recipe, _shards(recipe, known, count, todo), len(shards), len(todo), run))
-            if todo
-            else []
-        )
-        failed = sorted(set(todo) - {shard.number for shard in made})
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} of {len(todo)} shards could not be made ({', '.join(map(str, failed[:10]))}); the causes are"
-                f" above; the others are committed in {uri}, and the same command makes what is missing."
-            )
+        made = _make(recipe, known, count, todo, len(shards), run) if todo else []
         checked = [future.result() for future in there]
-    rows = sum(shard.rows for shard in made)
     summary = {
-        "rows": rows,
+        "rows": sum(shard.rows for shard in made),
         "seconds": round(time.monotonic() - start, 3),
         "batch": recipe.pairs.batch,
         "actors": recipe.pairs.actors,
@@ -97,18 +98,45 @@ def _complete(
     complete = manifest.finish(uri, known, checked + made, summary)
     run.dataset("pairs", uri, complete["fingerprint"], "output")
     run.tag("pairs_fingerprint", complete["fingerprint"])
-    run.artifact(storage.local(storage.join(uri, "manifest.json")))
+    run.artifact(storage.local(_manifest(uri)))
     return complete
 
 
-def _shards(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Dataset:
-    """The dataset whose rows are the committed shards: numbers -> teacher -> Parquet file."""
+def _make(recipe: Recipe, known: Facts, count: int, todo: list[int], total: int, run: tracking.Run) -> list[Shard]:
+    """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
+    cluster.connect(recipe)
+    made: list[Shard] = []
+    failed = 0
+    with Progress(total, "shards", done=total - len(todo)) as progress:
+        for row in _committed(recipe, known, count, todo):
+            if row["error"]:
+                failed += 1
+                progress.say(f"shard {row['number']} failed: {row['error']}")
+                if failed == FAILURES:
+                    break
+                continue
+            made.append(Shard(**json.loads(row["shard"])))
+            rows, size = sum(shard.rows for shard in made), sum(shard.bytes for shard in made)
+            speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
+            progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
+            values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
+            run.metrics(values, step=progress.done)
+    if len(made) < len(todo):
+        lost = sorted(set(todo) - {shard.number for shard in made})
+        names = ", ".join(map(str, lost[:FAILURES])) + (", ..." if len(lost) > FAILURES else "")
+        raise RuntimeError(
+            f"{len(lost)} of {len(todo)} shards were not made ({names}), see above for why; the others are"
+            f" committed in {recipe.pairs_uri}, and the same command makes what is missing."
+        )
+    return made
+
+
+def _committed(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
+    """Numbers -> teacher -> Parquet file: {number, error, shard} of every shard as it is committed."""
     size = recipe.pairs.shard_rows
-    DataContext.get_current().max_errored_blocks = FAILURES
-    numbers = ray.data.from_items(
-        [{"number": k, "rows": min(size, count - k * size)} for k in todo], override_num_blocks=len(todo)
-    )
-    made = numbers.map_batches(
+    DataContext.get_current().max_errored_blocks = FAILURES  # of shards whose process died every time
+    tasks = [{"number": k, "rows": min(size, count - k * size)} for k in todo]
+    made = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         Replica,
         fn_constructor_args=(recipe, known),
         batch_size=1,
@@ -117,23 +145,17 @@ def _shards(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Datase
         num_gpus=recipe.cluster.gpus,
         max_task_retries=DEATHS,
     )
-    return made.map_batches(
-        commit, fn_kwargs={"uri": recipe.pairs_uri, "known": known}, batch_size=None, batch_format="pyarrow"
+    written = made.map_batches(
+        commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
+        fn_kwargs={"uri": recipe.pairs_uri, "known": known},
+        batch_size=None,
+        batch_format="pyarrow",
     )
-
-
-def _report(recipe: Recipe, shards: Dataset, total: int, todo: int, run: tracking.Run) -> Iterator[Shard]:
-    """The shards as they are committed, with progress."""
-    rows = size = 0
-    with Progress(total, "shards", done=total - todo) as progress:
-        for row in shards.iter_rows():
-            shard = Shard(**json.loads(row["shard"]))
-            rows, size = rows + shard.rows, size + shard.bytes
-            speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
-            progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
-            values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
-            run.metrics(values, step=progress.done)
-            yield shard
+    try:
+        yield from written.iter_rows()
+    except RayError as error:
+        reason = " ".join(str(error).strip().splitlines()[-1].split())
+        raise RuntimeError(f"Ray ended the work early ({reason}); the same command goes on.") from error
 
 
 class Replica:
@@ -145,8 +167,17 @@ class Replica:
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
 
     def __call__(self, task: dict[str, np.ndarray]) -> Any:
-        """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k."""
-        return pairs.table(self.known, self.rows(int(task["number"][0]), int(task["rows"][0])))
+        """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or what went wrong.
+
+        An error is handed on as a value, so that the driver names it in one line and the other shards go on.
+        """
+        number = int(task["number"][0])
+        try:
+            return pairs.table(self.known, self.rows(number, int(task["rows"][0])))
+        except torch.OutOfMemoryError:
+            raise  # Ray tries again: a neighbour on a shared device may have gone
+        except Exception as error:
+            return _outcome(number, error=error)
 
     def rows(self, number: int, rows: int) -> Rows:
         """The first ``rows`` rows of shard ``number``.
@@ -191,7 +222,7 @@ class Replica:
         forced: Tensor | None = None,
         found: list[Tensor] | None = None,
     ) -> Tensor:
-        """Codes [B, n] of the noise; with ``forced`` codes the teacher goes on from those, and its own go to ``found``."""
+        """Codes [B, n] of the noise; with ``forced`` the teacher goes on from those, and its own go to ``found``."""
         x = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
         codebook, layout = self.teacher.codebook.float(), self.teacher.layout
 
@@ -206,8 +237,24 @@ class Replica:
 
 
 def commit(table: Any, uri: str, known: Facts) -> dict[str, np.ndarray]:
-    """Write the table of one shard; its line of the manifest as JSON."""
-    return {"shard": np.array([json.dumps(asdict(pairs.write_shard(uri, known, table)))])}
+    """Write the Arrow table of one shard, or hand on the error that came instead."""
+    if "error" in table.column_names:
+        return {name: table[name].to_numpy() for name in table.column_names}
+    number = int(table["sample_id"][0].as_py()) // known["shard_rows"]
+    try:
+        return _outcome(number, pairs.write_shard(uri, known, table))
+    except Exception as error:
+        return _outcome(number, error=error)
+
+
+def _outcome(number: int, shard: Shard | None = None, error: Exception | None = None) -> dict[str, np.ndarray]:
+    """A row for the driver: the shard's line of the manifest, or the error and where it was raised."""
+    text = ""
+    if error is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    line = json.dumps(asdict(shard)) if shard else ""
+    return {"number": np.array([number]), "error": np.array([text]), "shard": np.array([line])}
 
 
 # ---- checking and planning
@@ -223,39 +270,34 @@ def verify(recipe: Recipe, known: Facts) -> str:
     share = _on_replica(recipe, known, "agreement", chosen.take(picked))
     if share < AGREEMENT:
         raise ValueError(
-            f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (ids from"
-            f" {chosen.ids[picked[0]]}); the rows were not made as the manifest says, so delete the set and make it anew."
+            f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (from"
+            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says, so delete the set and make it anew."
         )
     return (
-        f"Verified: {_described(uri, complete)}; all shards are whole, and {share:.2%} of the codes of {len(picked)} random"
-        " rows were found again through the teacher."
+        f"Verified: {_described(uri, complete)}; all shards are whole, and {share:.2%} of the codes of {len(picked)}"
+        " random rows were found again through the teacher."
     )
 
 
-def plan(recipe: Recipe, known: Facts, count: int, shards: dict[int, str | None]) -> str:
+def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
     """The resolved recipe and what a run would take, from the seconds of one batch; nothing is written."""
-    size, todo = recipe.pairs.shard_rows, _missing(shards)
-    left = sum(min(size, count - k * size) for k in todo)
-    batch = min(recipe.pairs.batch, size)
-    seconds = _on_replica(recipe, known, "measure") if todo else 0.0
-    total = seconds * left / batch
-    replicas = max(1, min(recipe.pairs.actors, len(todo)))
+    left, batch = _rows_of(recipe, count, todo), min(recipe.pairs.batch, recipe.pairs.shard_rows)
+    seconds = _on_replica(recipe, known, "measure")
+    total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
+    row = pairs.row_bytes(known)
     lines = [
-        json.dumps(recipe.resolved(), indent=2),
-        f"pair set     {recipe.pairs_uri}, fingerprint {fingerprint(known)}",
-        f"rows         {count:,} in {len(shards)} shards; {len(todo)} shards are left, {left:,} rows",
-        f"one batch    {batch} rows in {duration(seconds)} on one replica ({_device(recipe)})"
-        if todo
-        else "",
-        f"time         about {duration(total / replicas)} with {replicas} replicas",
-        f"storage      at most {left * pairs.row_bytes(known) / 1e9:.2f} GB more, {pairs.row_bytes(known):,} bytes a row",
+        yaml.safe_dump(recipe.resolved(), sort_keys=False, default_flow_style=None),
+        f"pair set   {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
+        f"rows       {count:,}; {left:,} in {len(todo)} shards are left to make",
+        f"one batch  {batch} rows in {duration(seconds)} on one replica ({_device(recipe)})",
+        f"time       about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
+        f"storage    at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
     ]
     if recipe.cluster.gpus:
-        hours = total * recipe.cluster.gpus / 3600
-        price = recipe.cluster.usd_per_gpu_hour
-        dollars = f", ${hours * price:,.2f}" if price is not None else ""
-        lines.append(f"GPU-hours    {hours:,.2f}{dollars}")
-    return "\n".join(line for line in lines if line)
+        hours, price = total * recipe.cluster.gpus / 3600, recipe.cluster.usd_per_gpu_hour
+        cost = "" if price is None else f", ${hours * price:,.2f} at ${price:g} an hour"
+        lines.append(f"GPU-hours  {hours:,.2f}{cost}")
+    return "\n".join(lines)
 
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
@@ -265,12 +307,13 @@ def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     return ray.get(getattr(actor.remote(recipe, known), method).remote(*args))
 
 
-def _missing(shards: dict[int, str | None]) -> list[int]:
-    return [number for number, name in shards.items() if name is None]
+def _rows_of(recipe: Recipe, count: int, todo: list[int]) -> int:
+    size = recipe.pairs.shard_rows
+    return sum(min(size, count - k * size) for k in todo)
 
 
-def _is_complete(uri: str) -> bool:
-    return storage.exists(storage.join(uri, "manifest.json"))
+def _manifest(uri: str) -> str:
+    return storage.join(uri, "manifest.json")
 
 
 def _device(recipe: Recipe) -> str:

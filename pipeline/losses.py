@@ -1,8 +1,8 @@
 """What the student is trained on (Eq. 7, App. C): cross-entropy of logits, perceptual distance of images.
 
-The logits head is told the teacher's code at every predicted token. The embedding head, which speaks for the
-tokens after the split, is told through the decoder: the image of its embeddings must look like the image of
-the teacher's codes.
+The logits head is told the teacher's code at every predicted token. The embedding head, which speaks for the tokens
+after the split, is told through the decoder: the image of its embeddings must look like the image of the teacher's
+codes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COLUMNS = ("samples", "cross_entropy", "perceptual", "token_accuracy")
 def check(settings: TrainSettings, layout: Layout) -> None:
     """Raise ValueError, one sentence, for losses that cannot train a student of this layout.
 
-    Start steps and split must lie inside the layout, a head must be trained if the split leaves it tokens to
-    speak for (the embedding head only if), and the perceptual network's weights must be there.
+    Start steps and split must lie inside the layout, a head must be trained if the split leaves it tokens to speak for
+    (the embedding head only if), and the perceptual network's weights must be there.
     """
     steps, split, last = layout.steps, settings.split, settings.start_steps[-1]
     if last > steps:
@@ -52,7 +52,7 @@ def check(settings: TrainSettings, layout: Layout) -> None:
             f"train.cross_entropy is 0, so nothing trains the logits that train.split {split} uses up to AR"
             f" step {split}; set train.cross_entropy above 0 or train.split to 0."
         )
-    if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size != 32:
+    if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size > 32:
         raise ValueError(
             f"train.perceptual is digits, made for images of 32 pixels, and the teacher's have"
             f" {layout.image_size}; use vgg."
@@ -120,9 +120,8 @@ def perceptual(kind: str) -> nn.Module:
 def cross_entropy(logits: Tensor, tokens: Tensor, predicted: Tensor) -> Tensor:
     """Mean of -log p(token) over the predicted tokens of each sample: [B].
 
-    logits [B, n, V], tokens [B, n] int64, predicted [B, n] bool. The mean is taken per sample, so that a
-    sample weighs the same from whichever step it starts, and workers with equal shares of a batch average to
-    the whole.
+    logits [B, n, V], tokens [B, n] int64, predicted [B, n] bool. The mean is taken per sample, so that a sample weighs
+    the same from whichever step it starts, and workers with equal shares of a batch average to the whole.
     """
     nll = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
     return _mean(nll, predicted)
@@ -136,11 +135,10 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 class Loss:
     """cross_entropy weight * CE + lpips weight * perceptual(decode(embeddings'), decode(codes)), Eq. 7.
 
-    The mean over samples. embeddings' are what the sampler would hand to the decoder, with one difference: up
-    to the split the teacher's codes stand in for the argmax of the logits. An argmax passes no gradient, so
-    those tokens are the cross-entropy's alone, and the embedding head learns to complete right tokens instead
-    of chasing the mistakes of an untrained head. The paper does not say which (App. C), and its training code
-    is not public.
+    The mean over samples. embeddings' are what the sampler would hand to the decoder, with one difference: up to the
+    split the teacher's codes stand in for the argmax of the logits. An argmax passes no gradient, so those tokens are
+    the cross-entropy's alone, and the embedding head learns to complete right tokens instead of chasing the mistakes of
+    an untrained head. The paper does not say which (App. C), and its training code is not public.
 
     Not an nn.Module: the frozen networks stay out of the student's parameters, EMA, checkpoints, ``train()``.
     """
@@ -161,8 +159,8 @@ class Loss:
     def __call__(self, prediction: Prediction, tokens: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction, teacher's tokens [B, n] int64, start steps t [B] -> (loss, sums for the log).
 
-        The sums are float32 [len(start_steps), 4]: per start step the columns of ``COLUMNS``, each summed
-        over samples, so that steps and workers add up. They stay on the device.
+        The sums are float32 [len(start_steps), 4]: per start step the columns of ``COLUMNS``, each summed over samples,
+        so that steps and workers add up. They stay on the device.
         """
         predicted = self.position >= self.before[t - 1, None]  # [B, n]
         entropy = cross_entropy(prediction.logits, tokens, predicted)

@@ -51,7 +51,7 @@ class Shard:
 def facts(recipe: Recipe, layout: Layout, checksums: dict[str, str]) -> Facts:
     """Everything that the rows and their storage depend on; its ``fingerprint`` is the set's.
 
-    ``checksums`` are ``checkpoints.checksums``. Left out: where the set lies and how many rows it has, and what may change
+    ``checksums`` are ``checkpoints.checksums``. Left out: where the set lies, how many rows it has, and what may change
     float rounding but not the distribution (batch, actors, cores, device).
     """
     teacher, pairs = asdict(recipe.teacher), asdict(recipe.pairs)
@@ -114,15 +114,15 @@ def check_claim(uri: str, known: Facts) -> bool:
         there = storage.read_json(storage.join(uri, "recipe.json"))
         if there["fingerprint"] != fingerprint(known):
             raise ValueError(
-                f"{uri} holds a pair set made otherwise: {_differences(there['facts'], known)}; set pairs.uri (or run) to"
-                " another folder, or go back to the recipe that it was made with."
+                f"{uri} holds a pair set made otherwise: {_differences(there['facts'], known)}; set pairs.uri (or run)"
+                " to another folder, or go back to the recipe that it was made with."
             )
         return True
     foreign = [name for name in names if not name.startswith(".")]
     if foreign:
         raise ValueError(
-            f"{uri} is not empty ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and holds no recipe.json,"
-            " so it is no pair set; set pairs.uri to a new or empty folder."
+            f"{uri} is not empty ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and holds no"
+            " recipe.json, so it is no pair set; set pairs.uri to a new or empty folder."
         )
     return False
 
@@ -141,19 +141,14 @@ def _differences(there: Facts, here: Facts) -> str:
     """The first three settings in which two sets differ."""
     old, new = _leaves(there), _leaves(here)
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    parts = [
-        f"{name} is {old.get(name, 'unknown')} there and {new.get(name, 'unknown')} here"
-        for name in names[:3]
-    ]
+    parts = [f"{name} is {old.get(name, 'unknown')} there and {new.get(name, 'unknown')} here" for name in names[:3]]
     return ", ".join(parts) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}".lstrip(".")).items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 # ---- completing a set
@@ -189,8 +184,8 @@ def finish(uri: str, known: Facts, shards: list[Shard], made: dict[str, Any]) ->
 def read(uri: str, expected: str | None = None) -> dict[str, Any]:
     """The manifest of a complete set whose noise this machine can make again.
 
-    ``expected`` is the fingerprint that the caller's recipe asks for. Raises FileNotFoundError for a set that is not there
-    or not complete, and ValueError for another set or another noise, with one sentence.
+    ``expected`` is the fingerprint that the caller's recipe asks for. Raises FileNotFoundError for a set that is not
+    there or not complete, and ValueError for another set or another noise, with one sentence.
     """
     if not storage.exists(storage.join(uri, "manifest.json")):
         begun = storage.exists(storage.join(uri, "recipe.json"))
@@ -206,8 +201,8 @@ def read(uri: str, expected: str | None = None) -> dict[str, Any]:
     if noise.digest(known["seed"], *noise_shape(known)) != manifest["noise_digest"]:
         made_with = {name: manifest["made"][-1]["versions"][name] for name in ("numpy", "scipy")}
         raise ValueError(
-            f"this machine makes other noise from seed {known['seed']} than the one that made {uri}; install the versions"
-            f" that made it ({made_with})."
+            f"this machine makes other noise from seed {known['seed']} than the one that made {uri}; install the"
+            f" versions that made it ({made_with})."
         )
     return manifest
 
@@ -217,16 +212,14 @@ def card(manifest: dict[str, Any]) -> str:
     known, made = manifest["facts"], manifest["made"][-1]
     teacher, layout, filters = known["teacher"], known["layout"], known["teacher"]["filter"]
     length, dim = noise_shape(known)
-    noise_row = (
-        f"| noise | float16 [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
-    )
+    noise_row = f"| noise | float16 [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
     if known["noise"] == "derived":
         noise_row = ""
-        stored = f"The noise, float16 [{length}, {dim}], is not stored: `pipeline.noise.gaussian` makes it from the ids."
-    else:
         stored = (
-            f"The noise comes from `pipeline.noise.gaussian({known['seed']}, sample_id, {length}, {dim})`."
+            f"The noise, float16 [{length}, {dim}], is not stored: `pipeline.noise.gaussian` makes it from the ids."
         )
+    else:
+        stored = f"The noise comes from `pipeline.noise.gaussian({known['seed']}, sample_id, {length}, {dim})`."
     return f"""---
 pretty_name: Noise-token pairs ({teacher["family"].rpartition(".")[2]})
 tags: [distilled-decoding, image-generation, autoregressive]
@@ -249,7 +242,8 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 
 {stored}
 
-* Teacher: checkpoint SHA-256 `{teacher["checkpoint"]}`, tokenizer SHA-256 `{teacher["tokenizer"]}`, {teacher["precision"]}.
+* Teacher, {teacher["precision"]}: SHA-256 of the checkpoint `{teacher["checkpoint"]}`, of the tokenizer \
+`{teacher["tokenizer"]}`.
 * Filter: guidance {filters["guidance"]}, temperature {filters["temperature"]}, top-k {filters["top_k"]}, top-p \
 {filters["top_p"]}.
 * Solver: {", ".join(f"{name} {value}" for name, value in known["solver"].items())}.

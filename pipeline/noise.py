@@ -21,9 +21,7 @@ def _bits(seed: int, ids: Sequence[int] | np.ndarray, stream: int, count: int, b
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed is {seed}; it must lie between 0 and 2^63 - 1.")
     raw = [
-        np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, block, stream]).random_raw(
-            count
-        )
+        np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, block, stream]).random_raw(count)
         for i in ids
     ]
     return np.stack(raw) if raw else np.empty((0, count), dtype=np.uint64)

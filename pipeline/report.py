@@ -9,116 +9,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.metrics import Statistics, frechet, pixel_frechet, precision_recall
-from pipeline.speed import Speed
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
 GAP = 4  # white pixels between the images of the grid
 LEAST_CELL = 72  # small images are enlarged by a whole factor to about this many pixels
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row of the table before its numbers: a sampler's images and its speed."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any]
-    steps: int
-    statistics: Statistics
-    speeds: list[Speed] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What images are compared with: feature mean and covariance, and the real images' statistics where
-    there are any.
-    """
-
-    gaussian: tuple[np.ndarray, np.ndarray]
-    real: Statistics | None
-
-
-# ---- numbers
-
-
-def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
-    """One dictionary per row, real images first; None where a number does not exist.
-
-    The teacher that others are compared with is the AR one if listed, else the flow-matched one;
-    ``baseline_ms`` is the AR teacher's time per image at batch 1.
-    """
-    teachers = [
-        entry for kind in ("Autoregressive", "FlowMatched") for entry in entries if entry.kind == kind
-    ]
-    rows = [_row(entry, reference, baseline_ms) for entry in entries]
-    teacher = next((row for row in rows if teachers and row["name"] == teachers[0].name), None)
-    if reference.real is not None:
-        rows.insert(0, _quality(reference.real) | {"name": "real images", "count": reference.real.moments.n})
-    for row in rows:
-        for key in ("score", "variance"):
-            mine, theirs = row.get(key), teacher and teacher.get(key)
-            row[f"{key}_over_teacher"] = mine / theirs if mine is not None and theirs else None
-    return rows
-
-
-def score(statistics: Statistics, reference: Reference) -> float:
-    """Fréchet distance of a set of images to the reference."""
-    return frechet(statistics.moments.gaussian(), reference.gaussian)
-
-
-def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, Any]:
-    statistics, real = entry.statistics, reference.real
-    row: dict[str, Any] = {
-        "name": entry.name,
-        "sampler": {"name": entry.kind} | entry.settings,
-        "steps": entry.steps,
-        "count": statistics.moments.n,
-        "score": score(statistics, reference),
-        "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
-        "precision": None,
-        "recall": None,
-        "seconds": statistics.seconds,
-        "speeds": [asdict(speed) for speed in entry.speeds],
-    }
-    if real and real.features and statistics.features:
-        both = precision_recall(np.concatenate(statistics.features), np.concatenate(real.features))
-        row["precision"], row["recall"] = both
-    if entry.speeds:
-        best = min(entry.speeds, key=lambda speed: speed.ms)
-        row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
-        row |= {"best_ms": best.ms, "best_batch": best.batch}
-    return row | _quality(statistics)
-
-
-def _quality(statistics: Statistics) -> dict[str, Any]:
-    """What needs no reference."""
-    labelled = statistics.labelled
-    return {
-        "inception_score": statistics.score.value(),
-        "accuracy": statistics.right / labelled if labelled else None,
-        "variance": statistics.variance.value(),
-    }
-
-
-def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> dict[str, float]:
-    """Whether flow matching left the teacher's distribution alone: its distance to an AR draw over that of
-    two AR draws.
-    """
-    fm, ar = (frechet(s.moments.gaussian(), first.moments.gaussian()) for s in (flow_matched, second))
-    return {"fm_to_ar": fm, "ar_to_ar": ar, "ratio": fm / ar}
-
-
 def scalars(results: dict[str, Any]) -> dict[str, float]:
     """The table's numbers for MLflow: {"DD_1_step/score": 5.2, ...}."""
-    out = {}
+    out: dict[str, float] = {}
     for row in results["rows"]:
         name = metric_name(row["name"])
         out |= {f"{name}/{key}": float(v) for key, v in row.items() if isinstance(v, int | float)}
@@ -158,10 +62,7 @@ def table(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
-    cells = [
-        [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns]
-        for row in rows
-    ]
+    cells = [[form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns] for row in rows]
     return _grid_of_text([header for header, _, _ in columns], cells)
 
 
@@ -176,11 +77,7 @@ def _grid_of_text(headers: list[str], cells: list[list[str]]) -> str:
         )
         return "| " + " | ".join([first, *others]) + " |"
 
-    rule = (
-        "|"
-        + "|".join([f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])])
-        + "|"
-    )
+    rule = "|" + "|".join([f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]) + "|"
     return "\n".join([line(headers), rule, *map(line, cells)])
 
 
@@ -262,9 +159,7 @@ def _curve_table(results: dict[str, Any]) -> str:
     by_step: dict[int, dict[str, float]] = {}
     for point in curve["points"]:
         by_step.setdefault(point["step"], {})[point["name"]] = point["score"]
-    cells = [
-        [str(step), *(f"{found[name]:.2f}" for name in names)] for step, found in sorted(by_step.items())
-    ]
+    cells = [[str(step), *(f"{found[name]:.2f}" for name in names)] for step, found in sorted(by_step.items())]
     teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
     text = f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
     return text + "\n\n" + _grid_of_text(["optimiser step", *names], cells)
@@ -297,24 +192,18 @@ def mosaic(images: Sequence[np.ndarray]) -> np.ndarray:
     return framed.transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)[:-GAP, :-GAP]
 
 
-def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: Sequence[int]) -> bytes:
+def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: np.ndarray) -> bytes:
     """The sample grid as PNG: a labelled row per sampler, a column per noise with its class on top."""
     picture = mosaic(images)
     height, width = picture.shape[:2]
     left, right, top, bottom = 30 + 8 * max(map(len, names)), 12, 34, 12  # margins in pixels
     figure = Figure(figsize=((left + width + right) / 100, (top + height + bottom) / 100), dpi=100)
     full_width, full_height = left + width + right, top + height + bottom
-    axes = figure.add_axes(
-        (left / full_width, bottom / full_height, width / full_width, height / full_height)
-    )
+    axes = figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     rows, columns = len(names), len(labels)
-    axes.set_yticks(
-        [(i + 0.5) * (height + GAP) / rows - GAP / 2 for i in range(rows)], list(names), fontsize=11
-    )
-    axes.set_xticks(
-        [(i + 0.5) * (width + GAP) / columns - GAP / 2 for i in range(columns)], list(map(str, labels))
-    )
+    axes.set_yticks([(i + 0.5) * (height + GAP) / rows - GAP / 2 for i in range(rows)], list(names), fontsize=11)
+    axes.set_xticks([(i + 0.5) * (width + GAP) / columns - GAP / 2 for i in range(columns)], list(map(str, labels)))
     axes.xaxis.tick_top()
     axes.tick_params(length=0, pad=8, colors="#333333")
     for spine in axes.spines.values():
@@ -337,7 +226,8 @@ def curve(results: dict[str, Any]) -> bytes:
         axes.axhline(value, linestyle=style, linewidth=1.5, color="#555555", label=name)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"{title}, {data['count']:,} images")
-    axes.set_ylim(bottom=0)
+    highest = max([*(point["score"] for point in data["points"]), *data["teachers"].values()])
+    axes.set_ylim(0, 1.08 * highest)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -42,7 +42,8 @@ def measure(models: Models, sampler: Sampler, batches: tuple[int, ...], budget: 
     once. A size that by the last one's pace would overrun what is left is not measured, nor any beyond it.
     """
     sizes = sorted({1, *batches})
-    started, out = time.perf_counter(), []
+    started = time.perf_counter()
+    out: list[Speed] = []
     for i, batch in enumerate(sizes):
         left = budget - (time.perf_counter() - started)
         if out and 2 * out[-1].ms / 1000 * batch > left:  # the warm-up and one repeat
@@ -51,7 +52,8 @@ def measure(models: Models, sampler: Sampler, batches: tuple[int, ...], budget: 
         inputs = models.inputs(range(batch))
         decode = partial(models.teacher.decode, sampler.sample(models, inputs))
         decode()
-        draws, decodes = [], []
+        draws: list[float] = []
+        decodes: list[float] = []
         while not draws or (len(draws) < REPEATS and time.perf_counter() < share):
             draws.append(_seconds(partial(sampler.sample, models, inputs), models.device))
             decodes.append(_seconds(decode, models.device))

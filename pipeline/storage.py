@@ -1,8 +1,8 @@
-"""One way to name and touch files: a local path, ``s3://``, ``gs://``, ``hf://``, or ``package://x`` = pipeline/assets/x.
+"""One way to name and touch files: a local path, s3://, gs://, hf://, or package://x, which is pipeline/assets/x.
 
 fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...). A write is atomic: whoever lists a folder sees a
-whole file or none. Missing files raise FileNotFoundError, every other trouble ValueError, with one sentence and the URI.
+whole file or none. A missing file raises FileNotFoundError, other trouble ValueError, in one sentence with the URI.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ BLOCK = 4 << 20
 
 
 def resolve(uri: str) -> str:
-    """The same URI for every process: local paths absolute, package:// as the installed file, remote ones as they are."""
+    """A URI that no longer depends on the current folder: a local path made absolute, a remote one as it is."""
     if uri.startswith("package://"):
         return str(ASSETS / uri.removeprefix("package://"))
     if "://" in uri and not uri.startswith("file://"):
@@ -70,9 +70,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"{uri} needs a package that is not installed ({error}); pip install 'distilled-decoding{extra}'."
         ) from None
     except ValueError as error:
-        raise ValueError(
-            f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://."
-        ) from None
+        raise ValueError(f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://.") from None
 
 
 def exists(uri: str) -> bool:
@@ -92,9 +90,7 @@ def listing(uri: str) -> list[str]:
         except FileNotFoundError:
             return []
     inside = path.rstrip("/") + "/"
-    return sorted(
-        name.rstrip("/").removeprefix(inside) for name in found if name.rstrip("/") != path.rstrip("/")
-    )
+    return sorted(name.rstrip("/").removeprefix(inside) for name in found if name.rstrip("/") != path.rstrip("/"))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -108,9 +104,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with _sentences(uri, "written"):
         fs, path = filesystem(uri)
         if is_remote(uri):
-            fs.pipe_file(
-                path, data
-            )  # one PUT of a finished buffer, or a multipart upload that is published as one
+            fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +123,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{uri} is not JSON ({error}); it was not written by this package or was edited."
-        ) from None
+        raise ValueError(f"{uri} is not JSON ({error}); it was not written by this package or was edited.") from None
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -174,10 +166,8 @@ def remove(uri: str) -> None:
     """Delete one file; one that is not there is no error."""
     with _sentences(uri, "deleted"):
         fs, path = filesystem(uri)
-        try:
+        with suppress(FileNotFoundError):
             fs.rm_file(path)
-        except FileNotFoundError:
-            pass
 
 
 def check_writable(uri: str, needed: int = 0) -> None:
@@ -199,13 +189,9 @@ def _sentences(uri: str, doing: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{uri} could not be {doing}: there is no such file; check the path."
-        ) from None
+        raise FileNotFoundError(f"{uri} could not be {doing}: there is no such file; check the path.") from None
     except PermissionError as error:
-        raise ValueError(
-            f"{uri} could not be {doing}: permission denied ({error.strerror or error})."
-        ) from None
+        raise ValueError(f"{uri} could not be {doing}: permission denied ({error.strerror or error}).") from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space or choose another folder" if full else "check the path and the credentials"
@@ -214,6 +200,4 @@ def _sentences(uri: str, doing: str) -> Iterator[None]:
         # Backends have their own families (botocore's NoCredentialsError, EndpointConnectionError, ...).
         if isinstance(error, ValueError) or not is_remote(uri):
             raise
-        raise ValueError(
-            f"{uri} could not be {doing} ({error}); check the address and the credentials."
-        ) from None
+        raise ValueError(f"{uri} could not be {doing} ({error}); check the address and the credentials.") from None

@@ -1,9 +1,9 @@
 """Lets ``import torchvision`` succeed where its compiled operators cannot load.
 
-Imported before lpips and torch-fidelity. lpips and torch-fidelity only use torchvision's networks, but importing torchvision registers shape rules for
-``nms`` and ``qnms``, operators of its compiled extension. A torchvision wheel built for CUDA beside a CPU
-build of torch (PyPI's wheel, say) cannot load that extension, and the import dies with "operator
-torchvision::nms does not exist". Declaring the two signatures is enough; calling them still fails. Where the
+Imported before lpips and torch-fidelity. lpips and torch-fidelity only use torchvision's networks, but importing
+torchvision registers shape rules for ``nms`` and ``qnms``, operators of its compiled extension. A torchvision wheel
+built for CUDA beside a CPU build of torch (PyPI's wheel, say) cannot load that extension, and the import dies with
+"operator torchvision::nms does not exist". Declaring the two signatures is enough; calling them still fails. Where the
 extension loads, nothing is declared.
 """
 

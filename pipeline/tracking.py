@@ -1,8 +1,8 @@
 """One MLflow run per job, linked by fingerprints; the only module that knows MLflow.
 
-A job's driver starts the ``Run``; a training worker writes into it through ``worker_logger``. A store that
-cannot be reached is an error before work begins and only a warning afterwards: no result is lost for the sake
-of its curve."""
+Only a job's driver talks to the store; workers send it what there is to log. A store that cannot be reached is an error
+before work begins and only a warning afterwards: no result is lost for the sake of its curve.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +44,48 @@ def _mlflow() -> ModuleType:
     return mlflow
 
 
-class Logger:
-    """Writes metrics, images and files of one run; a failing store is reported once and otherwise ignored."""
+class Run:
+    """The MLflow run of one job: ``with Run.start(recipe, "distill") as run``; ends finished, failed or killed.
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self.uri, self.id = uri, run_id
-        self._client = _mlflow().MlflowClient(tracking_uri=uri)
+    While the job works, a failing store is reported once and otherwise ignored.
+    """
+
+    def __init__(self, uri: str, run_id: str, client: Any) -> None:
+        self.uri, self.id, self._client = uri, run_id, client
         self._warned, self._quiet_until = False, 0.0
+
+    @classmethod
+    def start(cls, recipe: Recipe, job: Job, resume_id: str | None = None) -> Run:
+        """Open a run of ``job`` in the experiment ``recipe.name``, or reopen ``resume_id``.
+
+        A new run's parameters are the flattened recipe. The store is MLFLOW_TRACKING_URI, or SQLite at <run>/mlflow.db
+        with artifacts beside it. Raises ValueError, one sentence, for a store that cannot be reached and for a remote
+        ``run`` without MLFLOW_TRACKING_URI.
+        """
+        uri, artifacts = _store(recipe)
+        mlflow = _mlflow()
+        try:
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            run_id = _reopened(client, resume_id) if resume_id else None
+            if run_id is None:
+                run_id = _created(client, recipe, job, artifacts)
+        except Exception as error:
+            raise ValueError(
+                f"the MLflow store {without_credentials(uri)} cannot be used ({_first_line(error)}); start"
+                " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
+            ) from error
+        return cls(uri, run_id, client)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
+        self._quiet_until = 0.0
+        self._attempt(lambda: self._client.set_terminated(self.id, status))
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log all ``values`` at ``step`` in one call."""
@@ -113,66 +148,13 @@ class Logger:
             return None
 
 
-class Run(Logger):
-    """The MLflow run of one job: ``with Run.start(recipe, "distill") as run``; ends finished, failed or killed."""
-
-    @classmethod
-    def start(cls, recipe: Recipe, job: Job, resume_id: str | None = None) -> Run:
-        """Open a run of ``job`` in the experiment ``recipe.name``, or reopen ``resume_id``.
-
-        A new run's parameters are the flattened recipe. The store is MLFLOW_TRACKING_URI, or SQLite at
-        <run>/mlflow.db with artifacts beside it. Raises ValueError, one sentence, for a store that cannot be
-        reached and for a remote ``run`` without MLFLOW_TRACKING_URI.
-        """
-        uri, artifacts = _store(recipe)
-        mlflow = _mlflow()
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        try:
-            run_id = _reopened(client, resume_id) if resume_id else None
-            if run_id is None:
-                run_id = _created(client, recipe, job, artifacts)
-        except Exception as error:
-            raise ValueError(
-                f"the MLflow store {without_credentials(uri)} cannot be used ({_first_line(error)}); start"
-                " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
-            ) from error
-        return cls(uri, run_id)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
-        self._quiet_until = 0.0
-        self._attempt(lambda: self._client.set_terminated(self.id, status))
-
-
-def worker_logger(uri: str, run_id: str) -> Logger:
-    """A logger for another process into a run that the driver started; ``uri`` and ``run_id`` are the run's.
-
-    Raises ValueError where the store is a SQLite file that this machine does not have, rather than make an
-    empty one.
-    """
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and not Path(path).exists():
-        raise ValueError(
-            f"the MLflow store {path} is not on this machine; start an MLflow server and set"
-            " MLFLOW_TRACKING_URI to it."
-        )
-    return Logger(uri, run_id)
-
-
 def without_credentials(text: str) -> str:
     """``text`` without the user:password@ of URIs in it."""
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted names: {"train": {"lr": 1e-4}} -> {"train.lr": "0.0001"}, free of
-    credentials."""
+    """{"train": {"lr": 1e-4}} -> {"train.lr": "0.0001"}: nested settings by dotted name, free of credentials."""
     out: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -219,9 +201,7 @@ def _reopened(client: Any, run_id: str) -> str | None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        print(
-            f"MLflow run {run_id} is not in this store any more; a new run takes its place.", file=sys.stderr
-        )
+        print(f"MLflow run {run_id} is not in this store any more; a new run takes its place.", file=sys.stderr)
         return None
     return run_id
 

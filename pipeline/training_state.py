@@ -37,9 +37,8 @@ class TrainingState:
 
         Nothing here waits for the device: a gradient that is not finite is noted and raised by ``check``.
         """
-        group_lr = learning_rate(self.settings, self.step, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = group_lr
+            group["lr"] = learning_rate(self.settings, self.step, total)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -60,8 +59,9 @@ class TrainingState:
         failed = int(self.failed_at)
         if failed:
             raise FloatingPointError(
-                f"the gradient of step {failed} is not finite; the last checkpoint is older and sound, so lower"
-                f" train.lr ({self.settings.lr}) or train.clip, or train in fp32, and start in a new folder."
+                f"the gradient of step {failed} is not finite; the last checkpoint is older and sound, so"
+                f" lower train.lr ({self.settings.lr}) or train.clip, or train in fp32, and start in a new"
+                " folder."
             )
 
     def save(self, folder: str) -> None:
@@ -92,8 +92,19 @@ def saved(folder: str) -> list[str]:
     return [name for name in storage.listing(folder) if name.startswith("step-") and name.endswith(SUFFIX)]
 
 
+def steps_done(folder: str) -> int:
+    """Optimiser steps of the newest checkpoint in a folder; 0 without one."""
+    names = saved(folder)
+    return int(names[-1].removeprefix("step-").removesuffix(SUFFIX)) if names else 0
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast if ``train.precision`` asks for it; weights, gradients and optimiser stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
 def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of linear layers and convolutions, not on embeddings, positions, biases."""
+    """AdamW that decays the matrices of linear layers and convolutions, not embeddings, positions and biases."""
     matrices = {id(m.weight) for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     groups = [
         {"params": [p for p in student.parameters() if (id(p) in matrices) == decayed], "weight_decay": decay}
@@ -104,7 +115,7 @@ def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
-    """The rate of optimiser step ``step`` (from 0): linear warm-up, then constant, or half a cosine to 0 at ``total``."""
+    """The rate of step ``step`` (from 0): linear warm-up, then constant, or half a cosine to 0 at ``total``."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "constant":

@@ -181,6 +181,7 @@ def test_vq_training_loss_and_straight_through_gradient():
     reconstruction, codes, loss = net(images)
     chosen = net.codebook[codes]
     assert torch.equal(codes, torch.cdist(z, net.codebook[None]).argmin(-1))
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(2, 64))
     assert loss.item() == pytest.approx(1.25 * (chosen - z).square().mean().item(), rel=1e-5)
 
     direction = torch.randn_like(reconstruction)
@@ -194,7 +195,9 @@ def test_vq_training_loss_and_straight_through_gradient():
     z.grad = None
     loss.backward()
     torch.testing.assert_close(z.grad, 0.25 * 2 * (z - chosen).detach() / z.numel())
-    assert net.quantize.embedding.weight.grad.abs().sum() > 0
+    code_loss = F.mse_loss(net.codebook[codes], z.detach())
+    (expected,) = torch.autograd.grad(code_loss, net.quantize.embedding.weight)
+    torch.testing.assert_close(net.quantize.embedding.weight.grad, expected)
     assert net.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
@@ -311,6 +314,22 @@ def test_the_null_half_runs_only_where_it_counts(guidance, interval, prefix, row
     teacher.network.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     teacher.generate(LABELS, Forced(TOKENS), prefix=TOKENS[:, :prefix])
     assert seen == rows
+
+
+def test_generation_keeps_no_graph():
+    teacher, forced = make_teacher(GUIDED), Forced(TOKENS)
+    teacher.network.requires_grad_(True)
+    teacher.generate(LABELS, forced)
+    assert not forced.all.requires_grad
+
+
+def test_official_initialisation():
+    torch.manual_seed(0)
+    net = Network(SMALL)
+    assert not net.output.weight.any()
+    for name, parameter in net.named_parameters():
+        if parameter.dim() > 1 and name != "output.weight":
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
 def test_guidance_below_one_is_refused():
@@ -444,8 +463,8 @@ def test_input_layer_is_the_least_squares_fit():
     expected = torch.linalg.lstsq(design, table.double()).solution.float()
     torch.testing.assert_close(weight, expected[:-1].T, atol=1e-4, rtol=0)
     torch.testing.assert_close(bias, expected[-1], atol=1e-4, rtol=0)
-    few = fit_embeddings(codebook[:5], table[:5])  # fewer codes than unknowns: the fit is exact
-    torch.testing.assert_close(F.linear(codebook[:5], *few), table[:5], atol=1e-3, rtol=0)
+    few = torch.eye(8)[:5]  # fewer codes than unknowns: solvable, and the fit is exact
+    torch.testing.assert_close(F.linear(few, *fit_embeddings(few, table[:5])), table[:5], atol=1e-3, rtol=0)
 
 
 def test_llamagen_has_no_choice_of_mask():

@@ -90,7 +90,10 @@ def test_loss_is_the_weighted_sum_and_the_log_adds_up() -> None:
     assert found["token_accuracy"] == pytest.approx(torch.stack(hits).mean().item(), rel=1e-5)
     assert found["t2/cross_entropy"] == pytest.approx(torch.stack(entropies[1::2]).mean().item(), rel=1e-5)
     assert found["t1/perceptual"] == pytest.approx(torch.stack(distances[0::2]).mean().item(), rel=1e-5)
-    halves = [Loss(SETTINGS, tokenizer, network)(Prediction(*(x[i::2] for x in prediction)), tokens[i::2], t[i::2]) for i in (0, 1)]
+    halves = [
+        Loss(SETTINGS, tokenizer, network)(Prediction(*(x[i::2] for x in prediction)), tokens[i::2], t[i::2])
+        for i in (0, 1)
+    ]
     assert torch.allclose(halves[0][1] + halves[1][1], sums), "workers' sums add up"
     assert halves[0][0].item() + halves[1][0].item() == pytest.approx(2 * loss.item(), rel=1e-5)
 

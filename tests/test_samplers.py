@@ -215,7 +215,7 @@ def test_samples_do_not_depend_on_their_batch() -> None:
     for sampler, _, _ in CASES:
         whole = sampler.draw(models(), IDS)
         parts = [sampler.draw(models(), IDS[i : i + 2]) for i in range(0, 5, 2)]
-        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-6)
 
 
 def test_all_tokens_from_the_teacher_is_the_teacher() -> None:
@@ -362,7 +362,7 @@ def test_a_wrong_entry_is_one_sentence(entry: Any, sentence: str) -> None:
 
 
 def test_no_samplers_and_double_samplers_are_refused() -> None:
-    with pytest.raises(ValueError, match="evaluate.samplers is empty"):
+    with pytest.raises(ValueError, match=r"evaluate\.samplers is empty"):
         samplers.build([], LAYOUT, 1)
     with pytest.raises(ValueError, match="twice"):
         samplers.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)

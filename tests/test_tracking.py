@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.recipe import Recipe, TeacherSettings, fingerprint
-from pipeline.tracking import Run, flattened, without_credentials, worker_logger
+from pipeline.tracking import Run, flattened, without_credentials
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return Recipe(name="tracked", run=str(tmp_path / "run"), teacher=teacher)
 
 
-def stored(run: tracking.Logger):
+def stored(run: Run):
     return run._client.get_run(run.id)
 
 
@@ -39,10 +39,9 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
         assert run.previous("pairs", pairs_fingerprint="other") is None
         assert run.previous("distill") is None, "a run must not find itself"
         run.dataset("pairs", recipe.pairs_uri, digest, "training")
-        worker = worker_logger(run.uri, run.id)
-        worker.metrics({"loss": 2.0, "lr": 1e-3}, step=10)
-        worker.metrics({"loss": 1.0}, step=20)
-        worker.image("samples", np.full((8, 8, 3), 255, np.uint8), step=20)
+        run.metrics({"loss": 2.0, "lr": 1e-3}, step=10)
+        run.metrics({"loss": 1.0}, step=20)
+        run.image("samples", np.full((8, 8, 3), 255, np.uint8), step=20)
         card = Path(recipe.run, "card.md")
         card.write_text("hello")
         run.artifact(card, "notes")
@@ -52,7 +51,10 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
     assert found.data.params["train.lr"] == "0.0001"
     assert found.data.params["train.start_steps"] == "[1, 6]"
     assert found.data.params["teacher.checkpoint"] == "s3://bucket/var.pth"
-    assert [(m.step, m.value) for m in run._client.get_metric_history(run.id, "loss")] == [(10, 2.0), (20, 1.0)]
+    assert [(m.step, m.value) for m in run._client.get_metric_history(run.id, "loss")] == [
+        (10, 2.0),
+        (20, 1.0),
+    ]
     (data,) = found.inputs.dataset_inputs
     assert (data.dataset.digest, data.tags[0].value) == (digest[:36], "training")
     assert "secret" not in stored(pairs).inputs.dataset_inputs[0].dataset.source
@@ -109,12 +111,6 @@ def test_a_store_that_dies_on_the_way_costs_a_warning(
 def test_a_remote_run_folder_needs_a_server(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
         Run.start(replace(recipe, run="s3://bucket/run"), "distill")
-
-
-def test_a_worker_without_the_store_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not on this machine"):
-        worker_logger(f"sqlite:///{tmp_path}/mlflow.db", "0" * 32)
-    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_flattened_names_every_leaf_and_hides_credentials() -> None:

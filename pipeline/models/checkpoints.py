@@ -70,7 +70,9 @@ def _read(path: Path, uri: str) -> dict[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{uri} is not a readable safetensors file ({error}); fetch or write it again.") from error
+            raise CheckpointError(
+                f"{uri} is not a readable safetensors file ({error}); fetch or write it again."
+            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
@@ -99,7 +101,12 @@ def _clean(content: dict[str, Any]) -> dict[str, Tensor]:
     return out
 
 
-def save(weights: nn.Module | dict[str, Tensor], uri: str, settings: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+def save(
+    weights: nn.Module | dict[str, Tensor],
+    uri: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write safetensors atomically, with ``settings`` as JSON in the file's metadata; ``dtype`` casts floats."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     tensors = {
@@ -115,7 +122,9 @@ def metadata(uri: str) -> dict[str, Any]:
         with safe_open(storage.local(uri), "pt") as file:
             stored = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{uri} is not a readable safetensors file ({error}); fetch or write it again.") from error
+        raise CheckpointError(
+            f"{uri} is not a readable safetensors file ({error}); fetch or write it again."
+        ) from error
     if "settings" not in stored:
         raise CheckpointError(f"{uri} carries no settings; it was not exported by distill.")
     return json.loads(stored["settings"])
@@ -139,7 +148,9 @@ def config(settings: TeacherSettings) -> Any:
     known = {f.name for f in fields(kind)}
     unknown = [name for name in settings.config if name not in known]
     if unknown:
-        raise ValueError(f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}."
+        )
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.config.items()}
     return kind(**values)
 
@@ -149,7 +160,10 @@ def checksums(settings: TeacherSettings) -> dict[str, str]:
     for name in ("tokenizer", "checkpoint"):
         if not getattr(settings, name):
             raise ValueError(f"teacher.{name} is not set; give the path or URI of the weights.")
-    return {"tokenizer": storage.sha256(settings.tokenizer), "checkpoint": storage.sha256(settings.checkpoint)}
+    return {
+        "tokenizer": storage.sha256(settings.tokenizer),
+        "checkpoint": storage.sha256(settings.checkpoint),
+    }
 
 
 def teacher(settings: TeacherSettings) -> Teacher:

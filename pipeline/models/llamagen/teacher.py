@@ -160,12 +160,12 @@ class Network(nn.Module):
 
 
 def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
-    """LlamaGen's temperature, top-k and top-p: logits [..., V] -> log p [..., V] float32, -inf where p is 0.
+    """LlamaGen's temperature, top-k and top-p: logits [..., V] float32 -> log p [..., V], -inf where p is 0.
 
     Top-k keeps ties with the k-th. Top-p keeps the most probable codes up to and including the one with which
     their sum exceeds ``top_p``; among equals torch.sort's order decides, as in the official code.
     """
-    logits = logits.float() / max(filter.temperature, 1e-5)
+    logits = logits / max(filter.temperature, 1e-5)
     if 0 < filter.top_k < logits.shape[-1]:
         smallest = logits.topk(filter.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -219,8 +219,6 @@ class Teacher(base.Teacher):
         codes = labels.new_empty(batch, end - 1, dtype=torch.long)
         if prefix is not None:
             codes[:, : first - 1] = prefix
-        if first == end:
-            return codes
         copies = 2 if self._guided(first) else 1
         if copies == 2:
             labels = torch.cat([labels, torch.full_like(labels, self.layout.classes)])

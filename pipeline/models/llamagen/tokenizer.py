@@ -70,9 +70,7 @@ class Config:
                 f" multiple of 4 channels per head, so make dim a multiple of {4 * self.heads}."
             )
         if self.channels % 32:
-            raise ValueError(
-                f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32."
-            )
+            raise ValueError(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
 
     @property
     def hidden(self) -> int:
@@ -139,9 +137,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, before[0], 3, padding=1)
         self.conv_blocks = nn.Sequential(
             *(
-                DownLevel(
-                    before[i], width[i], config.encoder_blocks, config.attention and i == last, i == last
-                )
+                DownLevel(before[i], width[i], config.encoder_blocks, config.attention and i == last, i == last)
                 for i in range(len(width))
             )
         )

@@ -39,9 +39,7 @@ class Student(Transformer, base.Student):
         super().__init__(config, (1, *config.patch_nums), MASKS[mask])
         self.layout = config.layout
         self.n_d_embed = nn.Embedding(2, config.width)  # row 0 is noise, row 1 is data
-        self.layerwise_n_d_embed = nn.ModuleList(
-            nn.Linear(config.width, config.width) for _ in range(config.depth + 1)
-        )
+        self.layerwise_n_d_embed = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.depth + 1))
         self.final_layer_conti = EmbeddingHead(config.width, config.code_dim)
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
         initialise(self, generator)
@@ -72,9 +70,8 @@ class Student(Transformer, base.Student):
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """As base.Student; the numbers have the dtype of the weights or of autocast."""
         c = self.class_emb(condition.labels)
-        data = (
-            self.lvl_1L < t[:, None]
-        ).long()  # [B, n + 1]: scale t - 1 (from 0) has level t here; the class 0
+        # The class has level 0 and the tokens of AR step t level t, so data is what lies below t: [B, n + 1].
+        data = (self.lvl_1L < t[:, None]).long()
         tokens = self.word_embed(x_t.to(self.word_embed.weight.dtype))
         x = torch.cat([(c[:, None] + self.pos_start).to(tokens.dtype), tokens], dim=1)
         x = x + self.positions() + self.n_d_embed(data)

@@ -93,9 +93,7 @@ class Teacher(base.Teacher):
         if prefix is None:
             prefix = labels.new_empty(len(labels), 0)
         if len(prefix) != len(labels):
-            raise ValueError(
-                f"the prefix has {len(prefix)} rows for {len(labels)} labels; give one per label."
-            )
+            raise ValueError(f"the prefix has {len(prefix)} rows for {len(labels)} labels; give one per label.")
         if first == end:
             return prefix
         if self.filter.guidance:

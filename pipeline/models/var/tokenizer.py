@@ -205,9 +205,7 @@ class Encoder(nn.Module):
         coarsest = len(width) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(
-                inside, outside, config.encoder_blocks, config.attention and i == coarsest, down=i < coarsest
-            )
+            Level(inside, outside, config.encoder_blocks, config.attention and i == coarsest, down=i < coarsest)
             for i, (inside, outside) in enumerate(zip([config.channels, *width[:-1]], width, strict=True))
         )
         self.mid = Middle(width[-1], config.attention)

@@ -148,9 +148,7 @@ class Transformer(nn.Module):
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
-    def __init__(
-        self, config: Config, sides: tuple[int, ...], allowed: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, config: Config, sides: tuple[int, ...], allowed: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         width = config.width
         # Constants are real even under the meta device, so that a file which lacks them can be loaded there.

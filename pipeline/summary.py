@@ -1,0 +1,203 @@
+"""From statistics and seconds to the numbers of the report: one JSON value that holds everything it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline import samplers, scoring
+from pipeline.metrics import frechet, pixel_frechet, precision_recall
+from pipeline.plan import Draw, Plan
+from pipeline.samplers import Autoregressive
+from pipeline.speed import Speed
+from pipeline.tally import Statistics
+
+VERSIONS = ("torch", "numpy", "scipy", "ray")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table before its numbers: a sampler's images and its speed."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    steps: int
+    statistics: Statistics
+    speeds: list[Speed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: feature mean and covariance, and the real images' statistics where
+    there are any.
+    """
+
+    gaussian: tuple[np.ndarray, np.ndarray]
+    real: Statistics | None
+
+
+def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
+    """Everything the report says, as JSON values."""
+    settings, names = plan.recipe.evaluate, samplers.names(plan.samplers)
+    reference = _reference(plan, statistics)
+    entries = [
+        Entry(
+            name,
+            type(sampler).__name__,
+            dataclasses.asdict(sampler),
+            sampler.steps_label(plan.layout),
+            statistics[draw],
+            timing["speeds"][sampler],
+        )
+        for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
+    ]
+    by_kind = {entry.kind: entry.statistics for entry in entries}
+    second = plan.second()
+    return {
+        "name": plan.recipe.name,
+        "title": "FD" if settings.features == "digits" else "FID",
+        "fingerprint": plan.fingerprint(),
+        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms),
+        "agreement": agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
+        if second
+        else None,
+        "curve": _curve(plan, statistics, reference),
+        "made": _made(plan, statistics, timing),
+    }
+
+
+def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> Reference:
+    settings = plan.recipe.evaluate
+    real = statistics[plan.reference()] if plan.real else None
+    if settings.features == "digits" and real:
+        return Reference(real.moments.gaussian(), real)
+    return Reference(scoring.reference_gaussian(settings.reference or ""), real)
+
+
+def _curve(plan: Plan, statistics: dict[Draw, Statistics], reference: Reference) -> dict[str, Any] | None:
+    draws = plan.curve()
+    if not draws:
+        return None
+    named = dict(zip(plan.samplers, samplers.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
+
+    def point(draw: Draw) -> tuple[str, float]:
+        assert draw.sampler is not None
+        return named[draw.sampler], score(statistics[draw], reference)
+
+    points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
+    return {
+        "count": plan.recipe.evaluate.curve_count,
+        "teachers": dict(point(draw) for draw in draws[0]),
+        "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
+    }
+
+
+def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
+    """What somebody needs who wants the same numbers."""
+    recipe, settings = plan.recipe, plan.recipe.evaluate
+    return {
+        "count": settings.count,
+        "seed": settings.seed,
+        "samplers": {
+            name: [type(sampler).__name__, dataclasses.asdict(sampler)]
+            for name, sampler in zip(samplers.names(plan.samplers), plan.samplers, strict=True)
+        },
+        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
+        | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},
+        "solver": dataclasses.asdict(recipe.pairs.solver),
+        "student": _student(plan) if plan.students else None,
+        "pairs": plan.facts.get("pairs"),
+        "features": settings.features,
+        "dimensions": plan.facts["dim"],
+        "features SHA-256": plan.facts["features"],
+        "real images": plan.real,
+        "sampling": {
+            "device": plan.device,
+            "actors": settings.actors,
+            "batch": settings.batch,
+            "seconds of all actors": round(sum(found.seconds for found in statistics.values()), 1),
+        },
+        "timing": {key: timing[key] for key in ("device", "threads")},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "fingerprint": plan.fingerprint(),
+    }
+
+
+def _student(plan: Plan) -> dict[str, Any]:
+    """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
+    files).
+    """
+    own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
+    found = {key: plan.exported[key] for key in own if key in plan.exported}
+    return {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask} | found
+
+
+def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
+    """One dictionary per row, real images first; None where a number does not exist.
+
+    The teacher that others are compared with is the AR one if listed, else the flow-matched one;
+    ``baseline_ms`` is the AR teacher's time per image at batch 1.
+    """
+    teachers = [entry for kind in ("Autoregressive", "FlowMatched") for entry in entries if entry.kind == kind]
+    rows = [_row(entry, reference, baseline_ms) for entry in entries]
+    teacher = next((row for row in rows if teachers and row["name"] == teachers[0].name), None)
+    if reference.real is not None:
+        rows.insert(0, _quality(reference.real) | {"name": "real images", "count": reference.real.moments.n})
+    for row in rows:
+        for key in ("score", "variance"):
+            mine, theirs = row.get(key), teacher and teacher.get(key)
+            row[f"{key}_over_teacher"] = mine / theirs if mine is not None and theirs else None
+    return rows
+
+
+def score(statistics: Statistics, reference: Reference) -> float:
+    """Fréchet distance of a set of images to the reference."""
+    return frechet(statistics.moments.gaussian(), reference.gaussian)
+
+
+def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, Any]:
+    statistics, real = entry.statistics, reference.real
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "sampler": {"name": entry.kind} | entry.settings,
+        "steps": entry.steps,
+        "count": statistics.moments.n,
+        "score": score(statistics, reference),
+        "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
+        "precision": None,
+        "recall": None,
+        "seconds": statistics.seconds,
+        "speeds": [asdict(speed) for speed in entry.speeds],
+    }
+    if real and real.features and statistics.features:
+        both = precision_recall(np.concatenate(statistics.features), np.concatenate(real.features))
+        row["precision"], row["recall"] = both
+    if entry.speeds:
+        best = min(entry.speeds, key=lambda speed: speed.ms)
+        row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
+        row |= {"best_ms": best.ms, "best_batch": best.batch}
+    return row | _quality(statistics)
+
+
+def _quality(statistics: Statistics) -> dict[str, Any]:
+    """What needs no reference."""
+    labelled = statistics.labelled
+    return {
+        "inception_score": statistics.score.value(),
+        "accuracy": statistics.right / labelled if labelled else None,
+        "variance": statistics.variance.value(),
+    }
+
+
+def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> dict[str, float]:
+    """Whether flow matching left the teacher's distribution alone: its distance to an AR draw over that of
+    two AR draws.
+    """
+    fm, ar = (frechet(s.moments.gaussian(), first.moments.gaussian()) for s in (flow_matched, second))
+    return {"fm_to_ar": fm, "ar_to_ar": ar, "ratio": fm / ar}

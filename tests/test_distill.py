@@ -1,0 +1,410 @@
+"""pytest tests/test_distill.py: Alg. 2 on a tiny teacher; tests -m slow adds two DDP workers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+from torch import Tensor, nn
+
+from pipeline import distill as job
+from pipeline import manifest, noise, pairs, storage, tracking, training_data, training_plan, training_state
+from pipeline.distill import distill
+from pipeline.models import checkpoints
+from pipeline.observer import Message, Observer
+from pipeline.pairs import Rows
+from pipeline.recipe import Recipe, TrainSettings
+from pipeline.training_state import TrainingState, learning_rate
+
+
+class Journal:
+    """Stands for ``tracking.Run``: keeps what a job logs."""
+
+    def __init__(self) -> None:
+        self.id, self.history, self.tags, self.images = "run-1", [], {}, []
+        self.resumed: list[str | None] = []
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        self.history.append((step, values))
+
+    def image(self, key: str, image: np.ndarray, step: int = 0) -> None:
+        self.images.append((step, image))
+
+    def tag(self, key: str, value: str) -> None:
+        self.tags[key] = value
+
+    def dataset(self, *link: str) -> None:
+        self.link = link
+
+    def previous(self, job: str, **tags: str) -> str | None:
+        return "pairs-run"
+
+    def curve(self, name: str = "loss") -> dict[int, float]:
+        return {step: values[name] for step, values in self.history if name in values}
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
+    kept = Journal()
+
+    def start(recipe: Recipe, job: str, resume_id: str | None = None) -> Journal:
+        kept.resumed.append(resume_id)
+        return kept
+
+    monkeypatch.setattr(tracking.Run, "start", start)
+    return kept
+
+
+def make_pairs(recipe: Recipe) -> None:
+    """A complete pair set without a teacher: its tokens follow from label and noise, so that they can be learnt."""
+    known = manifest.facts_of(recipe)
+    length, dim = manifest.noise_shape(known)
+    shards = []
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    for begin in range(0, recipe.pairs.count, recipe.pairs.shard_rows):
+        ids = np.arange(begin, min(begin + recipe.pairs.shard_rows, recipe.pairs.count))
+        labels = noise.labels(ids, known["layout"]["classes"])
+        drawn = noise.gaussian(known["seed"], ids, length, dim)
+        tokens = (4 * labels[:, None] + 2 * (drawn[..., 0] > 0) + (drawn[..., 1] > 0)).astype(np.uint16)
+        shards.append(pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, Rows(ids, labels, drawn, tokens))))
+    manifest.finish(recipe.pairs_uri, known, shards, {"rows": recipe.pairs.count, "seconds": 1.0, "device": "cpu"})
+
+
+def with_train(recipe: Recipe, **changes: Any) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, **changes))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """40 pairs, of which 8 are held out: 4 steps an epoch of 8 pairs."""
+    made = tiny(tmp_path)
+    made = replace(made, pairs=replace(made.pairs, count=40, shard_rows=16))
+    make_pairs(made)
+    return with_train(made, batch=8, epochs=2, lr=3e-3, warmup=2, ema=0.9, log_every=1, checkpoint_every=3, snapshots=2)
+
+
+@pytest.fixture
+def plan(recipe: Recipe) -> training_plan.Plan:
+    return training_plan.check(recipe)
+
+
+def weights(uri: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(storage.local(uri))
+
+
+# ---- a whole run
+
+
+def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) -> None:
+    recipe = with_train(recipe, epochs=20, snapshots=2, checkpoint_every=1000, precision="bf16", schedule="cosine")
+    summary = distill(recipe)
+    assert "80 steps" in summary
+    folder = Path(recipe.student_uri)
+    exported = ["step-000040.safetensors", "step-000080.safetensors", "student.safetensors"]
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == exported
+
+    loss = list(journal.curve().values())
+    assert len(loss) == 80
+    assert np.mean(loss[-8:]) < 0.6 * np.mean(loss[:4])
+    logged = {name for _, values in journal.history for name in values}
+    assert {"cross_entropy", "perceptual", "token_accuracy", "t1/cross_entropy", "t2/perceptual"} <= logged
+    assert {"lr", "gradient_norm", "images_per_second", "seconds", "held_out/loss", "held_out/t2/perceptual"} <= logged
+    assert journal.curve("held_out/token_accuracy").keys() == {40, 80}
+    assert journal.curve("token_accuracy")[80] > journal.curve("token_accuracy")[1] + 0.2
+
+    step, image = journal.images[-1]
+    assert step == 80
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    assert journal.tags["pairs_run"] == "pairs-run"
+    assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/student.safetensors")
+    assert journal.link[2:] == (journal.tags["pairs_fingerprint"], "training")
+
+    settings = checkpoints.metadata(f"{recipe.student_uri}/student.safetensors")
+    assert settings["teacher"] == checkpoints.checksums(recipe.teacher)
+    assert settings["pairs_fingerprint"] == pairs.fingerprint_of(recipe.pairs_uri)
+    assert settings["family"] == recipe.teacher.family
+    assert settings["step"] == 80
+    assert settings["mlflow_run"] == journal.id
+    assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
+    codebook = checkpoints.tokenizer(recipe.teacher).codebook
+    checkpoints.student(recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, settings["mask"])
+
+
+def test_the_export_is_the_moving_average(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain loop over the weights of every step."""
+    seen: list[dict[str, Tensor]] = []
+    advance = TrainingState.advance
+
+    def spied(state: TrainingState, total: int) -> Tensor:
+        if not seen:
+            seen.append(copy.deepcopy(state.student.state_dict()))
+        out = advance(state, total)
+        seen.append(copy.deepcopy(state.student.state_dict()))
+        return out
+
+    monkeypatch.setattr(TrainingState, "advance", spied)
+    distill(recipe)
+    found = weights(f"{recipe.student_uri}/student.safetensors")
+    assert found.keys() == seen[0].keys()
+    for name in found:
+        average = seen[0][name].double()
+        for step, state in enumerate(seen[1:], start=1):
+            decay = min(0.9, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * state[name].double()
+        if found[name].is_floating_point() and found[name].isfinite().all():
+            assert torch.allclose(found[name].double(), average, atol=1e-6), name
+    head = next(name for name in found if "final_layer_conti.linear.weight" in name)
+    assert not torch.equal(found[head], seen[-1][head])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = with_train(recipe, uri=f"{recipe.run}/whole")
+    distill(whole)
+    expected = journal.curve()
+    journal.history.clear()
+
+    log = Observer.log
+
+    def interrupted(observer: Observer, metrics: dict[str, float]) -> None:
+        log(observer, metrics)
+        if observer.state.step == 5:  # inside the second epoch, two steps after the checkpoint
+            raise Stopped
+
+    monkeypatch.setattr(Observer, "log", interrupted)
+    with pytest.raises(Stopped):
+        distill(recipe)
+    monkeypatch.setattr(Observer, "log", log)
+    assert not Path(recipe.student_uri, "student.safetensors").exists()
+    assert [path.name for path in Path(recipe.student_uri, "checkpoints").iterdir()] == ["step-00000003.pt"]
+    distill(recipe)
+    assert [step for step, values in journal.history if "loss" in values] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert journal.curve() == pytest.approx(expected, rel=1e-6)
+    assert journal.resumed == [None, None, journal.id], "the MLflow run goes on too"
+    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (whole, recipe))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    kept = sorted(path.name for path in Path(recipe.student_uri, "checkpoints").iterdir())
+    assert kept == ["step-00000006.pt", "step-00000008.pt"]
+
+
+def test_a_finished_run_says_so(recipe: Recipe, journal: Journal) -> None:
+    distill(recipe)
+    before = storage.sha256(f"{recipe.student_uri}/student.safetensors")
+    journal.history.clear()
+    assert distill(with_train(recipe, log_every=7, keep=1)).startswith("Nothing is missing")
+    assert not journal.history
+    assert storage.sha256(f"{recipe.student_uri}/student.safetensors") == before
+
+
+def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> None:
+    """With one head untrained, nothing of the other is computed or moved."""
+    logits = with_train(recipe, uri=f"{recipe.run}/logits", lpips=0.0, split=3, epochs=1, weight_decay=0.0)
+    distill(logits)
+    assert "perceptual" not in journal.history[0][1]
+    embeddings = with_train(
+        recipe, uri=f"{recipe.run}/embeddings", cross_entropy=0.0, split=0, epochs=1, weight_decay=0.0
+    )
+    distill(embeddings)
+    teacher = checkpoints.teacher(recipe.teacher)
+    start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", recipe.train.seed).state_dict()
+    trained = {r.student_uri: weights(f"{r.student_uri}/student.safetensors") for r in (logits, embeddings)}
+    head, conti = "head.weight", "final_layer_conti.linear.weight"
+    assert torch.allclose(trained[logits.student_uri][conti], start[conti], atol=1e-7)
+    assert not torch.allclose(trained[logits.student_uri][head], start[head], atol=1e-4)
+    assert torch.allclose(trained[embeddings.student_uri][head], start[head], atol=1e-7)
+    assert not torch.allclose(trained[embeddings.student_uri][conti], start[conti], atol=1e-4)
+
+
+def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal) -> None:
+    plan = distill(replace(recipe, dry_run=True))
+    assert "steps        8 of 8 pairs; 8 are left" in plan
+    assert "32 to train on, 8 held out" in plan
+    assert "GPU-hours" not in plan
+    assert not Path(recipe.student_uri).exists()
+    later = replace(recipe, dry_run=True, pairs=replace(recipe.pairs, uri=f"{recipe.run}/not-yet", count=1000))
+    assert "8 pairs; 244 are left" in distill(later).replace("244 of ", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lpips", [1.0, 0.0])
+def test_two_workers_follow_the_curve_of_one(recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float) -> None:
+    recipe = with_train(recipe, lpips=lpips, split=1 if lpips else 3)
+    alone = with_train(recipe, uri=f"{recipe.run}/alone")
+    distill(alone)
+    expected = journal.curve()
+    journal.history.clear()
+    together = with_train(recipe, uri=f"{recipe.run}/together", workers=2)
+    distill(together)
+    assert journal.curve() == pytest.approx(expected, rel=1e-4)
+    assert journal.images
+    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (alone, together))
+    for name, value in one.items():
+        assert torch.allclose(value.double(), other[name].double(), atol=1e-4), name
+
+
+# ---- bad input
+
+
+def test_bad_input_is_one_sentence_before_work(recipe: Recipe, journal: Journal) -> None:
+    def refused(bad: Recipe, sentence: str, kind: type[Exception] = ValueError) -> None:
+        with pytest.raises(kind, match=sentence) as caught:
+            distill(bad)
+        assert "\n" not in str(caught.value)
+
+    refused(with_train(recipe, start_steps=(1, 9)), "train.start_steps holds 9")
+    refused(with_train(recipe, batch=33), "leaves 32 pairs to train on")
+    refused(replace(recipe, cluster=replace(recipe.cluster, gpus=1)), "this machine has no GPU")
+    refused(replace(recipe, pairs=replace(recipe.pairs, count=41)), "holds 40 pairs and pairs.count is 41")
+    refused(replace(recipe, pairs=replace(recipe.pairs, seed=9)), "made otherwise: seed is 1 there and 9 here")
+    missing = replace(recipe, pairs=replace(recipe.pairs, uri=f"{recipe.run}/nothing"))
+    refused(missing, "holds no pair set; run generate_pairs", FileNotFoundError)
+    other = replace(recipe.teacher.filter, top_k=3)
+    refused(replace(recipe, teacher=replace(recipe.teacher, filter=other)), "made otherwise: teacher.filter.top_k")
+    assert not journal.resumed, "nothing was started"
+
+
+def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
+    distill(with_train(recipe, epochs=1))
+    with pytest.raises(ValueError, match=r"other settings: train\.lr is 0\.003 there and 0\.001 here"):
+        distill(with_train(recipe, epochs=1, lr=1e-3))
+    foreign = with_train(recipe, uri=f"{recipe.run}/foreign")
+    storage.write_bytes(f"{foreign.student_uri}/student.safetensors", b"")
+    with pytest.raises(ValueError, match=r"no recipe\.json to say whose"):
+        distill(foreign)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = job.step
+
+    def poisoned(network: nn.Module, loss: Any, state: TrainingState, batch: Any, total: int) -> tuple[Tensor, Tensor]:
+        if state.step == 4:
+            batch = batch._replace(x_t=batch.x_t * float("nan"))
+        return original(network, loss, state, batch, total)
+
+    monkeypatch.setattr(job, "step", poisoned)
+    with pytest.raises(FloatingPointError, match="the gradient of step 5 is not finite"):
+        distill(with_train(recipe, log_every=6))
+    assert [path.name for path in Path(recipe.student_uri, "checkpoints").iterdir()] == ["step-00000003.pt"]
+
+
+# ---- the parts
+
+
+def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.Plan) -> None:
+    stream = training_data.stream(plan)
+
+    def run(done: int, rank: int, world: int) -> Iterator[tuple[int, list[int]]]:
+        for epoch, share in training_data.batches(plan, stream, done, rank, world):
+            yield epoch, share.ids.tolist()
+
+    whole = list(run(0, 0, 1))
+    assert [epoch for epoch, _ in whole] == [0] * 4 + [1] * 4
+    assert sorted(i for _, ids in whole[:4] for i in ids) == list(range(32)), "the last 8 rows are held out"
+    assert whole[0][1] != whole[4][1], "every epoch has its own order"
+    for done in (0, 3, 4, 5, 8):
+        assert list(run(done, 0, 1)) == whole[done:]
+    halves = [list(run(0, rank, 2)) for rank in (0, 1)]
+    assert [(e, a + b) for (e, a), (_, b) in zip(*halves, strict=True)] == whole
+
+
+def test_held_out_rows_are_those_the_stream_leaves_out(recipe: Recipe) -> None:
+    plan = training_plan.check(recipe)
+    assert training_data.held_out(plan).ids.tolist() == list(range(32, 40))
+    smaller = training_plan.check(replace(recipe, pairs=replace(recipe.pairs, count=30)))  # a set that grew since
+    assert training_data.held_out(smaller).ids.tolist() == list(range(22, 30))
+    assert training_data.stream(smaller).count == 22
+    assert sorted(training_data.stream(smaller).order(0, 3)) == list(range(22))
+
+
+def test_x_t_keeps_the_codes_before_t(plan: training_plan.Plan) -> None:
+    rows = training_data.held_out(plan)
+    codebook = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    settings = plan.recipe.train
+    batch = training_data.noised(training_data.as_pairs(rows), 1, settings, plan.layout, codebook)
+    assert set(batch.t.tolist()) == {1, 2}
+    for i, t in enumerate(batch.t.tolist()):
+        kept = plan.layout.before(t)
+        assert torch.equal(batch.x_t[i, :kept], codebook[rows.tokens[i, :kept].astype(int)])
+        assert torch.equal(batch.x_t[i, kept:], torch.from_numpy(rows.noise[i, kept:]).float())
+    alone = training_data.noised(training_data.as_pairs(rows.take(slice(5, 6))), 1, settings, plan.layout, codebook)
+    assert torch.equal(alone.t, batch.t[5:6]), "t belongs to the sample, not to its batch"
+
+
+def test_choices_are_even_and_differ_by_draw() -> None:
+    first, second = (noise.choice(3, range(6000), draw, 3) for draw in (0, 1))
+    assert np.abs(np.bincount(first) - 2000).max() < 150
+    assert 0.30 < (first == second).mean() < 0.37
+    assert np.array_equal(first[100:200], noise.choice(3, np.arange(100, 200), 0, 3))
+
+
+def test_only_matrices_decay(recipe: Recipe) -> None:
+    teacher = checkpoints.teacher(recipe.teacher)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", 0)
+    named = {id(p): name for name, p in student.named_parameters()}
+    decayed, spared = (
+        {named[id(p)] for p in g["params"]} for g in training_state.optimizer(student, recipe.train).param_groups
+    )
+    assert decayed | spared == set(named.values())
+    assert not decayed & spared
+    assert {"head.weight", "word_embed.weight", "blocks.0.attn.mat_qkv.weight"} <= decayed
+    assert {"class_emb.weight", "pos_1LC", "lvl_embed.weight", "head.bias", "n_d_embed.weight"} <= spared
+    assert {"blocks.0.attn.scale_mul_1H11", "final_layer_conti.scale_shift_table"} <= spared
+
+
+def test_learning_rate_warms_up_then_stays_or_falls() -> None:
+    constant = TrainSettings(lr=1.0, warmup=4)
+    assert [learning_rate(constant, s, 12) for s in (0, 1, 3, 4, 11)] == [0.25, 0.5, 1, 1, 1]
+    cosine = replace(constant, schedule="cosine")
+    assert [learning_rate(cosine, s, 12) for s in (4, 8, 12)] == pytest.approx([1, 0.5, 0])
+    assert learning_rate(replace(cosine, warmup=0), 0, 12) == 1
+
+
+def test_snapshots_are_spread_and_end_with_the_last_step(plan: training_plan.Plan) -> None:
+    assert plan.total == 8
+    assert plan.snapshot_steps == [4, 8]
+    assert replace(plan, recipe=with_train(plan.recipe, snapshots=3)).snapshot_steps == [3, 5, 8]
+
+
+def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Plan) -> None:
+    def with_(**changes: Any) -> str:
+        return replace(plan, recipe=with_train(plan.recipe, **changes)).fingerprint
+
+    assert with_(uri="elsewhere", workers=2, checkpoint_every=9, keep=9, log_every=9, snapshots=9) == plan.fingerprint
+    assert with_(seed=4) != plan.fingerprint
+    assert with_(precision="bf16") != plan.fingerprint
+    assert replace(plan, pairs_fingerprint="other").fingerprint != plan.fingerprint
+
+
+def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Plan) -> None:
+    student, loss = job.build(plan.recipe, torch.device("cpu"))
+    sent: list[Message] = []
+    observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, sent.append, "run")
+    rows = observer.grid()
+    assert [row.shape for row in rows] == [(8, 3, 6, 6)] * 3
+    codes = loss.tokenizer.codebook[torch.from_numpy(training_data.held_out(plan).tokens.astype(np.int64))]
+    image = (loss.tokenizer.decode(codes) * 127.5 + 127.5).clamp(0, 255)
+    assert np.abs(rows[0] - image.numpy()).max() <= 0.51
+    assert not np.array_equal(rows[1], rows[2])

@@ -1,0 +1,342 @@
+"""The evaluation job on a tiny teacher and student, with the real digits as the reference.
+
+python -m pytest tests/test_evaluate.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from pipeline import digits, evaluate, manifest, noise, pairs, plan, report, samplers, storage
+from pipeline.evaluate import Artist, in_order
+from pipeline.metrics import frechet
+from pipeline.models import checkpoints
+from pipeline.models.convnet import to_uint8
+from pipeline.recipe import Recipe, fingerprint
+from pipeline.samplers import Autoregressive, FewStep, Models
+
+SAMPLERS: list[dict[str, Any]] = [
+    {"name": "Autoregressive"},
+    {"name": "FlowMatched"},
+    {"name": "FewStep", "steps": [1]},
+    {"name": "FewStep", "steps": [1, 2]},
+    {"name": "WithTeacher", "start": 2, "resume": 3},
+    {"name": "Skip", "n": 1},
+    {"name": "OneStepStar", "given_class": True},
+]
+IMAGES = {"patch_nums": [1, 2, 4], "multipliers": [1, 1, 1, 1], "classes": 10}  # 32 x 32, 21 tokens
+
+
+def changed(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with other ``evaluate`` settings."""
+    return dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, **settings))
+
+
+def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> None:
+    teacher = checkpoints.teacher(recipe.teacher)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, seed)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    facts = {
+        "family": recipe.teacher.family,
+        "teacher": checkpoints.checksums(recipe.teacher),
+        "pairs_fingerprint": fingerprint(manifest.facts_of(recipe)),
+        "mask": "released",
+    }
+    checkpoints.save(student, storage.join(recipe.student_uri, name), facts | settings)
+
+
+def write_pairs(recipe: Recipe) -> None:
+    known = manifest.facts_of(recipe)
+    length, dim = manifest.noise_shape(known)
+    ids = np.arange(40)
+    tokens = np.random.default_rng(0).integers(0, 24, (40, length)).astype(np.uint16)
+    shards = []
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    for start in range(0, 40, recipe.pairs.shard_rows):
+        part = ids[start : start + recipe.pairs.shard_rows]
+        drawn = noise.gaussian(recipe.pairs.seed, part, length, dim)
+        rows = pairs.Rows(part, noise.labels(part, 10), drawn, tokens[part])
+        shards.append(pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, rows)))
+    manifest.finish(recipe.pairs_uri, known, shards, {"rows": 40, "seconds": 1.0, "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
+    """A recipe whose pairs, student and two earlier students are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.CONFIG, "var", tiny.CONFIG["var"] | IMAGES)
+        made = tiny.tiny(tmp_path_factory.mktemp("evaluate"), "var")
+    made = changed(made, samplers=SAMPLERS, count=24, batch=10, curve_count=12, grid=5, timing_batches=(1, 2))
+    write_pairs(made)
+    for name, seed in [
+        ("step-000010.safetensors", 1),
+        ("step-000020.safetensors", 2),
+        ("student.safetensors", 2),
+    ]:
+        export_student(made, name, seed)
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, ray_cluster: None) -> tuple[Recipe, str]:
+    """The recipe after one evaluation, and what the job returned."""
+    return recipe, evaluate.evaluate(recipe)
+
+
+def results_of(recipe: Recipe) -> dict[str, Any]:
+    return storage.read_json(storage.join(recipe.report_uri, "report.json"))
+
+
+@cache
+def real_features() -> np.ndarray:
+    with torch.no_grad():
+        return digits.scorer()(digits.images_and_labels()[0])[0].double().numpy()
+
+
+def slow_score(recipe: Recipe, sampler: samplers.Sampler, student: str, ids: range) -> float:
+    """Everything at once in this process: draw, decode, save as uint8, score, two-pass covariance."""
+    teacher = checkpoints.teacher(recipe.teacher)
+    uri = storage.join(recipe.student_uri, student)
+    made = Models(
+        teacher,
+        checkpoints.student(recipe.teacher, uri, teacher.codebook),
+        recipe.pairs.solver,
+        recipe.evaluate.seed,
+    )
+    with torch.no_grad():
+        images = teacher.decode(sampler.draw(made, ids))
+        features, _ = digits.scorer()(to_uint8(images).float() / 127.5 - 1)
+    gaussians = [(x.mean(0), np.cov(x.T)) for x in (features.double().numpy(), real_features())]
+    return frechet(*gaussians)
+
+
+# ---- end to end
+
+
+def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> None:
+    recipe, text = finished
+    results = results_of(recipe)
+    assert storage.listing(recipe.report_uri) == [
+        "cache",
+        "curve.png",
+        "report.json",
+        "report.md",
+        "samples.png",
+    ]
+    assert [row["name"] for row in results["rows"]] == [
+        "real images",
+        "teacher, AR",
+        "teacher, FM",
+        "DD 1 step",
+        "DD 2 steps (1, 2)",
+        "DD pre-trained-2-3",
+        "skip-1",
+        "onestep* given the class",
+    ]
+    assert [row["steps"] for row in results["rows"][1:]] == [3, 3, 1, 2, 3, 2, 1]
+    assert report.table(results) in text
+    assert report.table(results) in storage.read_bytes(storage.join(recipe.report_uri, "report.md")).decode()
+    for row in results["rows"][1:]:
+        assert row["count"] == 24
+        assert [speed["batch"] for speed in row["speeds"]] == [1, 2]
+        assert row["ms"] > 0
+        assert row["speedup"] > 0
+        assert 0 <= row["precision"] <= 1
+        assert 0 <= row["recall"] <= 1
+    assert results["rows"][0]["accuracy"] > 0.97
+
+
+def test_scores_equal_those_of_a_single_slow_pass(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    rows = {row["name"]: row for row in results_of(recipe)["rows"]}
+    for name, sampler in [("teacher, AR", Autoregressive()), ("DD 1 step", FewStep(recipe.train.split))]:
+        expected = slow_score(recipe, sampler, "student.safetensors", range(24))
+        assert rows[name]["score"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_curve_scores_every_exported_student(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    curve = results_of(recipe)["curve"]
+    assert [(p["step"], p["name"]) for p in curve["points"]] == [
+        (step, name) for step in (10, 20) for name in ("DD 1 step", "DD 2 steps (1, 2)")
+    ]
+    assert set(curve["teachers"]) == {"teacher, AR", "teacher, FM"}
+    expected = slow_score(recipe, FewStep(recipe.train.split), "step-000010.safetensors", range(12))
+    assert curve["points"][0]["score"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_agreement_compares_two_ar_draws_of_different_ids(finished: tuple[Recipe, str]) -> None:
+    agreement = results_of(finished[0])["agreement"]
+    assert agreement["ar_to_ar"] > 0
+    assert agreement["ratio"] == pytest.approx(agreement["fm_to_ar"] / agreement["ar_to_ar"])
+
+
+def test_a_finished_report_is_not_made_again(finished: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, text = finished
+    monkeypatch.setattr(evaluate, "collect", None)
+    again = evaluate.evaluate(recipe)
+    assert "Nothing is missing" in again
+    assert again.split("\n\n")[0] == text.split("\n\n")[0]
+
+
+def test_a_rerun_draws_nothing_that_is_in_the_cache(
+    finished: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = finished
+    drawn = []
+    monkeypatch.setattr(evaluate, "_rows", lambda plan, todo, frequencies: drawn.extend(todo) or [])
+    made = plan.prepare(recipe)
+    statistics = evaluate.collect(made, None)
+    assert drawn == []
+    assert set(statistics) == set(made.draws())
+    other = plan.prepare(changed(recipe, seed=99))
+    evaluate.collect(other, None)
+    assert [draw.sampler for draw in drawn if draw.sampler is None] == []
+    assert len(drawn) == len(other.draws()) - 1
+
+
+def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], tmp_path: Path) -> None:
+    recipe, _ = finished
+    listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    other = changed(recipe, uri=str(tmp_path), actors=2, batch=7, samplers=listed, curve_count=0)
+    evaluate.evaluate(other)
+    before = {row["name"]: row for row in results_of(recipe)["rows"]}
+    for row in results_of(other)["rows"]:
+        for key in ("score", "pixel_score", "variance", "accuracy", "precision", "recall", "inception_score"):
+            expected = before[row["name"]].get(key)
+            assert row.get(key) == (pytest.approx(expected, rel=1e-3) if expected is not None else None), key
+        if row["name"] == "real images":  # cut and merged alike by any number of actors: the same bits
+            assert row["variance"] == before["real images"]["variance"]
+    assert results_of(other)["agreement"] is None
+    assert results_of(other)["curve"] is None
+
+
+def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tmp_path: Path) -> None:
+    text = evaluate.evaluate(dataclasses.replace(changed(recipe, uri=str(tmp_path)), dry_run=True))
+    assert "24 x teacher, AR from id 24" in text
+    assert "12 x DD 1 step at step 10 from id 0" in text
+    assert storage.listing(str(tmp_path)) == []
+
+
+# ---- the parts
+
+
+def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "ITEM", 10)
+    made = plan.prepare(changed(recipe, samplers=[{"name": "FewStep"}], batch=4))
+    draw = made.table()[0]
+    artist = Artist(made, [draw], None)
+    rows = [artist({"draw": np.array([0]), "item": np.array([item])}) for item in (2, 0, 1)]
+    plain = [{"draw": 0, "item": int(row["item"][0]), "statistics": row["statistics"][0]} for row in rows]
+    parts = [part for _, part in in_order(plain)]
+    assert [part.moments.n for part in parts] == [10, 10, 4]
+    monkeypatch.setattr(plan, "ITEM", 1_000)
+    whole = artist.statistics(draw, 0)
+    for part in parts[1:]:
+        parts[0].merge(part)
+    difference = np.concatenate(parts[0].images).astype(int) - np.concatenate(whole.images)
+    assert np.abs(difference).max() <= 1
+    # a pixel that falls on the other side of .5 in another batch size moves features by some 1e-4
+    np.testing.assert_allclose(np.concatenate(parts[0].features), np.concatenate(whole.features), atol=5e-3)
+    np.testing.assert_allclose(parts[0].moments.gaussian()[1], whole.moments.gaussian()[1], atol=1e-3)
+
+
+def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
+    base = plan.prepare(recipe)
+    by_name = {draw.name: draw for draw in base.table()}
+    solver = dataclasses.replace(recipe, pairs=dataclasses.replace(recipe.pairs, solver=plan_solver()))
+    with pytest.MonkeyPatch.context() as patch:  # another solver is another pair set, and this student is not of it
+        patch.setattr(plan, "_check_student", lambda *args: None)
+        patch.setattr(manifest, "read", lambda *args: {"fingerprint": "x", "count": 1})
+        other = plan.prepare(solver)
+    for name, same in [("teacher, AR", True), ("DD 1 step", True), ("teacher, FM", False)]:
+        assert (base.key(by_name[name]) == other.key(by_name[name])) is same
+    assert base.key(base.reference()) == plan.prepare(changed(recipe, seed=7)).key(base.reference())
+    assert len({base.key(draw) for draw in base.draws()}) == len(base.draws())
+    assert base.second() is not None
+    assert base.key(base.second()) != base.key(by_name["teacher, AR"])
+
+
+def plan_solver() -> Any:
+    from pipeline.flow import Solver
+
+    return Solver("fixed", 20)
+
+
+# ---- bad inputs
+
+
+def failing(recipe: Recipe, sentence: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
+        evaluate.evaluate(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_recipes_are_one_sentence(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: pytest.fail("sampling began"))
+    elsewhere = dataclasses.replace(recipe, run=str(tmp_path))
+    failing(changed(recipe, samplers=[]), "evaluate.samplers is empty")
+    failing(changed(recipe, samplers=[{"name": "FewStep", "steps": [1, 9]}]), "end by 3")
+    failing(elsewhere, "holds no pair set; run generate_pairs")
+    failing(
+        changed(elsewhere, samplers=[{"name": "FewStep"}]),
+        "there is no student at .*; run jobs/distill.py first",
+    )
+    no_weights = dataclasses.replace(recipe.teacher, checkpoint=str(tmp_path / "none"))
+    failing(dataclasses.replace(recipe, teacher=no_weights), "none could not be read: there is no such file")
+    (tmp_path / "file").write_text("")
+    failing(
+        changed(recipe, uri=str(tmp_path / "file" / "report"), samplers=[{"name": "Skip", "n": 1}]),
+        "could not be",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"teacher": {"checkpoint": "other", "tokenizer": "other"}}, "was distilled with teacher {.*other"),
+        ({"pairs_fingerprint": "other"}, "was distilled with pairs_fingerprint other, but this recipe has"),
+        ({"family": "pipeline.models.llamagen"}, "was distilled with family pipeline.models.llamagen"),
+    ],
+)
+def test_a_student_of_another_recipe_is_refused(
+    recipe: Recipe, tmp_path: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, uri=str(tmp_path)))
+    export_student(other, "student.safetensors", 3, **settings)
+    failing(changed(other, samplers=[{"name": "FewStep"}]), sentence)
+
+
+def test_teachers_alone_need_no_student(recipe: Recipe, tmp_path: Path) -> None:
+    alone = dataclasses.replace(changed(recipe, samplers=[{"name": "Autoregressive"}]), run=str(tmp_path))
+    made = plan.prepare(alone)
+    assert made.students == {}
+    assert made.curve() == {}
+    assert [draw.name for draw in made.draws()] == ["real images", "teacher, AR"]
+
+
+def test_digits_features_need_digits(tmp_path: Path) -> None:
+    small = tiny.tiny(tmp_path, "llamagen")
+    failing(changed(small, samplers=[{"name": "Autoregressive"}]), "scores 32x32 images of 10 classes")
+
+
+def test_a_report_survives_a_copy(finished: tuple[Recipe, str], tmp_path: Path) -> None:
+    """The JSON alone makes the Markdown again."""
+    recipe, _ = finished
+    shutil.copy(Path(recipe.report_uri, "report.json"), tmp_path)
+    results = json.loads((tmp_path / "report.json").read_text())
+    assert report.markdown(results).encode() == storage.read_bytes(storage.join(recipe.report_uri, "report.md"))
