@@ -27,7 +27,7 @@ def connect(recipe: Recipe) -> None:
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS", "local") != "local":
             _use_token()
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(recipe)
     _quiet()
@@ -70,7 +70,7 @@ def _start_local(recipe: Recipe) -> None:
     """
     replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
     cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     found = ray.cluster_resources().get("GPU", 0)
     if found < recipe.cluster.gpus:
         ray.shutdown()

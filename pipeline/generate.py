@@ -9,11 +9,8 @@ from __future__ import annotations
 import json
 import random
 import time
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,13 @@ import torch
 import yaml
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
-from torch import Tensor
 
-from pipeline import cluster, flow, manifest, noise, pairs, storage, tracking
+from pipeline import cluster, manifest, pairs, storage, tracking
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
-from pipeline.pairs import Rows
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, fingerprint
+from pipeline.replica import Replica, device, outcome
 
 FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
 DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
@@ -92,7 +87,7 @@ def _complete(
         "seconds": round(time.monotonic() - start, 3),
         "batch": recipe.pairs.batch,
         "actors": recipe.pairs.actors,
-        "device": _device(recipe),
+        "device": device(recipe),
         "mlflow_run": run.id,
     }
     complete = manifest.finish(uri, known, checked + made, summary)
@@ -154,86 +149,7 @@ def _committed(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Ite
     try:
         yield from written.iter_rows()
     except RayError as error:
-        reason = " ".join(str(error).strip().splitlines()[-1].split())
-        raise RuntimeError(f"Ray ended the work early ({reason}); the same command goes on.") from error
-
-
-class Replica:
-    """A teacher in an actor of its own."""
-
-    def __init__(self, recipe: Recipe, known: Facts) -> None:
-        torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
-        self.recipe, self.known, self.device = recipe, known, _device(recipe)
-        self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
-
-    def __call__(self, task: dict[str, np.ndarray]) -> Any:
-        """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or what went wrong.
-
-        An error is handed on as a value, so that the driver names it in one line and the other shards go on.
-        """
-        number = int(task["number"][0])
-        try:
-            return pairs.table(self.known, self.rows(number, int(task["rows"][0])))
-        except torch.OutOfMemoryError:
-            raise  # Ray tries again: a neighbour on a shared device may have gone
-        except Exception as error:
-            return _outcome(number, error=error)
-
-    def rows(self, number: int, rows: int) -> Rows:
-        """The first ``rows`` rows of shard ``number``.
-
-        Batches are cut at fixed offsets, and one that ``rows`` ends in is made whole: so no row meets other neighbours
-        than in a complete shard, and not even the rounding differs.
-        """
-        size, batch = self.known["shard_rows"], self.recipe.pairs.batch
-        ids = number * size + np.arange(size)
-        parts = [self.make(ids[begin : begin + batch]) for begin in range(0, rows, batch)]
-        made = Rows.join(parts).take(slice(0, rows))
-        return made if self.known["noise"] == "stored" else made._replace(noise=None)
-
-    def make(self, ids: np.ndarray) -> Rows:
-        """Alg. 1 for the given samples, together."""
-        labels = noise.labels(ids, self.teacher.layout.classes)
-        drawn = noise.gaussian(self.known["seed"], ids, *manifest.noise_shape(self.known))
-        tokens = self._generate(labels, drawn)
-        return Rows(ids, labels, drawn, tokens.cpu().numpy().astype(np.uint16))
-
-    def agreement(self, rows: Rows) -> float:
-        """Share of the stored codes that flow matching finds again, each given the stored codes before it."""
-        stored = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.device)
-        drawn = noise.gaussian(self.known["seed"], rows.ids, *manifest.noise_shape(self.known))
-        found: list[Tensor] = []
-        self._generate(rows.labels, drawn, stored, found)
-        return (torch.cat(found, dim=1) == stored).float().mean().item()
-
-    def measure(self) -> float:
-        """Seconds of one batch, after a short one to warm up."""
-        batch = min(self.recipe.pairs.batch, self.known["shard_rows"])
-        self.make(np.arange(min(2, batch)))
-        start = time.perf_counter()
-        self.make(np.arange(batch))
-        return time.perf_counter() - start
-
-    @torch.no_grad()
-    def _generate(
-        self,
-        labels: np.ndarray,
-        drawn: np.ndarray,
-        forced: Tensor | None = None,
-        found: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Codes [B, n] of the noise; with ``forced`` the teacher goes on from those, and its own go to ``found``."""
-        x = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
-        codebook, layout = self.teacher.codebook.float(), self.teacher.layout
-
-        def choose(step: int, log_p: Tensor) -> Tensor:
-            codes = flow.match(x[:, layout.span(step)], log_p, codebook, self.recipe.pairs.solver)
-            if forced is None or found is None:
-                return codes
-            found.append(codes)
-            return forced[:, layout.span(step)]
-
-        return self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        raise RuntimeError(f"Ray ended the work early ({_last_line(error)}); the same command goes on.") from error
 
 
 def commit(table: Any, uri: str, known: Facts) -> dict[str, np.ndarray]:
@@ -242,19 +158,9 @@ def commit(table: Any, uri: str, known: Facts) -> dict[str, np.ndarray]:
         return {name: table[name].to_numpy() for name in table.column_names}
     number = int(table["sample_id"][0].as_py()) // known["shard_rows"]
     try:
-        return _outcome(number, pairs.write_shard(uri, known, table))
+        return outcome(number, pairs.write_shard(uri, known, table))
     except Exception as error:
-        return _outcome(number, error=error)
-
-
-def _outcome(number: int, shard: Shard | None = None, error: Exception | None = None) -> dict[str, np.ndarray]:
-    """A row for the driver: the shard's line of the manifest, or the error and where it was raised."""
-    text = ""
-    if error is not None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-    line = json.dumps(asdict(shard)) if shard else ""
-    return {"number": np.array([number]), "error": np.array([text]), "shard": np.array([line])}
+        return outcome(number, error=error)
 
 
 # ---- checking and planning
@@ -271,7 +177,7 @@ def verify(recipe: Recipe, known: Facts) -> str:
     if share < AGREEMENT:
         raise ValueError(
             f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (from"
-            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says, so delete the set and make it anew."
+            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says, so make the set again elsewhere."
         )
     return (
         f"Verified: {_described(uri, complete)}; all shards are whole, and {share:.2%} of the codes of {len(picked)}"
@@ -289,7 +195,7 @@ def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
         yaml.safe_dump(recipe.resolved(), sort_keys=False, default_flow_style=None),
         f"pair set   {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
         f"rows       {count:,}; {left:,} in {len(todo)} shards are left to make",
-        f"one batch  {batch} rows in {duration(seconds)} on one replica ({_device(recipe)})",
+        f"one batch  {batch} rows in {duration(seconds)} on one replica ({device(recipe)})",
         f"time       about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
         f"storage    at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
     ]
@@ -304,7 +210,16 @@ def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     """Call a method of one Replica, on the hardware that the recipe gives it."""
     cluster.connect(recipe)
     actor = ray.remote(Replica).options(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)
-    return ray.get(getattr(actor.remote(recipe, known), method).remote(*args))
+    replica = actor.remote(recipe, known)
+    try:
+        return ray.get(getattr(replica, method).remote(*args))
+    except RayError as error:
+        raise RuntimeError(f"the teacher could not run: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What was raised in the worker; the lines before it are its traceback."""
+    return " ".join(str(error).strip().splitlines()[-1].split())
 
 
 def _rows_of(recipe: Recipe, count: int, todo: list[int]) -> int:
@@ -314,10 +229,6 @@ def _rows_of(recipe: Recipe, count: int, todo: list[int]) -> int:
 
 def _manifest(uri: str) -> str:
     return storage.join(uri, "manifest.json")
-
-
-def _device(recipe: Recipe) -> str:
-    return "cuda" if recipe.cluster.gpus else "cpu"
 
 
 def _described(uri: str, complete: dict[str, Any]) -> str:

@@ -54,6 +54,8 @@ def facts(recipe: Recipe, layout: Layout, checksums: dict[str, str]) -> Facts:
     ``checksums`` are ``checkpoints.checksums``. Left out: where the set lies, how many rows it has, and what may change
     float rounding but not the distribution (batch, actors, cores, device).
     """
+    if layout.vocabulary > 2**16:
+        raise ValueError(f"the teacher has {layout.vocabulary} codes; a pair set stores tokens as uint16, up to 65536.")
     teacher, pairs = asdict(recipe.teacher), asdict(recipe.pairs)
     named = {name: teacher[name] for name in ("family", "filter", "precision")}
     found = {
@@ -212,14 +214,13 @@ def card(manifest: dict[str, Any]) -> str:
     known, made = manifest["facts"], manifest["made"][-1]
     teacher, layout, filters = known["teacher"], known["layout"], known["teacher"]["filter"]
     length, dim = noise_shape(known)
-    noise_row = f"| noise | float16 [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
-    if known["noise"] == "derived":
-        noise_row = ""
-        stored = (
-            f"The noise, float16 [{length}, {dim}], is not stored: `pipeline.noise.gaussian` makes it from the ids."
-        )
+    call = f"pipeline.noise.gaussian({known['seed']}, sample_ids, {length}, {dim})"
+    if known["noise"] == "stored":
+        noise_row = f"| noise | float16 [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
+        origin = f"The noise comes from `{call}`."
     else:
-        stored = f"The noise comes from `pipeline.noise.gaussian({known['seed']}, sample_id, {length}, {dim})`."
+        noise_row = ""
+        origin = f"The noise, float16 [{length}, {dim}], is not stored: `{call}` makes it."
     return f"""---
 pretty_name: Noise-token pairs ({teacher["family"].rpartition(".")[2]})
 tags: [distilled-decoding, image-generation, autoregressive]
@@ -240,7 +241,7 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 | label | int32 | class, sample_id modulo {layout["classes"]} |
 {noise_row}| tokens | uint16 [{length}] | codes of a vocabulary of {layout["vocabulary"]} |
 
-{stored}
+{origin}
 
 * Teacher, {teacher["precision"]}: SHA-256 of the checkpoint `{teacher["checkpoint"]}`, of the tokenizer \
 `{teacher["tokenizer"]}`.
@@ -255,8 +256,6 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 
 def _size(count: int) -> str:
     """The Hub's size category."""
-    bounds = [(10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M")]
-    if count < 1000:
-        return "n<1K"
-    above = next((i for i, (bound, _) in enumerate(bounds) if count < bound), len(bounds) - 1)
-    return f"{bounds[above - 1][1]}<n<{bounds[above][1]}"
+    names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B"]
+    power = len(str(count)) - 1  # 10^power <= count < 10^(power + 1)
+    return "n<1K" if power < 3 else f"{names[power - 3]}<n<{names[power - 2]}"

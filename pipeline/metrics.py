@@ -82,9 +82,7 @@ class ClassVariance:
         for k in np.unique(labels):
             rows = pixels[labels == k].astype(np.float64)
             mean = rows.mean(0)
-            self._join(
-                np.array([k]), np.array([len(rows)]), mean[None], np.array([np.square(rows - mean).sum()])
-            )
+            self._join(np.array([k]), np.array([len(rows)]), mean[None], np.array([np.square(rows - mean).sum()]))
 
     def merge(self, other: ClassVariance) -> None:
         """Add what ``other`` has seen."""
@@ -167,9 +165,7 @@ def pixel_frechet(a: Moments, reference: Moments) -> float:
     return frechet((own_mean @ basis, basis.T @ own_cov @ basis), (mean @ basis, basis.T @ cov @ basis))
 
 
-def precision_recall(
-    generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 1_000
-) -> tuple[float, float]:
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block: int = 1_000) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D], float32.
 
     A point's ball reaches to its k-th nearest neighbour in its own set; precision is the share of generated
@@ -177,8 +173,7 @@ def precision_recall(
     """
     if min(len(generated), len(real)) <= k:
         raise ValueError(
-            f"precision and recall need more than {k} images a set; they have {len(generated)} and"
-            f" {len(real)}."
+            f"precision and recall need more than {k} images a set; they have {len(generated)} and {len(real)}."
         )
     centre = real.mean(0)  # squared distances from products lose digits far from the origin
     fake, true = torch.from_numpy(generated - centre).float(), torch.from_numpy(real - centre).float()

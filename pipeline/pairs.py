@@ -21,7 +21,6 @@ from torch import Tensor
 from pipeline import manifest, noise, storage
 from pipeline.manifest import Facts, Shard
 from pipeline.models.base import Layout
-from pipeline.recipe import Recipe, fingerprint
 
 WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is read once and kept
 FREQUENCIES = 2 << 30  # bytes of the largest table of token frequencies
@@ -76,9 +75,9 @@ def table(known: Facts, rows: Rows) -> pa.Table:
     """Rows -> an Arrow table with the columns of a shard; ValueError for codes that the vocabulary lacks."""
     vocabulary = known["layout"]["vocabulary"]
     low, high = int(rows.tokens.min()), int(rows.tokens.max())
-    if not 0 <= low <= high < min(vocabulary, 2**16):
+    if not 0 <= low <= high < vocabulary:
         raise ValueError(
-            f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}, up to 65536."
+            f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}."
         )
     arrays = {
         "sample_id": pa.array(rows.ids.astype(np.uint64)),
@@ -180,13 +179,6 @@ def _noise(known: Facts, rows: Rows) -> np.ndarray:
 def fingerprint_of(uri: str) -> str:
     """The fingerprint of the set in a folder, complete or not."""
     return storage.read_json(storage.join(uri, "recipe.json"))["fingerprint"]
-
-
-def check(recipe: Recipe) -> str:
-    """The fingerprint of the recipe's pair set; one sentence unless it is complete and made as the recipe says."""
-    known = manifest.facts_of(recipe)
-    manifest.check_claim(recipe.pairs_uri, known)
-    return manifest.read(recipe.pairs_uri, fingerprint(known))["fingerprint"]
 
 
 def verify(uri: str) -> dict[str, Any]:

@@ -260,9 +260,7 @@ class OneStepStar(Sampler):
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
         if models.frequencies is None:
-            raise ValueError(
-                "sampler OneStepStar needs the token frequencies of a pair set, and none were given."
-            )
+            raise ValueError("sampler OneStepStar needs the token frequencies of a pair set, and none were given.")
         counts = models.frequencies if self.given_class else models.frequencies.sum(0, keepdim=True)
         rows = inputs.condition.labels if self.given_class else torch.zeros_like(inputs.condition.labels)
         positions = [  # one at a time: [B, n, V] would be gigabytes
@@ -324,9 +322,7 @@ def names(samplers: Sequence[Sampler]) -> list[str]:
 def _construct(entry: dict[str, Any], split: int) -> Sampler:
     kinds = {kind.__name__: kind for kind in SAMPLERS}
     if not isinstance(entry, dict) or entry.get("name") not in kinds:
-        raise ValueError(
-            f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}."
-        )
+        raise ValueError(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}.")
     kind, hints = kinds[entry["name"]], get_type_hints(kinds[entry["name"]])
     own = {f.name: f for f in fields(kind)}
     values = {key: value for key, value in entry.items() if key != "name"}
@@ -335,15 +331,12 @@ def _construct(entry: dict[str, Any], split: int) -> Sampler:
     for key, value in values.items():
         if key not in own:
             raise ValueError(
-                f"sampler {kind.__name__} has no field {key!r}; it knows"
-                f" {', '.join(own) or 'none besides its name'}."
+                f"sampler {kind.__name__} has no field {key!r}; it knows {', '.join(own) or 'none besides its name'}."
             )
         values[key] = _typed(kind, key, value, hints[key])
     missing = [key for key, f in own.items() if key not in values and f.default is MISSING]
     if missing:
-        raise ValueError(
-            f"sampler {kind.__name__} needs {missing[0]}; add it to its entry in evaluate.samplers."
-        )
+        raise ValueError(f"sampler {kind.__name__} needs {missing[0]}; add it to its entry in evaluate.samplers.")
     return kind(**values)
 
 
@@ -352,9 +345,7 @@ def _typed(kind: type[Sampler], key: str, value: Any, hint: Any) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if (hint is bool and isinstance(value, bool)) or (hint is int and whole):
         return value
-    numbers = isinstance(value, list | tuple) and all(
-        isinstance(v, int) and not isinstance(v, bool) for v in value
-    )
+    numbers = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     if get_origin(hint) is tuple and numbers:
         return tuple(value)
     wanted = {bool: "true or false", int: "a whole number"}.get(hint, "a list of whole numbers")

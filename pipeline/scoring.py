@@ -76,8 +76,7 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
     inception, reference = _both_uris(settings)
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(
-            "evaluate.features is inception, which needs torch-fidelity; pip install"
-            " 'distilled-decoding[fid]'."
+            "evaluate.features is inception, which needs torch-fidelity; pip install 'distilled-decoding[fid]'."
         )
     found = storage.sha256(inception)
     if found != INCEPTION_SHA256:

@@ -21,6 +21,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs; ``pipeline.cluster.connect`` finds it and starts no other."""
     import ray
 
+    os.environ["PYTHONPATH"] = os.path.dirname(__file__)  # so that workers can import ``faulty``
     folder = tempfile.mkdtemp(prefix="dd-", dir="/tmp")  # short: a unix socket's path has at most 107 bytes
     ray.init(
         address="local",

@@ -1,4 +1,4 @@
-"""A family whose teacher fails on demand: importable in Ray's workers because ``conftest`` puts this folder on PYTHONPATH."""
+"""A family whose teacher fails on demand; Ray's workers find it because ``conftest`` puts this folder on PYTHONPATH."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import tiny
@@ -55,6 +56,7 @@ def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> Non
         "teacher": checkpoints.checksums(recipe.teacher),
         "pairs_fingerprint": fingerprint(manifest.facts_of(recipe)),
         "mask": "released",
+        "mlflow_run": "a-run",
     }
     checkpoints.save(student, storage.join(recipe.student_uri, name), facts | settings)
 
@@ -230,6 +232,23 @@ def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tm
     assert "24 x teacher, AR from id 24" in text
     assert "12 x DD 1 step at step 10 from id 0" in text
     assert storage.listing(str(tmp_path)) == []
+
+
+def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    client = mlflow.MlflowClient(f"sqlite:///{recipe.run}/mlflow.db")
+    experiment = client.get_experiment_by_name(recipe.name)
+    (run,) = client.search_runs(
+        [experiment.experiment_id], "tags.job = 'evaluate'", max_results=1, order_by=["start_time ASC"]
+    )
+    rows = {row["name"]: row for row in results_of(recipe)["rows"]}
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["DD_1_step/score"] == pytest.approx(rows["DD 1 step"]["score"])
+    assert run.data.tags["distill_run"] == "a-run"
+    assert run.data.tags["pairs_fingerprint"] == fingerprint(manifest.facts_of(recipe))
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"report.md", "report.json", "samples.png", "curve.png"}
+    assert len(client.get_metric_history(run.info.run_id, "curve/DD_1_step")) == 2
 
 
 # ---- the parts

@@ -145,8 +145,8 @@ def test_markdown_has_every_part() -> None:
     ]
     assert TABLE in text
     assert "FD 0.0900 between the two; 0.0600 between two AR draws" in text
-    assert "| teacher, AR       |   40 (38) |   10 (9) |" in text
-    assert "| DD 2 steps (1, 6) |  5 (3.25) |        - |" in text
+    assert "| teacher, AR       |  40 (38) |   10 (9) |" in text
+    assert "| DD 2 steps (1, 6) | 5 (3.25) |        - |" in text
     assert "| 1000           |      9.50 |              6.00 |" in text
     assert "  * device: Some CPU" in text
     assert "Only" not in text

@@ -134,7 +134,7 @@ class Teacher(nn.Module):
         end = self.layout.steps + 1 if stop is None else stop
         if not first <= end <= self.layout.steps + 1:
             raise ValueError(
-                f"generate was asked to stop before AR step {end}, but the prefix already holds the steps before {first}"
+                f"generate was asked to stop before AR step {end}, but the prefix holds those before {first}"
                 f" and the layout has {self.layout.steps} steps."
             )
         return first, end

@@ -38,7 +38,8 @@ class CheckpointError(ValueError):
 def load(module: nn.Module, uri: str) -> str:
     """Copy the weights at ``uri`` into ``module`` strictly and return the file's SHA-256.
 
-    Values are cast to the module's dtype. Raises CheckpointError for a file that is missing, unreadable or does not fit.
+    Values are cast to the module's dtype. Raises CheckpointError for a file that is unreadable or does not
+    fit.
     """
     path = storage.local(uri)
     found = {key: value for key, value in _clean(_read(path, uri)).items() if not key.endswith(DERIVED)}

@@ -6,6 +6,8 @@ Attribute names and their order are those of the official files; only the attent
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,9 +67,10 @@ class SplitAttention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k / sqrt(c)) v over the pixels of maps [B, c, h, w]."""
-    rows = [m.flatten(2).transpose(1, 2)[:, None] for m in (q, k, v)]
-    out = F.scaled_dot_product_attention(*rows)
-    return out[:, 0].transpose(1, 2).reshape(v.shape)
+    shape = v.shape
+    q, k, v = (m.flatten(2).transpose(1, 2)[:, None] for m in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out[:, 0].transpose(1, 2).reshape(shape)
 
 
 class Down(nn.Module):
@@ -100,7 +103,7 @@ def widths(channels: int, multipliers: tuple[int, ...]) -> list[int]:
 def to_map(embeddings: Tensor) -> Tensor:
     """[B, side * side, C] in raster order -> [B, C, side, side]."""
     batch, n, dim = embeddings.shape
-    side = int(round(n**0.5))
+    side = math.isqrt(n)
     return embeddings.transpose(1, 2).reshape(batch, dim, side, side)
 
 

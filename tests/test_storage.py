@@ -1,0 +1,150 @@
+"""pytest tests/test_storage.py: a local disk, and fsspec's in-memory filesystem in the place of a bucket."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline import storage
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "set") if request.param == "disk" else f"memory://bucket-{uuid.uuid4().hex}/set"
+
+
+def test_write_read_list_remove(folder: str) -> None:
+    assert storage.listing(folder) == []
+    storage.write_bytes(storage.join(folder, "b.bin"), b"two")
+    storage.write_json(storage.join(folder, "a.json"), {"x": [1]})
+    storage.write_bytes(storage.join(folder, "inside", "c.bin"), b"three")
+    assert storage.listing(folder) == ["a.json", "b.bin", "inside"]
+    assert storage.read_bytes(f"{folder}/b.bin") == b"two"
+    assert storage.read_json(f"{folder}/a.json") == {"x": [1]}
+    assert storage.sha256(f"{folder}/b.bin") == hashlib.sha256(b"two").hexdigest()
+    assert storage.exists(f"{folder}/b.bin")
+    storage.remove(f"{folder}/b.bin")
+    storage.remove(f"{folder}/b.bin")
+    assert not storage.exists(f"{folder}/b.bin")
+    storage.check_writable(folder)
+    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone"
+
+
+def test_a_missing_file_is_one_sentence(folder: str) -> None:
+    for use in (storage.read_bytes, storage.local, storage.sha256, storage.read_json):
+        with pytest.raises(FileNotFoundError, match=f"{folder}/no.json could not be read") as caught:
+            use(f"{folder}/no.json")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(tmp_path / "file")
+    storage.write_bytes(place, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"No space left on device\); free some space"):
+        storage.write_bytes(place, b"new")
+    assert storage.read_bytes(place) == b"old"
+    assert storage.listing(str(tmp_path)) == ["file"], "no temporary file stays"
+
+
+def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the data is on its way to the disk there is only a temporary name in the same folder."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.listdir(tmp_path)))
+    storage.write_bytes(str(tmp_path / "file"), b"data")
+    ((name,),) = seen
+    assert name.startswith(storage.TEMPORARY)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root ignores permissions, so it becomes nobody for a while."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_folder_without_permission_is_one_sentence(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o500)
+    for parent in (tmp_path, *tmp_path.parents[:-2]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    with unprivileged(), pytest.raises(ValueError, match=r"locked/.* could not be written: permission denied"):
+        storage.check_writable(str(locked))
+
+
+def test_a_disk_that_is_too_small_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"GB left but about 1000000\.0 GB are needed"):
+        storage.check_writable(str(tmp_path), needed=10**15)
+
+
+def test_json_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        storage.read_json(str(tmp_path / "a.json"))
+
+
+def test_a_download_is_kept_until_the_remote_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    uri = f"memory://bucket-{uuid.uuid4().hex}/weights.bin"
+    storage.write_bytes(uri, b"first")
+    first = storage.local(uri)
+    assert first.is_relative_to(tmp_path / "distilled-decoding")
+    assert (first.name, first.read_bytes()) == ("weights.bin", b"first")
+    first.write_bytes(b"kept ")
+    assert storage.local(uri).read_bytes() == b"kept ", "it was downloaded again"
+    storage.write_bytes(uri, b"second")
+    assert storage.local(uri).read_bytes() == b"second"
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"weights.bin"}
+
+
+def test_package_files_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage.local("package://digits/scorer.safetensors") == storage.ASSETS / "digits/scorer.safetensors"
+    monkeypatch.chdir(tmp_path)
+    assert storage.resolve("runs/a") == str(tmp_path / "runs/a")
+    assert storage.resolve("/runs/a") == "/runs/a"
+    assert storage.resolve("~/a") == str(Path.home() / "a")
+    assert storage.resolve("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.is_remote("s3://bucket/a")
+    assert not storage.is_remote("package://digits/scorer.safetensors")
+
+
+def test_a_relative_path_outlives_a_submitted_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = tmp_path / storage.JOB_FOLDER / "_ray_pkg_0123"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert storage.resolve("runs/a") == str(tmp_path / "home/distilled-decoding/runs/a")
+    assert storage.resolve("runs/b") == str(tmp_path / "home/distilled-decoding/runs/b")
+    assert capsys.readouterr().out.count("Relative paths are taken from") == 1
+
+
+def test_a_missing_extra_and_an_unknown_scheme_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(uri: str) -> None:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    with pytest.raises(ValueError, match=r"ftq://x/y cannot be opened .* use a path, s3://"):
+        storage.exists("ftq://x/y")
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ValueError, match=r"gs://b/x needs a package .* pip install 'distilled-decoding\[gcs\]'"):
+        storage.exists("gs://b/x")

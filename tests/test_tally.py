@@ -1,0 +1,103 @@
+"""What is kept of a sampler's images: parts and the whole, rounding, thumbnails.
+
+python -m pytest tests/test_tally.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import scoring
+from pipeline.metrics import Moments, pixel_frechet
+from pipeline.models.convnet import to_uint8
+from pipeline.recipe import EvaluateSettings
+from pipeline.tally import Statistics, thumbnails
+
+
+def some_images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2.4 - 1.2
+
+
+def statistics_of(images: torch.Tensor, labels: np.ndarray, parts: list[int], batch: int) -> Statistics:
+    """Statistics of images 0.. in parts of the given sizes, each in batches, sent through bytes and
+    merged.
+    """
+    network = scoring.features(EvaluateSettings(), "cpu")
+    out, start = None, 0
+    for size in parts:
+        part = Statistics.empty(network, 10, 32, len(images))
+        for i in range(start, start + size, batch):
+            rows = np.arange(i, min(i + batch, start + size))
+            part.add(images[rows], labels[rows], network, rows, True, 4)
+        part = Statistics.unpack(part.pack())
+        out = part if out is None else merged(out, part)
+        start += size
+    assert out is not None
+    return out
+
+
+def merged(first: Statistics, second: Statistics) -> Statistics:
+    first.merge(second)
+    return first
+
+
+def test_statistics_of_parts_equal_those_of_the_whole() -> None:
+    images, labels = some_images(30), np.arange(30) % 10
+    whole = statistics_of(images, labels, [30], 30)
+    parts = statistics_of(images, labels, [3, 20, 7], 4)
+    np.testing.assert_allclose(parts.moments.gaussian()[1], whole.moments.gaussian()[1], atol=1e-6)
+    np.testing.assert_allclose(parts.pixels.gaussian()[1], whole.pixels.gaussian()[1], atol=1e-12)
+    assert parts.variance.value() == pytest.approx(whole.variance.value(), rel=1e-9)
+    assert parts.score.value() == pytest.approx(whole.score.value(), rel=1e-6)
+    assert (parts.right, parts.labelled) == (whole.right, 30)
+    np.testing.assert_allclose(np.concatenate(parts.features), whole.features[0], atol=1e-5)
+    assert np.array_equal(np.concatenate(parts.images), to_uint8(images[:4]).numpy())
+
+
+def test_scored_pixels_are_those_of_a_png() -> None:
+    """Two images that round to the same bytes have the same statistics."""
+    images, labels = some_images(4), np.arange(4)
+    saved = to_uint8(images).float() / 127.5 - 1
+    assert not torch.equal(saved, images)
+    for one, other in zip(
+        statistics_of(images, labels, [4], 4).features,
+        statistics_of(saved, labels, [4], 4).features,
+        strict=True,
+    ):
+        assert np.array_equal(one, other)
+
+
+def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
+    network = scoring.features(EvaluateSettings(), "cpu")
+    statistics = Statistics.empty(network, 10, 32, 4)
+    statistics.add(some_images(4), None, network, np.arange(4), False, 0)
+    assert (statistics.labelled, statistics.variance.value(), statistics.features, statistics.images) == (
+        0,
+        None,
+        [],
+        [],
+    )
+
+
+def test_thumbnails_are_grey_and_small() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    small = thumbnails(pixels)
+    assert small.shape == (2, 32 * 32)
+    block = pixels[1, :, 2:4, 4:6].float() / 127.5 - 1
+    assert small[1, 32 * 1 + 2] == pytest.approx(block.mean().item(), abs=1e-6)
+
+
+def pixel_moments(images: torch.Tensor) -> Moments:
+    out = Moments(32 * 32)
+    out.add(thumbnails(to_uint8(images)))
+    return out
+
+
+def test_pixel_distance_sees_blur() -> None:
+    real = some_images(400)
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
+    sets = [pixel_moments(images) for images in (real, some_images(400, 1), blurred)]
+    assert pixel_frechet(sets[0], sets[0]) == pytest.approx(0, abs=1e-9)
+    assert pixel_frechet(sets[2], sets[0]) > 1.5 * pixel_frechet(sets[1], sets[0]) > 0
