@@ -14,10 +14,8 @@ import json
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -74,7 +72,7 @@ def distill(recipe: Recipe) -> str:
 
 def fit(plan: Plan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
-    recipe, workers = plan.recipe, plan.recipe.train.workers
+    recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"))
     if done:
         print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
@@ -89,12 +87,10 @@ def fit(plan: Plan, run: tracking.Run) -> None:
 
                 run.image("samples", mosaic(message.grid), message.step)
 
-        if not workers:
-            _trainer(plan, {"plan": plan, "report": receive, "mlflow_run": run.id}).fit()
-            return
-        cluster.connect(recipe)
-        with _relay(receive) as report:
-            _trainer(plan, {"plan": plan, "report": report, "mlflow_run": run.id}).fit()
+        if recipe.train.workers:
+            cluster.connect(recipe)
+        with (_relay if recipe.train.workers else nullcontext)(receive) as report:
+            _fit(recipe, {"plan": plan, "report": report, "mlflow_run": run.id})
 
 
 @contextmanager
@@ -119,27 +115,21 @@ def _relay(receive: Report) -> Iterator[Report]:
         queue.shutdown(force=True)
 
 
-def _trainer(plan: Plan, config: dict[str, Any]) -> TorchTrainer:
+def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
     """Ray Train around ``train``: places the workers, joins them for DDP, replaces a group of which one failed.
 
-    Checkpoints are not Ray's (see ``training_state``), so its own folder stays empty and its name is never used again.
+    It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
+    ``training_state``).
     """
-    recipe = plan.recipe
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
-    return TorchTrainer(
-        train,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=recipe.train.workers,
-            use_gpu=bool(gpu),
-            resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
-        ),
-        run_config=RunConfig(
-            name=f"distill-{plan.fingerprint[:12]}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(Path(tempfile.gettempdir(), "distilled-decoding-train")),
-            failure_config=FailureConfig(max_failures=FAILURES),
-        ),
+    scaling = ScalingConfig(
+        num_workers=recipe.train.workers,
+        use_gpu=bool(gpu),
+        resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )
+    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
+        run_config = RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=FAILURES))
+        TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=run_config).fit()
 
 
 # ---- every worker

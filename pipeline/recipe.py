@@ -329,23 +329,23 @@ def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
 def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     """The body of a job script: parse the command line, run, print the summary.
 
-    A ValueError or FileNotFoundError that this package raised is about the input: one sentence, exit status 2. From
-    anywhere else it is a bug and keeps its traceback.
+    A ValueError or FileNotFoundError that this package raised is about the input: one sentence, exit status 2; a
+    RuntimeError says that work is left: status 1. From anywhere else they are bugs and keep their traceback.
     """
     recipe = parse(doc)
     try:
         print(job(recipe))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(__file__).parent not in Path(raised_in).parents:
+        if Path(__file__).parent not in Path(raised_in).parents or isinstance(error, NotImplementedError):
             raise
-        stop(error)
+        stop(error, status=1 if isinstance(error, RuntimeError) else 2)
 
 
-def stop(error: Exception) -> NoReturn:
-    """End the program with exit status 2 and what is wrong, on one line."""
+def stop(error: Exception, status: int = 2) -> NoReturn:
+    """End the program with what is wrong, on one line."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def _check(good: bool, sentence: str) -> None:

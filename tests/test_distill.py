@@ -247,6 +247,7 @@ def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("lpips", [1.0, 0.0])
 def test_two_workers_follow_the_curve_of_one(recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float) -> None:
     recipe = with_train(recipe, lpips=lpips, split=1 if lpips else 3)

@@ -1,0 +1,123 @@
+"""pytest tests/test_digits.py: the embedded default's data, networks and recipes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import digits, noise, pretrain
+from pipeline.models import checkpoints
+from pipeline.models.base import Condition, nearest
+from pipeline.recipe import Recipe, parse
+from pipeline.samplers import inverse_cdf
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ["digits-var", "digits-llamagen"]
+
+
+def recipe(name: str) -> Recipe:
+    return parse(None, ["--config", str(ROOT / "jobs" / "recipes" / f"{name}.yaml")])
+
+
+def test_the_digits_are_balanced_padded_and_scaled() -> None:
+    images, labels = digits.images_and_labels()
+    assert images.shape == (5000, 3, 32, 32)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert (images[:, :, :2] == -1).all()
+    assert labels[:10].tolist() == list(range(10))
+    _, training = digits.training_split()
+    assert torch.bincount(training).tolist() == [450] * 10
+
+
+def test_augmentation_shifts_by_at_most_a_pixel_and_loses_nothing() -> None:
+    image = torch.full((40, 3, 32, 32), -1.0)
+    image[:, :, 15, 16] = 1.0
+    shifted = digits.augmented(image, torch.Generator().manual_seed(0))
+    rows, columns = shifted[:, 0].flatten(1).argmax(1) // 32, shifted[:, 0].flatten(1).argmax(1) % 32
+    assert (shifted[:, 0] == 1).sum() == 40
+    assert set(rows.tolist()) == {14, 15, 16}
+    assert set(columns.tolist()) == {15, 16, 17}
+
+
+def test_perceptual_distance_is_zero_for_equals_and_grows_with_noise() -> None:
+    net, images = digits.perceptual(), digits.images_and_labels()[0][:20]
+    speckle = torch.from_numpy(noise.gaussian(5, range(20), 3 * 32, 32)).float().reshape(20, 3, 32, 32)
+    near, far = net(images + 0.05 * speckle, images), net(images + 0.4 * speckle, images)
+    assert torch.equal(net(images, images), torch.zeros(20))
+    assert (near > 0).all()
+    assert (far > near).all()
+    wanted = images.clone().requires_grad_()
+    net(wanted, images.flip(0)).sum().backward()
+    assert wanted.grad is not None
+    assert wanted.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_the_scorer_knows_the_held_out_digits() -> None:
+    images, labels = digits.images_and_labels()
+    features, logits = digits.scorer()(images[-500:])
+    assert features.shape == (500, 64)
+    assert (logits.argmax(1) == labels[-500:]).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_shipped_teacher_draws_the_digit_it_is_asked_for(name: str) -> None:
+    settings = recipe(name).teacher
+    teacher, ids = checkpoints.teacher(settings), np.arange(60)
+    uniform = torch.from_numpy(noise.uniform(9, ids, teacher.layout.length))
+    labels = torch.from_numpy(noise.labels(ids, 10))
+    codes = teacher.generate(Condition(labels), lambda t, log_p: inverse_cdf(log_p, uniform[:, teacher.layout.span(t)]))
+    _, logits = digits.scorer()(teacher.decode(teacher.codebook[codes]))
+    assert (logits.argmax(1) == labels).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_shipped_tokenizer_reconstructs(name: str) -> None:
+    tokenizer = checkpoints.tokenizer(recipe(name).teacher)
+    images = digits.images_and_labels()[0][-40:]
+    made = tokenizer.decode(tokenizer.codebook[tokenizer.encode(images)])
+    assert (made - images).square().mean() < 0.06
+
+
+def test_the_assets_are_small() -> None:
+    folder = ROOT / "pipeline" / "assets" / "digits"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12e6
+
+
+def test_every_shipped_recipe_parses() -> None:
+    base = ROOT / "jobs" / "recipes"
+    for path in base.glob("*.yaml"):
+        over = ["--config", str(base / "digits-var.yaml")] if path.name == "demo.yaml" else []
+        assert parse(None, [*over, "--config", str(path)]).name == path.stem
+
+
+def test_unused_codes_move_beside_busy_ones() -> None:
+    table, used = torch.randn(8, 4), torch.tensor([9.0, 0, 9, 9, 9, 9, 9, 0])
+    before = table.clone()
+    pretrain._revive(table, used, torch.Generator().manual_seed(0))
+    busy = before[used > 0]
+    assert torch.equal(table[used > 0], busy)
+    moved = table[used == 0]
+    assert (moved - busy[nearest(moved, busy)]).norm(dim=1).max() < 1
+    assert not torch.equal(moved, before[used == 0])
+
+
+def test_a_teacher_learns_and_its_average_follows() -> None:
+    settings = recipe("digits-llamagen").teacher
+    teacher = checkpoints.teacher(settings).requires_grad_(True)
+    run = pretrain.Averaged(teacher.network, 1e-3, steps=4, ema=0.5)
+    codes, condition = torch.zeros(8, 64, dtype=torch.long), Condition(torch.zeros(8, dtype=torch.long))
+    losses = []
+    for _ in range(4):
+        with pretrain.cheap():
+            logits = teacher(condition, codes)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+        run.step(loss)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    start = checkpoints.teacher(settings).network.state_dict()["output.weight"]
+    end, average = teacher.network.state_dict()["output.weight"], run.average.state_dict()["output.weight"]
+    assert 0 < (average - start).norm() < (end - start).norm()

@@ -1,0 +1,66 @@
+"""pytest tests/test_imports.py: imports run one way, and heavy packages stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
+HOMES = {  # package -> the modules that may import it
+    "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
+    "mlflow": {"tracking"},
+    "jsonargparse": {"recipe"},
+    "lpips": {"losses"},
+    "torch_fidelity": {"metrics", "scoring"},
+    "matplotlib": {"report"},
+    "mlxtend": {"digits"},
+}
+LOWEST = {"pipeline.flow", "pipeline.noise", "pipeline.storage", "pipeline.progress", "pipeline.torchvision_ops"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+GRAPH = {name_of(path): imports(path) for path in MODULES}
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_heavy_packages_have_one_home(package: str) -> None:
+    users = {
+        module.rsplit(".", 1)[-1]
+        for module, used in GRAPH.items()
+        if any(u == package or u.startswith(package + ".") for u in used)
+    }
+    assert users <= HOMES[package]
+
+
+def test_there_is_no_cycle() -> None:
+    own = {module: {u for u in used if u in GRAPH and u != module} for module, used in GRAPH.items()}
+    while own:
+        leaves = [module for module, used in own.items() if not used & own.keys()]
+        assert leaves, f"these import one another: {sorted(own)}"
+        for module in leaves:
+            del own[module]
+
+
+def test_the_lowest_modules_know_nothing_of_the_others() -> None:
+    for module in LOWEST:
+        assert not {u for u in GRAPH[module] if u in GRAPH and u not in LOWEST | {"pipeline"}}, module
+
+
+def test_nobody_imports_the_jobs() -> None:
+    assert not [module for module, used in GRAPH.items() if any(u.split(".")[0] == "jobs" for u in used)]

@@ -1,0 +1,156 @@
+"""pytest tests/test_recipe.py: command line and YAML in, a checked Recipe or one sentence out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import recipe as module
+from pipeline import storage
+from pipeline.flow import Solver
+from pipeline.recipe import DEFAULT, Filter, PairSettings, Recipe, fingerprint, main, parse
+
+SETTINGS = """
+name: mine
+teacher:
+  family: pipeline.models.llamagen
+  config: {layers: 3, multipliers: [1, 2]}
+  filter: {guidance: 1.5}
+pairs:
+  solver: {name: fixed, evaluations: 8}
+train: {start_steps: [1, 3], betas: [0.8, 0.9]}
+evaluate:
+  samplers:
+    - {name: FewStep, steps: [1, 2]}
+    - name: Autoregressive
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    place = tmp_path / "mine.yaml"
+    place.write_text(SETTINGS)
+    return str(place)
+
+
+def test_a_file_and_flags_make_a_recipe(config: str) -> None:
+    flags = ["--pairs.count", "100", "--teacher.config.layers", "4", "--train.lr", "1e-5", "--pairs.noise=derived"]
+    got = parse(None, ["--config", config, *flags, "--dry_run", "true", "--teacher.filter.top_k", "7"])
+    assert got.name == "mine"
+    assert got.teacher.config == {"layers": 4, "multipliers": [1, 2]}
+    assert got.teacher.filter == Filter(guidance=1.5, top_k=7)
+    assert got.pairs == PairSettings(count=100, noise="derived", solver=Solver("fixed", 8))
+    assert (got.train.start_steps, got.train.betas, got.train.lr) == ((1, 3), (0.8, 0.9), 1e-5)
+    assert got.evaluate.samplers == [{"name": "FewStep", "steps": [1, 2]}, {"name": "Autoregressive"}]
+    assert got.dry_run
+    assert got.pairs_uri == "runs/digits-var/pairs"
+
+
+def test_a_recipe_stands_alone_and_none_means_the_digits_default(config: str) -> None:
+    default = yaml.safe_load(DEFAULT.read_text())
+    got = parse(None, [])
+    assert (got.name, got.pairs.count) == (default["name"], default["pairs"]["count"])
+    assert parse(None, ["--pairs.count", "77"]).teacher == got.teacher
+    mine = parse(None, [f"--config={config}"])
+    assert mine.pairs.count == PairSettings().count, "nothing of the digits default leaks into another recipe"
+    assert mine.teacher.tokenizer == ""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DEFAULT.parent.glob("*.yaml")))
+def test_every_shipped_recipe_parses(name: str) -> None:
+    assert parse(None, ["--config", str(DEFAULT.parent / name)]).name
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parse(None, args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, "one line"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--pairs.cuont", "3"], "--pairs.cuont"),
+        (["--pairs.count", "many"], "pairs.count"),
+        (["--pairs.noise", "kept"], "pairs.noise"),
+        (["--pairs.solver.name", "euler"], "pairs.solver.name"),
+        (["--pairs.solver.evaluations", "7"], "the fixed solver has grids for"),
+        (["--train.start_steps", "[2, 3]"], "train.start_steps is [2, 3]; it must rise and begin with 1"),
+        (["--evaluate.samplers", "[1]"], "evaluate.samplers"),
+        (["--pairs.count", "0"], "pairs.count is 0; it must be 1 or more"),
+        (["--pairs.seed", "2"], "pairs.seed and evaluate.seed are both 2"),
+        (["--teacher.filter.top_p", "0"], "teacher.filter.top_p is 0"),
+        (["--train.batch", "9", "--train.workers", "2"], "train.batch 9 is not a multiple of train.workers 2"),
+        (["--evaluate.features", "inception"], "evaluate.inception is not set"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_flags_are_one_sentence(
+    config: str, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refused(["--config", config, *flags], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("pairs: {cuont: 3}", "cuont"), ("pairs: [1", "parsing"), ("speed: 3", "speed"), ("pairs: 3", "pairs")],
+)
+def test_bad_files_are_one_sentence(
+    text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert sentence in refused(["--config", str(tmp_path / "bad.yaml")], capsys)
+    assert "nowhere.yaml" in refused(["--config", str(tmp_path / "nowhere.yaml")], capsys)
+
+
+def test_the_printed_config_parses_to_the_same_recipe(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(None, ["--config", config, "--print_config"])
+    assert stopped.value.code == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert parse(None, ["--config", str(again)]) == parse(None, ["--config", config])
+
+
+def test_main_prints_the_summary_and_one_sentence_for_bad_input(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job", "--config", config])
+    main("doc", lambda recipe: f"made {recipe.name}")
+    assert capsys.readouterr().out == "made mine\n"
+
+    def ends(job, code: int) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main("doc", job)
+        assert stopped.value.code == code
+        return capsys.readouterr().err
+
+    assert "there is no such file" in ends(lambda recipe: storage.sha256("/no/file"), 2)
+    assert "must be 1 or more" in ends(lambda recipe: PairSettings(count=0), 2)
+
+    def unfinished(recipe: Recipe) -> str:
+        raise RuntimeError("2 of 6 shards\nwere not made")
+
+    monkeypatch.setattr(module, "__file__", __file__)  # as if this file were one of the package
+    assert ends(unfinished, 1) == "error: 2 of 6 shards were not made\n"
+
+
+def test_main_keeps_the_traceback_of_a_bug(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["job", "--config", config])
+    with pytest.raises(ValueError, match="invalid literal"):
+        main("doc", lambda recipe: str(int("a bug")))
+
+
+def test_a_fingerprint_ignores_order_and_sees_values() -> None:
+    assert fingerprint({"a": 1, "b": {"c": [2]}}) == fingerprint({"b": {"c": [2]}, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
