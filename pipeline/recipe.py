@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import yaml
+
 from pipeline.flow import Solver
 
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-var.yaml"
@@ -308,7 +310,8 @@ def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
     given = sys.argv[1:] if args is None else args
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", nargs="?")
-    if not first.parse_known_args(given)[0].config:
+    place = first.parse_known_args(given)[0].config or str(DEFAULT)
+    if place == str(DEFAULT):
         given = [
             "--config",
             str(DEFAULT),
@@ -319,11 +322,21 @@ def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
     parser.add_argument("--config", action="config", help="a recipe, e.g. jobs/recipes/digits-llamagen.yaml")
     parser.add_class_arguments(Recipe)
     try:
-        settings = parser.instantiate_classes(parser.parse_args(given))
+        settings = parser.parse_args(given)
+        _check_sections(yaml.safe_load(Path(place).read_text()), Recipe().resolved(), "")
+        settings = parser.instantiate_classes(settings)
         del settings["config"]
         return Recipe(**settings)
     except (ArgumentError, ValueError) as error:
         stop(error)
+
+
+def _check_sections(given: Any, known: Any, name: str) -> None:
+    """jsonargparse passes over a section that is not a mapping, like ``pairs: 3``."""
+    if isinstance(known, dict):
+        _check(isinstance(given, dict), f"the section {name} of the recipe is {given!r}; it must hold named settings.")
+        for key in given.keys() & known.keys():
+            _check_sections(given[key], known[key], f"{name}.{key}".lstrip("."))
 
 
 def main(doc: str | None, job: Callable[[Recipe], str]) -> None:

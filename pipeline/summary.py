@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,7 +60,7 @@ def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, 
     ]
     by_kind = {entry.kind: entry.statistics for entry in entries}
     second = plan.second()
-    return {
+    found = {
         "name": plan.recipe.name,
         "title": "FD" if settings.features == "digits" else "FID",
         "fingerprint": plan.fingerprint(),
@@ -70,6 +71,7 @@ def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, 
         "curve": _curve(plan, statistics, reference),
         "made": _made(plan, statistics, timing),
     }
+    return json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
 
 
 def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> Reference:

@@ -13,6 +13,7 @@ PINNED_UNIFORMS = [[0.7516101348328031, 0.9542084747804752], [0.9539100108106259
 PINNED_CHOICES = [1, 1, 2, 3, 3, 4, 4, 4]
 PINNED_DIGEST = "986b0e505c9d7afe"
 
+
 def test_the_stream_is_pinned() -> None:
     """Values of the first release: a change here makes every stored pair set unreadable."""
     drawn = noise.gaussian(1, [0, 12345], 2, 3)

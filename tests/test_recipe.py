@@ -81,7 +81,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--pairs.count", "many"], "pairs.count"),
         (["--pairs.noise", "kept"], "pairs.noise"),
         (["--pairs.solver.name", "euler"], "pairs.solver.name"),
-        (["--pairs.solver.evaluations", "7"], "the fixed solver has grids for"),
+        (["--pairs.solver.evaluations", "7"], "choose one of 5, 6, 8"),
         (["--train.start_steps", "[2, 3]"], "train.start_steps is [2, 3]; it must rise and begin with 1"),
         (["--evaluate.samplers", "[1]"], "evaluate.samplers"),
         (["--pairs.count", "0"], "pairs.count is 0; it must be 1 or more"),
@@ -100,7 +100,13 @@ def test_bad_flags_are_one_sentence(
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("pairs: {cuont: 3}", "cuont"), ("pairs: [1", "parsing"), ("speed: 3", "speed"), ("pairs: 3", "pairs")],
+    [
+        ("pairs: {cuont: 3}", "cuont"),
+        ("teacher: {filter: 1}", "the section teacher.filter of"),
+        ("pairs: [1", "parsing"),
+        ("speed: 3", "speed"),
+        ("pairs: 3", "the section pairs of"),
+    ],
 )
 def test_bad_files_are_one_sentence(
     text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

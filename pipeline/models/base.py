@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,14 @@ class Student(nn.Module):
 
     layout: Layout
     codebook: Tensor
+
+    @classmethod
+    def from_teacher(cls, teacher: Any, mask: Any, seed: int) -> Student:
+        """A float32 student that starts from its teacher's weights; new parameters come from ``seed``.
+
+        ``mask``: released | paper, whether a token sees the others of its AR step (VAR only).
+        """
+        raise NotImplementedError
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """x_t [B, n, C], t [B] int64 (AR steps from 1, may differ in a batch) -> Prediction at every position."""
