@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import tempfile
 import threading
 import time
@@ -66,8 +67,8 @@ def distill(recipe: Recipe) -> str:
         run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
         fit(plan, run)
         run.tag("student", storage.sha256(plan.result))
-    seconds = duration(time.monotonic() - start)
-    return f"The student is {plan.result}: {plan.total:,} steps, the last of them in {seconds} (MLflow run {run.id})."
+    took = duration(time.monotonic() - start)
+    return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
 
 
 def fit(plan: Plan, run: tracking.Run) -> None:
@@ -121,6 +122,7 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
     It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
     ``training_state``).
     """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
     scaling = ScalingConfig(
         num_workers=recipe.train.workers,

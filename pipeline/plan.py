@@ -43,7 +43,8 @@ class Draw:
         if self.sampler is None:
             return "real images"
         step = SNAPSHOT.search(self.student)
-        return f"{self.sampler.name} at step {int(step[1])}" if step else self.sampler.name
+        name = f"{self.sampler.name} at step {int(step[1])}" if step else self.sampler.name
+        return f"{name} from id {self.first}" if self.first else name
 
     def places(self, item: int) -> range:
         """The images of one unit of work, counted from 0."""
@@ -218,7 +219,7 @@ def describe(plan: Plan, seconds: dict[Sampler, float]) -> str:
         needed = 0.0 if cached or draw.sampler is None else seconds[draw.sampler] * draw.count
         total += needed
         state = "in the cache" if cached else f"about {duration(needed)} on one replica"
-        lines.append(f"{draw.count:>7,} x {draw.name} from id {draw.first}, {state}")
+        lines.append(f"{draw.count:>7,} x {draw.name}, {state}")
     replicas, settings = plan.recipe.evaluate.actors, plan.recipe.cluster
     lines.append(f"time      about {duration(total / replicas)} with {replicas} replicas, without scoring")
     if settings.gpus:

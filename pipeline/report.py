@@ -44,7 +44,7 @@ def table(results: dict[str, Any]) -> str:
     columns = [
         ("sampler", "name", "{}"),
         ("#Step", "steps", "{}"),
-        ("ms/image, batch 1", "ms", "{:.3g}"),
+        ("ms/image, batch 1", "single", "{}"),
         ("ms/image, best batch", "best", "{}"),
         ("speed-up", "speedup", "{:.1f}x"),
         (title, "score", "{:.2f}"),
@@ -58,12 +58,19 @@ def table(results: dict[str, Any]) -> str:
     if title == "FID":
         columns.insert(7, ("IS", "inception_score", "{:.1f}"))
     rows = [
-        row | {"best": f"{row['best_ms']:.3g} ({row['best_batch']})" if row.get("best_ms") else None}
+        row
+        | {"single": _ms(row["ms"]) if row.get("ms") else None}
+        | {"best": f"{_ms(row['best_ms'])} ({row['best_batch']})" if row.get("best_ms") else None}
         for row in results["rows"]
     ]
     columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     cells = [[form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns] for row in rows]
     return _grid_of_text([header for header, _, _ in columns], cells)
+
+
+def _ms(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _grid_of_text(headers: list[str], cells: list[list[str]]) -> str:
@@ -147,7 +154,7 @@ def _speed(results: dict[str, Any]) -> str:
     for row in rows:
         by_batch = {speed["batch"]: speed for speed in row["speeds"]}
         found = [by_batch.get(batch) for batch in batches]
-        texts = [f"{one['ms']:.3g} ({one['network_ms']:.3g})" if one else "-" for one in found]
+        texts = [f"{_ms(one['ms'])} ({_ms(one['network_ms'])})" if one else "-" for one in found]
         cells.append([row["name"], *texts])
     text = "Milliseconds per image, in brackets without decoding; medians. A dash was beyond the time budget."
     return text + "\n\n" + _grid_of_text(["sampler", *(f"batch {b}" for b in batches)], cells)

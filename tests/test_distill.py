@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import perishable
 import pytest
 import torch
 from tiny import tiny
@@ -217,6 +218,17 @@ def test_a_finished_run_says_so(recipe: Recipe, journal: Journal) -> None:
     assert storage.sha256(f"{recipe.student_uri}/student.safetensors") == before
 
 
+def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
+    distill(with_train(recipe, epochs=1, uri=f"{recipe.run}/float32"))
+    exact = journal.curve()
+    journal.history.clear()
+    distill(with_train(recipe, epochs=1, precision="bf16"))
+    assert journal.curve() == pytest.approx(exact, rel=0.02)
+    assert journal.curve() != exact
+    stored = weights(f"{recipe.student_uri}/student.safetensors")
+    assert not any(value.dtype == torch.bfloat16 for value in stored.values())
+
+
 def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> None:
     """With one head untrained, nothing of the other is computed or moved."""
     logits = with_train(recipe, uri=f"{recipe.run}/logits", lpips=0.0, split=3, epochs=1, weight_decay=0.0)
@@ -262,6 +274,30 @@ def test_two_workers_follow_the_curve_of_one(recipe: Recipe, journal: Journal, r
     one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (alone, together))
     for name, value in one.items():
         assert torch.allclose(value.double(), other[name].double(), atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_worker_that_dies_is_replaced_from_the_checkpoint(
+    recipe: Recipe, journal: Journal, ray_cluster: None
+) -> None:
+    other = replace(recipe, teacher=replace(recipe.teacher, family="perishable"))
+    other = with_train(
+        replace(other, pairs=replace(other.pairs, uri=f"{recipe.run}/others")), uri=f"{recipe.run}/other"
+    )
+    make_pairs(other)
+    perishable.FUSE.write_text("5")
+    try:
+        distill(with_train(other, workers=2))
+        assert not perishable.FUSE.exists()
+    finally:
+        perishable.FUSE.unlink(missing_ok=True)
+    steps = [step for step, values in journal.history if "loss" in values]
+    assert steps == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8], "the sixth step died, and the checkpoint was at 3"
+    broken = journal.curve()
+    journal.history.clear()
+    distill(recipe)
+    assert broken == pytest.approx(journal.curve(), rel=1e-4)
 
 
 # ---- bad input

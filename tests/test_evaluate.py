@@ -230,7 +230,7 @@ def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], 
 def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tmp_path: Path) -> None:
     text = evaluate.evaluate(dataclasses.replace(changed(recipe, uri=str(tmp_path)), dry_run=True))
     assert "24 x teacher, AR from id 24" in text
-    assert "12 x DD 1 step at step 10 from id 0" in text
+    assert "12 x DD 1 step at step 10, about" in text
     assert storage.listing(str(tmp_path)) == []
 
 

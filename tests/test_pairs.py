@@ -108,7 +108,7 @@ def test_codes_outside_the_vocabulary_are_refused(recipe: Recipe) -> None:
 
 
 def test_every_kind_of_damage_is_named(recipe: Recipe) -> None:
-    uri, known, shards = write_set(recipe)
+    uri, _, shards = write_set(recipe)
     place = Path(uri, shards[1].name)
     good = place.read_bytes()
 

@@ -126,6 +126,14 @@ def test_the_table_lines_up_and_leaves_empty_columns_out() -> None:
     assert report.table(RESULTS) == TABLE
 
 
+def test_slow_samplers_are_shown_without_powers_of_ten() -> None:
+    rows = [{"name": "teacher, AR", "ms": 12345.6, "best_ms": 0.01234, "best_batch": 64}]
+    assert (
+        report.table({"title": "FD", "rows": rows}).splitlines()[2]
+        == "| teacher, AR |            12,346 |          0.0123 (64) |"
+    )
+
+
 def test_fid_tables_hold_the_inception_score() -> None:
     rows = [{"name": "DD 1 step", "score": 9.94, "inception_score": 193.6}]
     text = report.table({"title": "FID", "rows": rows})

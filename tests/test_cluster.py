@@ -1,0 +1,98 @@
+"""pytest tests/test_cluster.py: paths that mean the same everywhere, and how a job finds its Ray."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline import cluster
+from pipeline.recipe import ClusterSettings, EvaluateSettings, PairSettings, Recipe, TeacherSettings, TrainSettings
+
+
+def test_a_portable_recipe_has_no_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher = TeacherSettings(tokenizer="package://digits/scorer.safetensors", checkpoint="weights/var.pth")
+    got = cluster.portable(
+        Recipe(
+            run="runs/a",
+            teacher=teacher,
+            pairs=PairSettings(uri="s3://bucket/pairs"),
+            train=TrainSettings(uri="student"),
+            evaluate=EvaluateSettings(student="s.pth", reference="r.npz"),
+        )
+    )
+    assert got.run == str(tmp_path / "runs/a")
+    assert got.teacher.tokenizer == teacher.tokenizer, "every node has its own"
+    assert got.teacher.checkpoint == str(tmp_path / "weights/var.pth")
+    assert (got.pairs_uri, got.student_uri) == ("s3://bucket/pairs", str(tmp_path / "student"))
+    assert (got.evaluate.student, got.evaluate.reference) == (str(tmp_path / "s.pth"), str(tmp_path / "r.npz"))
+    assert (got.evaluate.uri, got.evaluate.inception) == (None, None)
+    assert cluster.portable(got) == got
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What ray.init was called with; nothing is started."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return calls
+
+
+def test_a_local_ray_has_room_for_every_pool(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    recipe = Recipe(pairs=PairSettings(actors=3), cluster=ClusterSettings(cpus=1.5))
+    cluster.connect(recipe)
+    (call,) = started
+    assert call["address"] == "local"
+    assert call["num_cpus"] == 5 + cluster.SPARE
+    assert not call["include_dashboard"]
+
+
+def test_a_submitted_job_joins_its_cluster_with_the_token(
+    started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster.connect(Recipe(run="s3://bucket/run"))
+    assert "address" not in started[0]
+    assert "num_cpus" not in started[0]
+    assert os.environ["RAY_AUTH_MODE"] == "disabled", "the user's choice stays"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    cluster.connect(Recipe(run="s3://bucket/run"))
+    assert "RAY_AUTH_MODE" not in os.environ
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    cluster.connect(Recipe(run="s3://bucket/run"))
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_local_folder_on_several_nodes_is_warned_about(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe(run="/data/run")
+    cluster.connect(recipe)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.connect(replace(recipe, cluster=ClusterSettings(gpus=1)))
+    assert "a local path, on a cluster of several nodes" in capsys.readouterr().err, "GPU nodes are still to come"
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 2)
+    cluster.connect(recipe)
+    assert "a local path, on a cluster of several nodes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("started")
+def test_a_machine_without_enough_gpus_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.gpus is 1 but Ray sees 0 GPUs on this machine; set it to 0"):
+        cluster.connect(Recipe(cluster=ClusterSettings(gpus=1)))

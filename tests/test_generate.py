@@ -1,0 +1,233 @@
+"""pytest tests/test_generate.py: whole jobs on the session's Ray, one of them killed half-way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+import yaml
+from tiny import tiny, with_pairs
+
+from pipeline import cluster, manifest, pairs, storage
+from pipeline.generate import generate
+from pipeline.models import checkpoints
+from pipeline.recipe import ClusterSettings, Recipe
+from pipeline.replica import Replica
+
+JOB = Path(__file__).parents[1] / "jobs" / "generate_pairs.py"
+
+
+@pytest.fixture(autouse=True)
+def _one_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One MLflow store for all tests: a fresh SQLite costs seconds."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp()}/mlflow.db")
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("shard-*")}
+
+
+def start_job(recipe: Recipe, folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """The job in a process of its own, with the recipe as a file."""
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe.resolved()))
+    command = [sys.executable, str(JOB), "--config", str(config), *flags]
+    env = os.environ | environment
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
+    """SIGKILL for the driver half-way; also one replica against two, and a folder per run against each other."""
+    recipe = with_pairs(tiny(tmp_path), count=239, shard_rows=4, batch=4)
+    address = ray.get_runtime_context().gcs_address
+    job = start_job(recipe, tmp_path, RAY_ADDRESS=address)
+    deadline = time.monotonic() + 120
+    while len(manifest.committed(recipe.pairs_uri)) < 3 and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGKILL)
+    _, errors = job.communicate()
+    before = contents(recipe.pairs_uri)
+    assert 3 <= len(before) < 60, f"the job was to be killed half-way: {errors[-2000:]}"
+    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    Path(recipe.pairs_uri, f"{storage.TEMPORARY}shard-00050.parquet-0123").write_bytes(b"half a shard")
+
+    assert "Made" in generate(with_pairs(recipe, actors=1))
+    straight = with_pairs(recipe, actors=2, uri=str(tmp_path / "straight"))
+    generate(straight)
+
+    after = contents(recipe.pairs_uri)
+    assert len(after) == 60
+    assert after == contents(straight.pairs_uri)
+    assert {name: after[name] for name in before} == before
+    assert storage.listing(recipe.pairs_uri) == sorted([*after, "README.md", "manifest.json", "recipe.json"])
+    one, other = pairs.verify(recipe.pairs_uri), pairs.verify(straight.pairs_uri)
+    assert one["shards"] == other["shards"]
+    assert one["count"] == 239
+    assert one["made"][0]["rows"] < 239, "what the killed job had committed was not made again"
+
+
+def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path) -> None:
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=20, noise="derived", actors=2)
+    assert "Made 20 pairs" in generate(recipe)
+    small = contents(recipe.pairs_uri)
+    assert set(small) == {"shard-00000.parquet", "shard-00001-4.parquet"}
+    assert generate(recipe).startswith("Nothing is missing")
+    first = pairs.read_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001-4.parquet")
+
+    assert "Made 16 pairs" in generate(with_pairs(recipe, count=32, batch=5)), "another batch is legal"
+    large = contents(recipe.pairs_uri)
+    assert set(large) == {"shard-00000.parquet", "shard-00001.parquet"}
+    assert large["shard-00000.parquet"] == small["shard-00000.parquet"]
+    whole = pairs.read_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet")
+    for a, b in zip(first, whole, strict=True):
+        assert a is not None
+        assert b is not None
+        assert np.array_equal(a, b[:4])
+    assert "holds 32 pairs" in generate(recipe), "a smaller count takes nothing away"
+
+    assert "100.00% of the codes of 16" in generate(with_pairs(recipe, verify=True))
+    found = manifest.read(recipe.pairs_uri)
+    assert [made["rows"] for made in found["made"]] == [20, 16]
+    assert len({made["mlflow_run"] for made in found["made"]}) == 2
+
+    Path(recipe.pairs_uri, "shard-00001.parquet").unlink()
+    generate(recipe)
+    assert contents(recipe.pairs_uri) == large, "a shard that was deleted is made anew, bit for bit"
+
+
+def test_a_truncated_shard_is_named_and_remade(ray_cluster: None, tmp_path: Path) -> None:
+    recipe = with_pairs(tiny(tmp_path), count=32)
+    known = manifest.facts_of(recipe)
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    replica = Replica(recipe, known)
+    good = pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(0, 16)))
+    place = Path(recipe.pairs_uri, good.name)
+    data = place.read_bytes()
+    place.write_bytes(data[:-7])
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged .*; delete it and run generate_pairs again"):
+        generate(recipe)
+    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    place.unlink()
+    generate(recipe)
+    assert place.read_bytes() == data
+
+
+def test_failed_shards_are_named_and_the_others_done(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = with_pairs(tiny(tmp_path, "llamagen"), count=6, shard_rows=1)
+    recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # it cannot draw class 1: shards 1 and 4
+    with pytest.raises(RuntimeError, match=r"2 of 6 shards were not made \(1, 4\)"):
+        generate(recipe)
+    printed = capsys.readouterr().err
+    assert "shard 4 failed: ArithmeticError: this class cannot be drawn (faulty.py:" in printed
+    assert set(contents(recipe.pairs_uri)) == {f"shard-0000{k}.parquet" for k in (0, 2, 3, 5)}
+    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(ray_cluster: None, tmp_path: Path) -> None:
+    text = generate(replace(tiny(tmp_path), dry_run=True))
+    for part in ("name: tiny-var", "40 in 3 shards are left", "one batch  6 rows in", "storage    at most"):
+        assert part in text
+    assert "GPU-hours" not in text
+    assert not Path(tmp_path, "run").exists()
+
+
+def test_the_price_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 of 60 rows a second on each of 2 replicas with half a GPU each."""
+    monkeypatch.setattr("pipeline.generate._on_replica", lambda *args: 15.0)
+    settings = ClusterSettings(gpus=0.5, usd_per_gpu_hour=3.0)
+    recipe = replace(with_pairs(tiny(tmp_path), batch=60, shard_rows=600, count=14_400, actors=2), cluster=settings)
+    text = generate(replace(recipe, dry_run=True))
+    assert "time       about 30 min with 2 replicas" in text
+    assert "GPU-hours  0.50, $1.50 at $3 an hour" in text
+
+
+# ---- what is refused before any work
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(recipe: Recipe) -> None:
+        raise AssertionError("this was to be refused before Ray is started")
+
+    monkeypatch.setattr(cluster, "connect", connect)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_bad_input_is_refused_before_any_work(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    teacher = recipe.teacher
+
+    def refused(changed: Recipe, sentence: str, kind: type[Exception] = ValueError) -> None:
+        with pytest.raises(kind, match=sentence):
+            generate(changed)
+        assert not Path(recipe.run).exists()
+
+    refused(replace(recipe, teacher=replace(teacher, checkpoint="")), r"teacher\.checkpoint is not set")
+    gone = replace(teacher, checkpoint=f"{tmp_path}/gone.safetensors")
+    refused(replace(recipe, teacher=gone), "gone.safetensors could not be read", FileNotFoundError)
+    refused(replace(recipe, teacher=replace(teacher, family="pipeline.models.dalle")), "there is no such package")
+    refused(replace(recipe, teacher=replace(teacher, config={"depht": 2})), "has no field 'depht'")
+    deeper = replace(teacher, config=teacher.config | {"depth": 3})
+    refused(replace(recipe, teacher=deeper), "check that teacher.family and teacher.config describe the file")
+    many = replace(teacher, config=teacher.config | {"vocabulary": 70_000})
+    refused(replace(recipe, teacher=many), "the teacher has 70000 codes")
+    refused(with_pairs(recipe, verify=True), "holds no pair set", FileNotFoundError)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    place = Path(recipe.pairs_uri)
+    place.mkdir(parents=True)
+    (place / "thesis.doc").write_text("precious")
+    with pytest.raises(ValueError, match=r"is not empty \(thesis\.doc\)"):
+        generate(recipe)
+    (place / "thesis.doc").unlink()
+    manifest.claim(str(place), manifest.facts_of(recipe), recipe)
+    with pytest.raises(ValueError, match="holds a pair set made otherwise: seed is 1 there and 4 here"):
+        generate(with_pairs(recipe, seed=4))
+    assert [path.name for path in place.iterdir()] == ["recipe.json"]
+
+
+def test_verify_notices_another_teacher(ray_cluster: None, tmp_path: Path) -> None:
+    """Rows made by other weights under a manifest that says otherwise: every checksum fits, the codes do not."""
+    recipe = with_pairs(tiny(tmp_path), count=16)
+    known = manifest.facts_of(recipe)
+    replica = Replica(recipe, known)
+    with torch.no_grad():
+        replica.teacher.network.get_parameter("head.weight").neg_()
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    shard = pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(0, 16)))
+    manifest.finish(recipe.pairs_uri, known, [shard], {"rows": 16, "seconds": 1.0, "device": "cpu"})
+    with pytest.raises(ValueError, match=r"only .*% of the codes of 16 rows of .* were found again"):
+        generate(with_pairs(recipe, verify=True))
+
+
+def test_the_command_line_ends_with_one_sentence(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    job = start_job(recipe, tmp_path, "--teacher.checkpoint", f"{tmp_path}/gone.pth")
+    out, err = job.communicate(timeout=120)
+    assert (job.returncode, out) == (2, "")
+    assert err == f"error: {tmp_path}/gone.pth could not be read: there is no such file; check the path.\n"
+
+
+def test_weights_are_checked_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check builds on the meta device: no tensor of the teacher is allocated in the driver."""
+    from pipeline import generate as module
+
+    recipe, built = tiny(tmp_path), []
+    load = checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", lambda net, uri: built.append(net) or load(net, uri))
+    module._check_weights(recipe)
+    assert {parameter.device.type for net in built for parameter in net.parameters()} == {"meta"}

@@ -1,0 +1,95 @@
+"""pytest tests/test_replica.py: Alg. 1 for one shard, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import Family, tiny, with_pairs
+
+from pipeline import flow, manifest, noise
+from pipeline.models.base import Condition
+from pipeline.recipe import Recipe
+from pipeline.replica import Replica, outcome
+
+
+def replica(recipe: Recipe) -> Replica:
+    return Replica(recipe, manifest.facts_of(recipe))
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> None:
+    """Alg. 1 one sample at a time, with flow matching in float64."""
+    made = replica(tiny(tmp_path, family))
+    teacher, rows = made.teacher, made.rows(1, 8)
+    layout = teacher.layout
+    assert rows.ids.tolist() == list(range(16, 24))
+    assert len(np.unique(rows.tokens)) > 5, "the tiny teacher is no constant"
+    same = []
+    for i, tokens in zip(rows.ids, rows.tokens, strict=True):
+        x = torch.from_numpy(noise.gaussian(1, [i], layout.length, layout.code_dim).astype(np.float64))
+
+        def choose(step: int, log_p: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
+            return flow.exact(x[:, layout.span(step)], log_p, teacher.codebook)
+
+        with torch.no_grad():
+            slow = teacher.generate(Condition(torch.tensor([i % layout.classes])), choose)
+        same.append(np.array_equal(slow[0].numpy(), tokens))
+    assert np.mean(same) >= 7 / 8, "the solver's tolerance may flip a near tie"
+    assert rows.labels.tolist() == [i % layout.classes for i in range(16, 24)]
+    assert rows.noise is not None
+    assert np.array_equal(rows.noise, noise.gaussian(1, range(16, 24), layout.length, layout.code_dim))
+
+
+def test_a_short_shard_holds_the_first_rows_of_the_whole_one(tmp_path: Path) -> None:
+    made = replica(tiny(tmp_path))
+    whole, short = made.rows(2, 16), made.rows(2, 8)
+    for a, b in zip(whole, short, strict=True):
+        assert a is not None
+        assert np.array_equal(a[:8], b)
+
+
+def test_batches_are_cut_at_fixed_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = replica(tiny(tmp_path)), []
+    make = made.make
+    monkeypatch.setattr(made, "make", lambda ids: asked.append(ids.tolist()) or make(ids))
+    made.rows(1, 8)
+    assert asked == [list(range(16, 22)), list(range(22, 28))], "the batch that row 8 lies in is made whole"
+    asked.clear()
+    made.rows(1, 16)
+    assert [len(ids) for ids in asked] == [6, 6, 4]
+
+
+def test_derived_noise_is_not_handed_on(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    stored, derived = replica(recipe).rows(0, 16), replica(with_pairs(recipe, noise="derived")).rows(0, 16)
+    assert derived.noise is None
+    assert np.array_equal(stored.tokens, derived.tokens)
+
+
+def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path) -> None:
+    made = replica(tiny(tmp_path))
+    rows = made.rows(0, 16)
+    assert made.agreement(rows) == 1.0
+    assert made.agreement(rows.take(np.array([3, 11]))) == 1.0, "in any company"
+    swapped = rows._replace(tokens=rows.tokens[::-1].copy())
+    assert made.agreement(swapped) < 0.9
+    one = rows.tokens.copy()
+    one[4, 0] = (one[4, 0] + 1) % 24
+    assert 0.9 < made.agreement(rows._replace(tokens=one)) < 1.0, "one wrong code does not drag the later ones along"
+
+
+def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
+    monkeypatch.setattr(made, "make", lambda ids: asked.append(len(ids)))
+    assert made.measure() > 0
+    assert asked == [2, 16], "no batch is larger than a shard"
+
+
+def test_an_outcome_names_the_error_and_its_place() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        _ = 1 / 0
+    (text,) = outcome(3, error=caught.value)["error"]
+    assert text.startswith("ZeroDivisionError: division by zero (test_replica.py:")
