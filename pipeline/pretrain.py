@@ -62,7 +62,7 @@ class Averaged:
     def __init__(
         self, network: nn.Module, lr: float, steps: int, ema: float = 0.995, weight_decay: float = 0.02
     ) -> None:
-        self.network, self.steps, self.ema = network, steps, ema
+        self.network, self.ema, self.done = network, ema, 0
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self.optimiser = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -76,13 +76,11 @@ class Averaged:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
+        self.done += 1
+        decay = min(self.ema, self.done / (self.done + 9))  # or a short run would keep much of its random start
         with torch.no_grad():
-            pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
-            for kept, new in pairs:
-                if kept.is_floating_point():
-                    kept.lerp_(new, 1 - self.ema)
-                else:
-                    kept.copy_(new)
+            for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
 
 
 def train_classifier(
