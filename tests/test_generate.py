@@ -50,7 +50,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     recipe = with_pairs(tiny(tmp_path), count=239, shard_rows=4, batch=4)
     address = ray.get_runtime_context().gcs_address
     job = start_job(recipe, tmp_path, RAY_ADDRESS=address)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(manifest.committed(recipe.pairs_uri)) < 3 and time.monotonic() < deadline and job.poll() is None:
         time.sleep(0.02)
     job.send_signal(signal.SIGKILL)

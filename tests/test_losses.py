@@ -115,7 +115,7 @@ def test_the_image_trains_only_embeddings_after_the_split() -> None:
 
 
 def test_the_teachers_own_embeddings_cost_nothing() -> None:
-    prediction, tokens, t = batch()
+    _, tokens, t = batch()
     tokenizer = Decoder()
     perfect = Prediction(30.0 * F.one_hot(tokens, LAYOUT.vocabulary).float(), tokenizer.codebook[tokens])
     loss, sums = Loss(SETTINGS, tokenizer, SquaredError())(perfect, tokens, t)
@@ -152,7 +152,6 @@ def test_counts_survive_autocast() -> None:
         ({"split": 3}, "has no embedding to train"),
         ({"lpips": 0.0}, "nothing trains the embedding head"),
         ({"cross_entropy": 0.0}, "nothing trains the logits"),
-        ({"perceptual": "digits"}, "made for images of 32 pixels, and the teacher's have 16"),
         ({"perceptual": "vgg"}, "vgg16-397923af.pth are missing"),
     ],
 )
@@ -163,6 +162,11 @@ def test_contradictions_are_one_sentence(
     with pytest.raises(ValueError, match=sentence) as caught:
         losses.check(replace(SETTINGS, **change), LAYOUT)
     assert "\n" not in str(caught.value)
+
+
+def test_the_digits_network_is_refused_for_larger_images() -> None:
+    with pytest.raises(ValueError, match="made for images of 32 pixels, and the teacher's have 256; use vgg"):
+        losses.check(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=256))
 
 
 def test_consistent_settings_pass() -> None:

@@ -158,9 +158,7 @@ class Slow:
         codes: list[int] = []
         if start > 1:
             x = self.jump(self.noise, 1, split)
-            codes = [
-                int((self.codebook - x[i]).square().sum(1).argmin()) for i in range(LAYOUT.before(start))
-            ]
+            codes = [int((self.codebook - x[i]).square().sum(1).argmin()) for i in range(LAYOUT.before(start))]
         codes = self.teacher_codes(codes, start, resume)
         x = torch.stack([self.codebook[codes[i]] if i < len(codes) else self.noise[i] for i in range(6)])
         return self.jump(x, resume, split) if resume <= 3 else x
