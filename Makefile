@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RECIPE ?= jobs/recipes/digits-var.yaml
+DEMO := --config jobs/recipes/digits-var.yaml --config jobs/recipes/demo.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo full test test-slow lint format assets bench ui clean
@@ -16,9 +17,9 @@ setup: .venv/ready
 
 # Pairs, student, report: the embedded default in a short form, on two cores, in minutes.
 demo: setup
-	$(BIN)/python jobs/generate_pairs.py --config jobs/recipes/demo.yaml
-	$(BIN)/python jobs/distill.py --config jobs/recipes/demo.yaml
-	$(BIN)/python jobs/evaluate.py --config jobs/recipes/demo.yaml
+	$(BIN)/python jobs/generate_pairs.py $(DEMO)
+	$(BIN)/python jobs/distill.py $(DEMO)
+	$(BIN)/python jobs/evaluate.py $(DEMO)
 
 # The same three jobs with a whole recipe: make full RECIPE=jobs/recipes/digits-llamagen.yaml
 full: setup

@@ -76,9 +76,7 @@ def table(known: Facts, rows: Rows) -> pa.Table:
     vocabulary = known["layout"]["vocabulary"]
     low, high = int(rows.tokens.min()), int(rows.tokens.max())
     if not 0 <= low <= high < vocabulary:
-        raise ValueError(
-            f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}."
-        )
+        raise ValueError(f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}.")
     arrays = {
         "sample_id": pa.array(rows.ids.astype(np.uint64)),
         "label": pa.array(rows.labels.astype(np.int32)),
