@@ -177,7 +177,7 @@ def verify(recipe: Recipe, known: Facts) -> str:
     if share < AGREEMENT:
         raise ValueError(
             f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (from"
-            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says, so make the set again elsewhere."
+            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says: make the set again elsewhere."
         )
     return (
         f"Verified: {_described(uri, complete)}; all shards are whole, and {share:.2%} of the codes of {len(picked)}"

@@ -301,7 +301,7 @@ def fingerprint(facts: dict[str, Any]) -> str:
 
 
 def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
-    """Command line and YAML -> Recipe; without a ``--config``, the digits default.
+    """Command line and YAML -> Recipe; without a ``--config``, the digits default. A later file lies over earlier ones.
 
     Bad keys, types and values end the program with one sentence and exit status 2.
     """
@@ -309,21 +309,19 @@ def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
 
     given = sys.argv[1:] if args is None else args
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", nargs="?")
-    place = first.parse_known_args(given)[0].config or str(DEFAULT)
-    if place == str(DEFAULT):
-        given = [
-            "--config",
-            str(DEFAULT),
-            *given,
-        ]  # not a layer below the user's recipe, which must say all it means
+    first.add_argument("--config", nargs="?", action="append")
+    files = list(filter(None, first.parse_known_args(given)[0].config or []))
+    if not files:
+        # The default is not a layer below the user's recipe, which must say all that it means.
+        files, given = [str(DEFAULT)], ["--config", str(DEFAULT), *given]
 
     parser = ArgumentParser(description=doc, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe, e.g. jobs/recipes/digits-llamagen.yaml")
     parser.add_class_arguments(Recipe)
     try:
         settings = parser.parse_args(given)
-        _check_sections(yaml.safe_load(Path(place).read_text()), Recipe().resolved(), "")
+        for file in files:
+            _check_sections(yaml.safe_load(Path(file).read_text()), Recipe().resolved(), "")
         settings = parser.instantiate_classes(settings)
         del settings["config"]
         return Recipe(**settings)

@@ -64,6 +64,12 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     assert parse(None, ["--config", str(DEFAULT.parent / name)]).name
 
 
+def test_a_later_file_lies_over_an_earlier_one(config: str, tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("pairs: {count: 9}")
+    got = parse(None, ["--config", config, "--config", str(tmp_path / "short.yaml")])
+    assert (got.name, got.pairs.count, got.pairs.solver) == ("mine", 9, Solver("fixed", 8))
+
+
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         parse(None, args)
