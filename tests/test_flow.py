@@ -382,11 +382,15 @@ def test_a_large_call_is_solved_in_small_blocks(solver: Solver, monkeypatch: pyt
 
 
 def test_types_and_global_settings_do_not_matter() -> None:
-    codebook, log_p, noise, _ = tokens_with_ragged_support(48)
-    noise, log_p = noise.half(), log_p.half()  # what is stored is what is solved
+    random = torch.Generator().manual_seed(6)
+    codebook, noise = torch.randn(256, 8, generator=random), torch.randn(1000, 8, generator=random).half()
+    log_p = (2 * torch.randn(1000, 256, generator=random)).log_softmax(-1).half()
     codes = flow.match(noise.float(), log_p.float(), codebook)
     assert codes.dtype == torch.int64
     assert torch.equal(flow.match(noise, log_p, codebook.double()), codes)
+    with torch.autocast("cpu", torch.bfloat16):  # would change about 14 codes
+        assert torch.equal(flow.match(noise, log_p, codebook), codes)
+        assert (noise.float() @ codebook.T).dtype == torch.bfloat16
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -394,9 +398,6 @@ def test_types_and_global_settings_do_not_matter() -> None:
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(flow.match(noise, log_p, codebook), codes)
-            assert (noise.float() @ codebook.T).dtype == torch.bfloat16
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -431,6 +432,19 @@ def test_zero_probabilities_and_single_survivors(solver: Solver | None) -> None:
     assert torch.equal(codes[::3], log_p[::3].argmax(-1))
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_coarse_path_still_ends_in_the_support(gathered: bool) -> None:
+    random = torch.Generator().manual_seed(9)
+    codebook = torch.nn.functional.normalize(torch.randn(40, 3, generator=random), dim=-1)
+    noise, log_p = torch.randn(400, 3, generator=random), torch.randn(400, 40, generator=random)
+    log_p = log_p.masked_fill(torch.rand(400, 40, generator=random) < 0.7, -math.inf)
+    block = flow._Block(log_p, flow._augment(codebook), 32 if gathered else None)
+    flow._paper(block, noise, 2)
+    assert (log_p.gather(1, block.answer[:, None]) > -math.inf).all()
+    nearest = torch.cdist(flow._dpm_solver(flow._Block(log_p, flow._augment(codebook)), noise, 2), codebook).argmin(-1)
+    assert (log_p.gather(1, nearest[:, None]) == -math.inf).any()  # the test has something to find
+
+
 @pytest.mark.parametrize("solver", [*SOLVERS, None], ids=lambda s: by_name(s) if s else "exact")
 def test_coinciding_codes_share_their_tokens_without_harm(solver: Solver | None) -> None:
     random = torch.Generator().manual_seed(10)
@@ -449,7 +463,7 @@ def test_nearly_coinciding_codes_are_told_apart_by_adaptive() -> None:
     noise = torch.randn(250, 16, generator=random)
     log_p = torch.randn(600, generator=random).log_softmax(0).expand(250, -1)
     truth = flow.exact(noise, log_p, codebook)
-    assert (flow.match(noise, log_p, codebook) != truth).double().mean() <= 0.01
+    assert (flow.match(noise, log_p, codebook) != truth).double().mean() <= 0.02  # fixed: 0.15
 
 
 def test_unfinished_tokens_are_read_off(monkeypatch: pytest.MonkeyPatch) -> None:
