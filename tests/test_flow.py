@@ -357,7 +357,7 @@ def test_scale_shift_and_rotation_of_the_codebook_do_not_matter(solver: Solver) 
     codebook, noise = torch.randn(256, 6, generator=random), torch.randn(300, 6, generator=random)
     log_p = (2 * torch.randn(300, 256, generator=random)).log_softmax(-1)
     codes = flow.match(noise, log_p, codebook, solver)
-    for scale, shift in ((0.05, 0.0), (8.0, 5.0), (1e-9, 0.0), (1e9, 1e9)):
+    for scale, shift in ((0.05, 0.0), (8.0, 5.0), (1e-9, 0.0), (1e9, 1e9), (1.0, 100.0)):
         assert torch.equal(flow.match(noise, log_p, scale * codebook + shift, solver), codes)
     turn = torch.linalg.qr(torch.randn(6, 6, generator=random))[0]
     assert torch.equal(flow.match(noise @ turn, log_p, codebook @ turn, solver), codes)
