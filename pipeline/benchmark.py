@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import flow, noise
+from pipeline import flow, flow_oracle, noise
 from pipeline.flow import Solver
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Student, Teacher
@@ -96,7 +96,7 @@ def solvers(teacher: Teacher, device: torch.device) -> list[str]:
     ]
     for name, make in cases.items():
         points, log_p, codebook = (tensor.to(device) for tensor in make())
-        truth = flow.exact(points, log_p, codebook)
+        truth = flow_oracle.exact(points, log_p, codebook)
         for solver in SOLVERS:
             flow.match(points[:50], log_p[:50], codebook, solver)
             start = time.perf_counter()

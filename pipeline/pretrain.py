@@ -109,7 +109,10 @@ def train_tokenizer(
     seed: int,
     report: Report,
 ) -> Tokenizer:
-    """VQ auto-encoder on pixels and perceptual features; codes that fall out of use are moved beside busy ones."""
+    """VQ auto-encoder on pixels and perceptual features; codes that fall out of use are moved beside busy ones.
+
+    Half of every batch is mixed with other images, see ``mixed``.
+    """
     images, _ = digits.training_split()
     generator = torch.Generator().manual_seed(seed)
     embedding = _table(tokenizer).weight
@@ -119,7 +122,9 @@ def train_tokenizer(
     for step, index in enumerate(batches(len(images), batch, steps, generator)):
         shown = digits.augmented(images[index], generator)
         with cheap():
-            made, codes, vq_loss = tokenizer(shown)
+            quantized, codes, vq_loss = tokenizer.quantized(shown)
+            quantized, shown = mixed(quantized, shown, batch // 2, generator)
+            made = tokenizer.draw(quantized)
             reconstruction = F.l1_loss(made, shown) + perceptual(made, shown).mean()
         run.step(reconstruction + vq_loss)
         used += torch.bincount(codes.flatten(), minlength=vocabulary)
@@ -131,6 +136,22 @@ def train_tokenizer(
                 f"tokenizer step {step + 1}/{steps}: reconstruction {reconstruction.item():.4f} vq {vq_loss.item():.4f}"
             )
     return cast(Tokenizer, run.average)
+
+
+def mixed(maps: Tensor, images: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first ``count`` maps [B, C, h, w] with each cell from the own or from another image, and images to match.
+
+    A small decoder sees a whole digit from every cell and would draw a clean digit from any collage of codes; codes
+    drawn independently (onestep*) would then look fine, which they do not at 256 px. Asked to draw the collage, it
+    keeps every cell local, as in a tokenizer of large images, and the joint distribution of the codes matters.
+    """
+    other = torch.randperm(len(maps), generator=generator)[:count]
+    own = torch.rand(count, 1, *maps.shape[2:], generator=generator) < 0.5
+    pixels = F.interpolate(own.float(), size=images.shape[2:]).bool()
+    return (
+        torch.cat([torch.where(own, maps[:count], maps[other]), maps[count:]]),
+        torch.cat([torch.where(pixels, images[:count], images[other]), images[count:]]),
+    )
 
 
 def _table(tokenizer: Tokenizer) -> nn.Embedding:

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from pipeline import flow
+from pipeline import flow, flow_oracle, flow_solvers, posterior
 from pipeline.flow import GRIDS, Solver
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "flow.json").read_text())
@@ -90,7 +90,7 @@ def test_velocity_is_the_corrected_equation_3(t: float) -> None:
 
 
 def test_the_fixed_grid_of_ten_is_the_golden_one() -> None:
-    nodes, predictor, corrector = flow._adams(10)
+    nodes, predictor, corrector = flow_solvers.adams(10)
     golden = GOLDEN["fixed10_grid"]
     assert nodes == pytest.approx([*golden["nodes"], golden["g"] * golden["end"]])
     for found, expected in zip(
@@ -105,7 +105,7 @@ def test_the_fixed_grid_of_ten_is_the_golden_one() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_exact_finds_the_golden_codes(name: str) -> None:
     case = golden_case(name)
-    assert torch.equal(flow.exact(case.noise, case.log_p, case.codebook), case.column("exact"))
+    assert torch.equal(flow_oracle.exact(case.noise, case.log_p, case.codebook), case.column("exact"))
 
 
 @pytest.mark.parametrize("solver", SOUND, ids=by_name)
@@ -121,9 +121,9 @@ def test_solvers_find_the_stable_golden_codes(name: str, solver: Solver) -> None
 @pytest.mark.parametrize("name", CASES)
 def test_paper_ends_where_the_published_solver_does(name: str) -> None:
     case = golden_case(name)
-    block = flow._Block(case.log_p, flow._augment(case.codebook))
+    block = posterior.Block(case.log_p, posterior.augment(case.codebook))
     end = case.column("official10_lower_order_last_x").double()
-    assert torch.allclose(flow._dpm_solver(block, case.noise, 10), end, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(flow_solvers.dpm_solver(block, case.noise, 10), end, rtol=1e-5, atol=1e-6)
     codes, counts = flow.match_counted(case.noise, case.log_p, case.codebook, Solver("paper"))
     assert torch.equal(codes, case.column("official10_lower_order_last_index"))
     assert counts.unique().tolist() == [10]
@@ -197,7 +197,9 @@ def family(name: str, tokens: int) -> Family:
         distance = (codebook - codebook[0]).square().sum(-1) / codebook.var(0).sum()
         rows.append(filtered(logits / 10 - distance, perplexity, top_k, top_p))
     noise = torch.randn(8 * tokens, dimension, generator=random)
-    truth = [flow.exact(x, p.expand(tokens, -1), codebook) for x, p in zip(noise.split(tokens), rows, strict=True)]
+    truth = [
+        flow_oracle.exact(x, p.expand(tokens, -1), codebook) for x, p in zip(noise.split(tokens), rows, strict=True)
+    ]
     order = torch.randperm(8 * tokens, generator=random)
     log_p = torch.stack(rows).repeat_interleave(tokens, 0)
     return Family(codebook, log_p[order], noise[order], torch.cat(truth)[order])
@@ -243,8 +245,8 @@ def test_accuracy_on_a_larger_sample(name: str) -> None:
 
 def test_snapping_to_the_whole_codebook_is_worse(few: tuple[str, Family]) -> None:
     name, case = few
-    block = flow._Block(case.log_p, flow._augment(case.codebook))
-    x = flow._dpm_solver(block, case.noise, 10)
+    block = posterior.Block(case.log_p, posterior.augment(case.codebook))
+    x = flow_solvers.dpm_solver(block, case.noise, 10)
     codes = torch.cdist(x, case.codebook).argmin(-1)
     illegal = 100 * (case.log_p.gather(1, codes[:, None]) == -math.inf).double().mean().item()
     found, expected = 100 * (codes != case.codes).double().mean().item(), {"var": 3.5, "llamagen": 7.9}[name]
@@ -255,16 +257,16 @@ def test_snapping_to_the_whole_codebook_is_worse(few: tuple[str, Family]) -> Non
 @pytest.mark.parametrize("name", CASES[:2])
 def test_adaptive_follows_the_ode_to_its_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tolerance, steps = golden_case(name), 1e-5, 400
-    monkeypatch.setattr(flow, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow, "MAX_STEPS", 24)
+    monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
+    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 24)
 
-    class Watched(flow._Block):
+    class Watched(posterior.Block):
         def logits(self, y: Tensor, u: Tensor) -> Tensor:
             self.latest = y, u
             return super().logits(y, u)
 
-    block, reference = (kind(case.log_p, flow._augment(case.codebook)) for kind in (Watched, flow._Block))
-    flow._adaptive(block, case.noise, tolerance)
+    block, reference = (kind(case.log_p, posterior.augment(case.codebook)) for kind in (Watched, posterior.Block))
+    flow_solvers.adaptive(block, case.noise, tolerance)
     found, u = block.latest
     y, h = case.noise, u / steps  # Runge and Kutta's method of order 4 to where the solver got
     for step in range(steps):
@@ -304,7 +306,7 @@ def tokens_with_ragged_support(tokens: int = 96, codes: int = 1500, dimension: i
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_any_split_of_the_batch_gives_the_same_codes(solver: Solver) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
-    widths = {width for _, width in flow._blocks(log_p, codebook.shape[1])}
+    widths = {width for _, width in posterior.blocks(log_p, codebook.shape[1])}
     assert None in widths
     assert len(widths) > 3
     whole = flow.match(noise, log_p, codebook, solver)
@@ -318,9 +320,9 @@ def test_any_split_of_the_batch_gives_the_same_codes(solver: Solver) -> None:
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_gathering_survivors_changes_nothing(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
-    monkeypatch.setattr(flow, "GATHER_BELOW", 0)
+    monkeypatch.setattr(posterior, "GATHER_BELOW", 0)
     dense, dense_counts = flow.match_counted(noise, log_p, codebook, solver)
-    monkeypatch.setattr(flow, "GATHER_BELOW", 10**6)
+    monkeypatch.setattr(posterior, "GATHER_BELOW", 10**6)
     gathered, gathered_counts = flow.match_counted(noise, log_p, codebook, solver)
     assert torch.equal(gathered, dense)
     assert torch.allclose(gathered_counts, dense_counts, atol=2)  # a rounding may move an exit by one look
@@ -331,8 +333,8 @@ def test_early_exit_changes_no_code(solver: Solver, few: tuple[str, Family], mon
     _, case = few
     some = slice(0, 320)
     codes, counts = flow.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
-    monkeypatch.setattr(flow, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow, "MAX_STEPS", 40)
+    monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
+    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 40)
     slow, all_counts = flow.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
     assert torch.equal(codes, slow)
     assert counts.mean() < 0.9 * all_counts.mean()
@@ -347,7 +349,7 @@ def test_a_weight_that_starts_high_is_no_exit(solver: Solver, monkeypatch: pytes
     noise, log_p = torch.randn(2000, 6, generator=random), p.log().expand(2000, -1)
     codes = flow.match(noise, log_p, codebook, solver)
     assert (codes != 5).double().mean() == pytest.approx(0.05, abs=0.015)
-    monkeypatch.setattr(flow, "EXIT_WEIGHT", 2.0)
+    monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
     assert torch.equal(flow.match(noise, log_p, codebook, solver), codes)
 
 
@@ -368,15 +370,15 @@ def test_scale_shift_and_rotation_of_the_codebook_do_not_matter(solver: Solver) 
 def test_a_large_call_is_solved_in_small_blocks(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
     whole, budget, sizes = flow.match(noise, log_p, codebook, solver), 200_000, []
-    monkeypatch.setitem(flow.BLOCK_BYTES, "cpu", budget)
+    monkeypatch.setitem(posterior.BLOCK_BYTES, "cpu", budget)
 
-    class Watched(flow._Block):
+    class Watched(posterior.Block):
         def project(self, query: Tensor, onto: Tensor) -> Tensor:
             own = 0 if self.places is None else self.codes.numel()
             sizes.append(4 * (own + 3 * self.log_p.numel()))
             return super().project(query, onto)
 
-    monkeypatch.setattr(flow, "_Block", Watched)
+    monkeypatch.setattr(flow, "Block", Watched)
     assert torch.equal(flow.match(noise, log_p, codebook, solver), whole)
     assert max(sizes) <= budget
     assert max(sizes) > budget / 2  # not needlessly small
@@ -395,7 +397,7 @@ def test_types_and_global_settings_do_not_matter() -> None:
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with flow._full_precision(torch.device("cpu")):
+        with posterior.full_precision(torch.device("cpu")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
@@ -414,7 +416,7 @@ def test_shapes_and_normalisation_do_not_matter(solver: Solver) -> None:
     assert flow.match(noise[0], log_p[0], case.codebook, solver) == flat[0]
     codes, counts = flow.match_counted(noise[:0], log_p[:0], case.codebook, solver)
     assert codes.shape == counts.shape == (0,)
-    assert flow.exact(noise[:0], log_p[:0], case.codebook).shape == (0,)
+    assert flow_oracle.exact(noise[:0], log_p[:0], case.codebook).shape == (0,)
     assert torch.equal(case.log_p, kept)  # the caller's tensors are untouched
 
 
@@ -428,7 +430,7 @@ def test_zero_probabilities_and_single_survivors(solver: Solver | None) -> None:
     log_p = torch.full((200, 40), -math.inf)
     for row in range(200):
         log_p[row, torch.randperm(40, generator=random)[: 1 + row % 3]] = torch.randn((), generator=random)
-    codes = flow.match(noise, log_p, codebook, solver) if solver else flow.exact(noise, log_p, codebook)
+    codes = flow.match(noise, log_p, codebook, solver) if solver else flow_oracle.exact(noise, log_p, codebook)
     assert (log_p.gather(1, codes[:, None]) > -math.inf).all()
     assert torch.equal(codes[::3], log_p[::3].argmax(-1))
 
@@ -439,10 +441,12 @@ def test_a_coarse_path_still_ends_in_the_support(gathered: bool) -> None:
     codebook = torch.nn.functional.normalize(torch.randn(40, 3, generator=random), dim=-1)
     noise, log_p = torch.randn(400, 3, generator=random), torch.randn(400, 40, generator=random)
     log_p = log_p.masked_fill(torch.rand(400, 40, generator=random) < 0.7, -math.inf)
-    block = flow._Block(log_p, flow._augment(codebook), 32 if gathered else None)
-    flow._paper(block, noise, 2)
+    block = posterior.Block(log_p, posterior.augment(codebook), 32 if gathered else None)
+    flow_solvers.paper(block, noise, 2)
     assert (log_p.gather(1, block.answer[:, None]) > -math.inf).all()
-    nearest = torch.cdist(flow._dpm_solver(flow._Block(log_p, flow._augment(codebook)), noise, 2), codebook).argmin(-1)
+    nearest = torch.cdist(
+        flow_solvers.dpm_solver(posterior.Block(log_p, posterior.augment(codebook)), noise, 2), codebook
+    ).argmin(-1)
     assert (log_p.gather(1, nearest[:, None]) == -math.inf).any()  # the test has something to find
 
 
@@ -451,7 +455,7 @@ def test_coinciding_codes_share_their_tokens_without_harm(solver: Solver | None)
     random = torch.Generator().manual_seed(10)
     half, noise = torch.randn(8, 3, generator=random), torch.randn(60, 3, generator=random)
     log_p = torch.zeros(60, 16)
-    solve = (lambda *a: flow.match(*a, solver)) if solver else flow.exact
+    solve = (lambda *a: flow.match(*a, solver)) if solver else flow_oracle.exact
     codes, merged = solve(noise, log_p, torch.cat([half, half])), solve(noise, log_p[:, :8], half)
     assert torch.equal(codes % 8, merged)
     assert ((solve(noise, log_p[:, :8], 0 * half) >= 0) & (solve(noise, log_p[:, :8], 0 * half) < 8)).all()
@@ -463,13 +467,13 @@ def test_nearly_coinciding_codes_are_told_apart_by_adaptive() -> None:
     codebook = torch.cat([half, half + 0.05 * torch.randn(300, 16, generator=random)])
     noise = torch.randn(250, 16, generator=random)
     log_p = torch.randn(600, generator=random).log_softmax(0).expand(250, -1)
-    truth = flow.exact(noise, log_p, codebook)
+    truth = flow_oracle.exact(noise, log_p, codebook)
     assert (flow.match(noise, log_p, codebook) != truth).double().mean() <= 0.02  # fixed: 0.15
 
 
 def test_unfinished_tokens_are_read_off(monkeypatch: pytest.MonkeyPatch) -> None:
     case = golden_case("l2_64x8")
-    monkeypatch.setattr(flow, "MAX_STEPS", 3)
+    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 3)
     codes, counts = flow.match_counted(case.noise, case.log_p, case.codebook)
     assert counts.max() == 4.5
     assert (case.log_p.gather(1, codes[:, None]) > -math.inf).all()
@@ -507,7 +511,7 @@ def test_match_refuses_what_it_cannot_solve() -> None:
         ((noise * math.nan, log_p, codebook), "noise holds NaN"),
         ((noise, log_p, codebook / 0), "codebook holds NaN"),
     ):
-        for function in (flow.match, flow.exact):
+        for function in (flow.match, flow_oracle.exact):
             with pytest.raises(ValueError, match=message):
                 function(*arguments)
     for t in (1.0, -0.1):

@@ -16,7 +16,8 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report"},
     "mlxtend": {"digits"},
 }
-LOWEST = {"pipeline.flow", "pipeline.noise", "pipeline.storage", "pipeline.progress", "pipeline.torchvision_ops"}
+FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
+LOWEST = FLOW | {"pipeline.noise", "pipeline.storage", "pipeline.progress", "pipeline.torchvision_ops"}
 
 
 def name_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import Family, tiny, with_pairs
 
-from pipeline import flow, manifest, noise
+from pipeline import flow_oracle, manifest, noise
 from pipeline.models.base import Condition
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica, outcome
@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
         x = torch.from_numpy(noise.gaussian(1, [i], layout.length, layout.code_dim).astype(np.float64))
 
         def choose(step: int, log_p: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-            return flow.exact(x[:, layout.span(step)], log_p, teacher.codebook)
+            return flow_oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
 
         with torch.no_grad():
             slow = teacher.generate(Condition(torch.tensor([i % layout.classes])), choose)

@@ -92,6 +92,17 @@ class Tokenizer(nn.Module):
         """Embeddings [B, n, C], codes or any continuous values -> images [B, 3, H, W]; differentiable."""
         raise NotImplementedError
 
+    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, 3, H, W] -> feature map [B, C, side, side], codes [B, n] int64, scalar quantization loss.
+
+        For training: the map holds the codes' values, and gradients cross the quantizer straight through.
+        """
+        raise NotImplementedError
+
+    def draw(self, quantized: Tensor) -> Tensor:
+        """The decoder alone: feature map [B, C, side, side] -> images [B, 3, H, W], not clamped."""
+        raise NotImplementedError
+
 
 class Teacher(nn.Module):
     """A pre-trained AR model with its tokenizer and its sampling filter.

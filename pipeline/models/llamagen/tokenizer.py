@@ -219,16 +219,17 @@ class Tokenizer(base.Tokenizer):
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, n, C] -> images [B, 3, H, W], about in [-1, 1] and not clamped; differentiable."""
-        return self.decoder(self.post_quant_conv(to_map(embeddings)))
+        return self.draw(to_map(embeddings))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: images [B, 3, H, W] -> (reconstruction [B, 3, H, W], codes [B, n] int64, scalar VQ loss).
+    def draw(self, quantized: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(quantized))
 
-        The gradient passes the quantisation straight through. The loss is the official one, code + 0.25
-        commitment; its entropy term has weight 0 in all official trainings and is left out.
+    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss is the official one, code + 0.25 commitment; its entropy term has weight 0 in all official
+        trainings and is left out.
         """
         z, codebook = self.features(images), self.codebook
         codes = base.nearest(z.detach(), codebook.detach())
-        quantized = codebook[codes]
-        loss = F.mse_loss(quantized, z.detach()) + COMMITMENT * F.mse_loss(z, quantized.detach())
-        return self.decode(z + (quantized - z).detach()), codes, loss
+        chosen = codebook[codes]
+        loss = F.mse_loss(chosen, z.detach()) + COMMITMENT * F.mse_loss(z, chosen.detach())
+        return to_map(z + (chosen - z).detach()), codes, loss

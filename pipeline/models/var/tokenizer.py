@@ -41,17 +41,14 @@ class Tokenizer(base.Tokenizer):
     def decode(self, embeddings: Tensor) -> Tensor:
         return self.draw(self.quantize.feature_map(embeddings)).clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: images [B, 3, H, W] -> reconstruction (not clamped), codes [B, n], quantization loss.
-
-        Gradients cross the quantizer by the straight-through estimator. The loss is the mean over the scales
-        of |f_hat - sg(f)|^2 + beta |sg(f_hat) - f|^2, f_hat being the map after that scale, as VAR trains it.
+    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss is the mean over the scales of |f_hat - sg(f)|^2 + beta |sg(f_hat) - f|^2, f_hat being the map
+        after that scale, as VAR trains it.
         """
         f = self.features(images).float()
         codes, maps = self.quantize.codes(f)
         losses = [F.mse_loss(m, f.detach()) + self.beta * F.mse_loss(f, m.detach()) for m in maps]
-        straight = f + (maps[-1] - f).detach()
-        return self.draw(straight), codes, torch.stack(losses).mean()
+        return f + (maps[-1] - f).detach(), codes, torch.stack(losses).mean()
 
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> f [B, C, side, side], before quantization."""
@@ -60,9 +57,9 @@ class Tokenizer(base.Tokenizer):
             raise ValueError(f"images are {list(images.shape)}; this tokenizer takes [B, 3, {size}, {size}].")
         return self.quant_conv(self.encoder(images))
 
-    def draw(self, f_hat: Tensor) -> Tensor:
+    def draw(self, quantized: Tensor) -> Tensor:
         """f_hat [B, C, side, side] -> images [B, 3, H, W], not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat))
+        return self.decoder(self.post_quant_conv(quantized))
 
 
 class Quantizer(nn.Module):
