@@ -24,7 +24,7 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from pipeline import cluster, noise, pairs, report, samplers, scoring, speed, storage, tracking
+from pipeline import cluster, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.plan import Draw, Plan, describe, prepare
@@ -223,7 +223,7 @@ def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics
     drawn = [statistics[draw].images for draw in plan.table()]
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    names = samplers.names(plan.samplers)
+    names = sampler_list.names(plan.samplers)
     files = {"samples.png": report.samples(names, [np.concatenate(parts) for parts in drawn], labels)}
     if results["curve"]:
         files["curve.png"] = report.curve(results)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import manifest, samplers, scoring, storage
+from pipeline import manifest, sampler_list, scoring, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.progress import duration
@@ -159,7 +159,7 @@ def prepare(recipe: Recipe) -> Plan:
     settings = recipe.evaluate
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
-    listed = samplers.build(settings.samplers, layout, recipe.train.split)
+    listed = sampler_list.build(settings.samplers, layout, recipe.train.split)
     features = scoring.check(settings, layout.image_size, layout.classes)
     facts = {
         "family": recipe.teacher.family,

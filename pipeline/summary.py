@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import samplers, scoring
+from pipeline import sampler_list, scoring
 from pipeline.metrics import frechet, pixel_frechet, precision_recall
 from pipeline.plan import Draw, Plan
 from pipeline.samplers import Autoregressive
@@ -45,7 +45,7 @@ class Reference:
 
 def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
     """Everything the report says, as JSON values."""
-    settings, names = plan.recipe.evaluate, samplers.names(plan.samplers)
+    settings, names = plan.recipe.evaluate, sampler_list.names(plan.samplers)
     reference = _reference(plan, statistics)
     entries = [
         Entry(
@@ -86,7 +86,7 @@ def _curve(plan: Plan, statistics: dict[Draw, Statistics], reference: Reference)
     draws = plan.curve()
     if not draws:
         return None
-    named = dict(zip(plan.samplers, samplers.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
+    named = dict(zip(plan.samplers, sampler_list.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
 
     def point(draw: Draw) -> tuple[str, float]:
         assert draw.sampler is not None
@@ -108,7 +108,7 @@ def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]
         "seed": settings.seed,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
-            for name, sampler in zip(samplers.names(plan.samplers), plan.samplers, strict=True)
+            for name, sampler in zip(sampler_list.names(plan.samplers), plan.samplers, strict=True)
         },
         "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
         | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},

@@ -167,8 +167,9 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def _store(recipe: Recipe) -> tuple[str, str | None]:
     """(tracking URI, place of a new experiment's artifacts or None where the server decides)."""
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
-    if chosen:
-        return chosen, None
+    if chosen:  # beside a local database; left to itself, MLflow would put files into the working directory
+        _, is_file, database = chosen.partition("sqlite:///")
+        return chosen, Path(database).absolute().with_name("mlartifacts").as_uri() if is_file else None
     folder = storage.resolve(recipe.run)
     if "://" in folder:
         raise ValueError(

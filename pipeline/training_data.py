@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline import manifest, noise
 from pipeline.models.base import Condition, Layout
-from pipeline.pairs import WINDOW, Pairs, PairStream, Rows, read_shard
+from pipeline.pair_stream import WINDOW, Pairs, PairStream
+from pipeline.pairs import Rows, read_shard
 from pipeline.recipe import TrainSettings
 from pipeline.training_plan import Plan
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import flow, flow_oracle, noise, samplers
+from pipeline import flow, flow_oracle, noise, sampler_list, samplers
 from pipeline.models.base import Choose, Condition, Layout, Prediction, Student, Teacher, Tokenizer, nearest
 from pipeline.samplers import (
     Autoregressive,
@@ -303,7 +303,7 @@ def test_a_recipe_lists_samplers_by_name() -> None:
         {"name": "Skip", "n": 1},
         {"name": "OneStepStar", "given_class": True},
     ]
-    built = samplers.build(listed, LAYOUT, split=2)
+    built = sampler_list.build(listed, LAYOUT, split=2)
     assert built == [
         FewStep(2),
         FewStep(1, (1, 3)),
@@ -313,7 +313,7 @@ def test_a_recipe_lists_samplers_by_name() -> None:
         Skip(1),
         OneStepStar(True),
     ]
-    assert samplers.names(built) == [
+    assert sampler_list.names(built) == [
         "DD 1 step",
         "DD 2 steps (1, 3)",
         "DD pre-trained-2-3",
@@ -325,7 +325,7 @@ def test_a_recipe_lists_samplers_by_name() -> None:
 
 
 def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
-    assert samplers.names([FewStep(1), FewStep(2), Skip(1)]) == [
+    assert sampler_list.names([FewStep(1), FewStep(2), Skip(1)]) == [
         "DD 1 step, split 1",
         "DD 1 step, split 2",
         "skip-1",
@@ -355,15 +355,15 @@ def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
 )
 def test_a_wrong_entry_is_one_sentence(entry: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
-        samplers.build([entry], LAYOUT, split=2)
+        sampler_list.build([entry], LAYOUT, split=2)
     assert "\n" not in str(caught.value)
 
 
 def test_no_samplers_and_double_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluate\.samplers is empty"):
-        samplers.build([], LAYOUT, 1)
+        sampler_list.build([], LAYOUT, 1)
     with pytest.raises(ValueError, match="twice"):
-        samplers.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)
+        sampler_list.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)
 
 
 def test_missing_models_are_one_sentence() -> None:

@@ -1,0 +1,167 @@
+"""The stream of pairs that training reads: shuffled, shared by workers, and at any position without a saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import manifest, storage
+from pipeline.manifest import Shard
+from pipeline.models.base import Layout
+from pipeline.pairs import Rows, load_shard, noise_of, row_bytes
+
+WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is read once and kept
+T = TypeVar("T")
+
+
+class Pairs(NamedTuple):
+    """A batch for training: ids int64 [b], labels int64 [b], noise float32 [b, n, C], tokens int64 [b, n]."""
+
+    ids: Tensor
+    labels: Tensor
+    noise: Tensor
+    tokens: Tensor
+
+
+class PairStream:
+    """Rows of a complete set in an order that is a function of (seed, epoch) alone.
+
+    The shards are permuted, then the rows within each window of consecutive shards. Global batch k of an epoch is a
+    fixed set of rows however many workers share it, so a position is arithmetic and no loader state is ever saved.
+    Neighbouring rows are independent draws, hence shuffling within windows loses nothing.
+    """
+
+    def __init__(self, uri: str, found: dict[str, Any], window: int) -> None:
+        self.uri, self.facts, self.fingerprint, self.count = (
+            uri,
+            found["facts"],
+            found["fingerprint"],
+            found["count"],
+        )
+        self.layout = Layout(**{**self.facts["layout"], "groups": tuple(self.facts["layout"]["groups"])})
+        self.shards = [Shard(**shard) for shard in found["shards"]]
+        self._per_window = max(1, window // (row_bytes(self.facts) * self.facts["shard_rows"]))
+        self._cache: dict[str, Rows] = {}
+
+    @classmethod
+    def open(cls, uri: str, expected: str | None = None, window: int = WINDOW) -> PairStream:
+        """Open a set after checking that it is complete, is the ``expected`` one, and that its noise can be made here.
+
+        ``window`` bytes of rows are shuffled together; it is part of the order.
+        """
+        return cls(storage.resolve(uri), manifest.read(uri, expected), window)
+
+    def steps(self, batch: int) -> int:
+        """Batches of an epoch; a last one that is not full is dropped."""
+        return self.count // batch
+
+    def batches(
+        self, epoch: int, seed: int, batch: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Pairs]:
+        """Rank ``rank``'s share, batch / world rows, of the global batches start, start + 1, ... of an epoch.
+
+        Batches and windows are made one ahead in threads. Raises ValueError for a batch that the ranks cannot share or
+        that is larger than the set.
+        """
+        if batch % world or not 0 <= rank < world:
+            raise ValueError(
+                f"a batch of {batch} cannot be shared by {world} workers (rank {rank}); make it a multiple."
+            )
+        if batch > self.count:
+            raise ValueError(f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it.")
+        windows = _ahead(self._windows(epoch, seed, batch, start, rank, world))
+        return _ahead(self._pairs(rows) for rows in _cut(windows, batch // world))
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """The ids of an epoch in order, int64 [count]: what ``batches`` follows."""
+        first = self.facts["shard_rows"] * np.array([shard.number for shard in self.shards])
+        parts = []
+        for group, places in self._plan(epoch, seed):
+            ids = np.concatenate([first[i] + np.arange(self.shards[i].rows) for i in group])
+            parts.append(ids[places])
+        return np.concatenate(parts)
+
+    def _plan(self, epoch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Windows of an epoch: the shards of each (places in ``shards``) and the permutation of their rows."""
+        shards = _permutation(seed, epoch, 0, len(self.shards))
+        for window, begin in enumerate(range(0, len(shards), self._per_window), start=1):
+            group = shards[begin : begin + self._per_window]
+            yield group, _permutation(seed, epoch, window, sum(self.shards[i].rows for i in group))
+
+    def _windows(self, epoch: int, seed: int, batch: int, start: int, rank: int, world: int) -> Iterator[Rows]:
+        """This rank's rows of every window, in order."""
+        share, before = batch // world, 0
+        for group, places in self._plan(epoch, seed):
+            position = before + np.arange(len(places))
+            before += len(places)
+            wanted = (position >= start * batch) & (position < self.steps(batch) * batch)
+            mine = places[wanted & (position % batch // share == rank)]
+            if len(mine):
+                yield self._gather(group, mine)
+
+    def _gather(self, group: np.ndarray, places: np.ndarray) -> Rows:
+        """The rows at ``places`` of the concatenated shards of ``group``; each shard is read once and cut at once."""
+        parts, order, offset = [], [], 0
+        for i in group:
+            here = np.flatnonzero((places >= offset) & (places < offset + self.shards[i].rows))
+            if len(here):
+                parts.append(self._load(self.shards[i]).take(places[here] - offset))
+                order.append(here)
+            offset += self.shards[i].rows
+        back = np.empty(len(places), dtype=np.int64)
+        back[np.concatenate(order)] = np.arange(len(places))
+        return Rows.join(parts).take(back)
+
+    def _load(self, shard: Shard) -> Rows:
+        if shard.name in self._cache:
+            return self._cache[shard.name]
+        rows = load_shard(self.uri, self.facts, shard.name)
+        if len(self.shards) <= self._per_window:
+            self._cache[shard.name] = rows
+        return rows
+
+    def _pairs(self, rows: Rows) -> Pairs:
+        return Pairs(
+            torch.from_numpy(rows.ids),
+            torch.from_numpy(rows.labels),
+            torch.from_numpy(noise_of(self.facts, rows).astype(np.float32)),
+            torch.from_numpy(rows.tokens.astype(np.int64)),
+        )
+
+
+def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """A permutation of range(count) from raw Philox bits, which no numpy version changes."""
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream]).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def _cut(windows: Iterator[Rows], size: int) -> Iterator[Rows]:
+    """Windows of any length -> pieces of ``size`` rows, across their borders; a short rest is dropped."""
+    rest: Rows | None = None
+    for rows in windows:
+        at = 0
+        if rest is not None:
+            at = size - len(rest.ids)
+            rest = Rows.join([rest, rows.take(slice(0, at))])
+            if len(rest.ids) < size:
+                continue
+            yield rest
+        while at + size <= len(rows.ids):
+            yield rows.take(slice(at, at + size))
+            at += size
+        rest = rows.take(slice(at, None)) if at < len(rows.ids) else None
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is made in a thread while the last one is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
