@@ -53,6 +53,7 @@ class Perceptual(nn.Module):
         self.head = nn.Linear(48 * 16, CLASSES)
 
     def features(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, 32, 32] -> the maps of all stages."""
         out, h = [], images
         for stage in self.stages:
             h = F.relu(stage(h))

@@ -120,6 +120,7 @@ def _quadrature(nodes: list[float], start: float, end: float) -> list[float]:
 
 
 def combine(weights: list[float], values: tuple[Tensor, ...]) -> Tensor:
+    """sum_i weights_i values_i; values beyond the last weight do not count."""
     total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:], strict=False):
         total = torch.add(total, value, alpha=weight)

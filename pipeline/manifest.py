@@ -81,6 +81,7 @@ def noise_shape(known: Facts) -> tuple[int, int]:
 
 
 def shard_name(number: int, rows: int, shard_rows: int) -> str:
+    """A shard with fewer than ``shard_rows`` rows (the last of a count) says how many it has."""
     return f"shard-{number:05d}.parquet" if rows == shard_rows else f"shard-{number:05d}-{rows}.parquet"
 
 

@@ -43,6 +43,7 @@ class Window:
         self.steps, self.since = 0, time.perf_counter()
 
     def add(self, sums: Tensor, norm: Tensor) -> None:
+        """Take one step's sums in, on the device."""
         self.sums += sums
         self.norm += norm
         self.steps += 1

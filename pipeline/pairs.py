@@ -32,10 +32,12 @@ class Rows(NamedTuple):
     tokens: np.ndarray
 
     def take(self, index: np.ndarray | slice) -> Rows:
+        """The rows at ``index``."""
         return Rows(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
 
     @staticmethod
     def join(parts: list[Rows]) -> Rows:
+        """One after the other."""
         columns = zip(*parts, strict=True)
         return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
 
@@ -152,6 +154,7 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def noise_of(known: Facts, rows: Rows) -> np.ndarray:
+    """Stored noise, or noise made again from the ids: float16 [b, n, C]."""
     if rows.noise is not None:
         return rows.noise
     return noise.gaussian(known["seed"], rows.ids, *manifest.noise_shape(known))

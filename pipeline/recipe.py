@@ -280,14 +280,17 @@ class Recipe:
 
     @property
     def pairs_uri(self) -> str:
+        """Folder of the pair set."""
         return self.pairs.uri or f"{self.run}/pairs"
 
     @property
     def student_uri(self) -> str:
+        """Folder of the student and its checkpoints."""
         return self.train.uri or f"{self.run}/student"
 
     @property
     def report_uri(self) -> str:
+        """Folder of the report."""
         return self.evaluate.uri or f"{self.run}/report"
 
     def resolved(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Condition:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Condition:
+        """A copy on ``device``."""
         return Condition(self.labels.to(device))
 
 

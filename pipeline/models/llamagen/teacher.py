@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models import base
+from pipeline.models.attention import attend
 from pipeline.models.llamagen.tokenizer import Config, Tokenizer
 from pipeline.recipe import Filter
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             keys[:, :, start : start + new] = k
             values[:, :, start : start + new] = v
             k, v = keys[:, :, : start + new], values[:, :, : start + new]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+        out = attend(q, k, v, causal=new > 1)
         return self.wo(out.transpose(1, 2).reshape(batch, new, dim))
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.attention import attend
 from pipeline.models.var.config import Config
 
 
@@ -71,9 +72,7 @@ class Attention(nn.Module):
         v = qkv[2]
         if cache is not None:
             k, v = cache.append(k, v)
-        if mask is not None:
-            mask = mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        out = attend(q, k, v, mask, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(batch, m, width))
 
 
