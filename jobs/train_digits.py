@@ -9,8 +9,8 @@ from pipeline.recipe import parse
 
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {
-    "llamagen": Plan(tokenizer_steps=500, teacher_steps=1400),
-    "var": Plan(tokenizer_steps=500, teacher_steps=900),
+    "llamagen": Plan(tokenizer_steps=450, teacher_steps=1600),
+    "var": Plan(tokenizer_steps=450, teacher_steps=800),
 }
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from pipeline import digits, storage
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher, Tokenizer
+from pipeline.models.base import Condition, Teacher, Tokenizer, nearest
 from pipeline.recipe import TeacherSettings
 
+PLACES = 10  # of every digit in the training set of a teacher
 Report = Callable[[str], None]
 
 
@@ -88,7 +89,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     run = Averaged(network, 3e-3, steps)
     for index in batches(len(images), 128, steps, generator):
-        shown = digits.augmented(images[index], generator)
+        shown = digits.placed(images[index], generator)
         run.step(F.cross_entropy(classify(network, shown), labels[index], label_smoothing=0.05))
     everything, truth = digits.images_and_labels()
     with torch.no_grad():
@@ -106,27 +107,22 @@ def train_tokenizer(
     seed: int,
     report: Report,
 ) -> Tokenizer:
-    """VQ auto-encoder on pixels and perceptual features; codes that fall out of use are moved beside busy ones.
-
-    Half of every batch is mixed with other images, see ``mixed``.
-    """
+    """VQ auto-encoder on pixels and perceptual features; codes out of use move to where one is missing."""
     images, _ = digits.training_split()
     generator = torch.Generator().manual_seed(seed)
-    embedding = _table(tokenizer).weight
     vocabulary = tokenizer.layout.vocabulary
     used = torch.zeros(vocabulary)
     run = Averaged(tokenizer, lr, steps, weight_decay=0.0)
     for step, index in enumerate(batches(len(images), batch, steps, generator)):
-        shown = digits.augmented(images[index], generator)
+        shown = digits.placed(images[index], generator)
         with cheap():
             quantized, codes, vq_loss = tokenizer.quantized(shown)
-            quantized, shown = mixed(quantized, shown, batch // 2, generator)
             made = tokenizer.draw(quantized)
             reconstruction = F.l1_loss(made, shown) + perceptual(made, shown).mean()
         run.step(reconstruction + vq_loss)
         used += torch.bincount(codes.flatten(), minlength=vocabulary)
         if (step + 1) % 25 == 0 and step < 0.7 * steps:
-            _revive(embedding, used, generator)
+            _revive(tokenizer, used, tokenizer.searched(images[index]), generator)
             used.zero_()
         if (step + 1) % 100 == 0:
             report(
@@ -135,56 +131,37 @@ def train_tokenizer(
     return cast(Tokenizer, run.average)
 
 
-def mixed(maps: Tensor, images: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The first ``count`` maps [B, C, h, w] with each cell from the own or from another image, and images to match.
-
-    A small decoder sees a whole digit from every cell and would draw a clean digit from any collage of codes; codes
-    drawn independently (onestep*) would then look fine, which they do not at 256 px. Asked to draw the collage, it
-    keeps every cell local, as in a tokenizer of large images, and the joint distribution of the codes matters.
-    """
-    other = torch.randperm(len(maps), generator=generator)[:count]
-    own = torch.rand(count, 1, *maps.shape[2:], generator=generator) < 0.5
-    pixels = F.interpolate(own.float(), size=images.shape[2:]).bool()
-    return (
-        torch.cat([torch.where(own, maps[:count], maps[other]), maps[count:]]),
-        torch.cat([torch.where(pixels, images[:count], images[other]), images[count:]]),
-    )
-
-
 def _table(tokenizer: Tokenizer) -> nn.Embedding:
     """Where both families keep their codes."""
     return cast(nn.Embedding, tokenizer.get_submodule("quantize.embedding"))
 
 
 @torch.no_grad()
-def _revive(embedding: Tensor, used: Tensor, generator: torch.Generator) -> None:
-    """Codes that took less than a tenth of their share get a perturbed copy of a code drawn by its use."""
+def _revive(tokenizer: Tokenizer, used: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
+    """Codes that took less than a tenth of their share move to ``vectors`` [b, C] that are far from all codes.
+
+    Drawn with probability in proportion to the squared distance, as k-means++ does. Copies of busy codes would split
+    the background into several codes, and p would have to spread over them for nothing.
+    """
     dead = (used < 0.1 * used.mean()).nonzero()[:, 0]
     if len(dead):
-        source = torch.multinomial(used, len(dead), replacement=True, generator=generator)
-        spread = embedding.std(0) * 0.1
-        embedding[dead] = embedding[source] + spread * torch.randn(len(dead), embedding.shape[1], generator=generator)
+        codebook = tokenizer.codebook
+        distance = (vectors - codebook[nearest(vectors, codebook)]).square().sum(1)
+        _table(tokenizer).weight[dead] = vectors[torch.multinomial(distance, len(dead), generator=generator)]
 
 
 @torch.no_grad()
-def shifted_codes(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Codes of the training digits under all nine one-pixel shifts: codes [40500, n] int64 and labels [40500]."""
+def placed_codes(tokenizer: Tokenizer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes of the training digits, each at ten places: codes [45000, n] int64 and labels [45000]."""
     images, labels = digits.training_split()
-    padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
-    side = images.shape[-1]
-    codes = [
-        tokenizer.encode(padded[start : start + 500, :, dy : dy + side, dx : dx + side])
-        for dy in range(3)
-        for dx in range(3)
-        for start in range(0, len(images), 500)
-    ]
-    return torch.cat(codes), labels.repeat(9)
+    codes = [tokenizer.encode(digits.placed(part, generator)) for _ in range(PLACES) for part in images.split(50)]
+    return torch.cat(codes), labels.repeat(PLACES)
 
 
 def train_teacher(teacher: Teacher, steps: int, batch: int, lr: float, seed: int, report: Report) -> nn.Module:
     """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
-    codes, labels = shifted_codes(teacher.tokenizer)
     generator = torch.Generator().manual_seed(seed)
+    codes, labels = placed_codes(teacher.tokenizer, generator)
     run = Averaged(teacher.network, lr, steps, ema=0.998, weight_decay=0.05)
     for step, index in enumerate(batches(len(codes), batch, steps, generator)):
         dropped = torch.rand(batch, generator=generator) < 0.1

@@ -44,14 +44,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", *cluster.KEEP_MEMORY):
+        monkeypatch.delenv(name, raising=False)
     return calls
 
 
 def test_a_local_ray_has_room_for_every_pool(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
     recipe = Recipe(pairs=PairSettings(actors=3), cluster=ClusterSettings(cpus=1.5))
     cluster.connect(recipe)
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == cluster.KEEP_MEMORY["MALLOC_MMAP_THRESHOLD_"]
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "5", "the user's own setting stays"
     (call,) = started
     assert call["address"] == "local"
     assert call["num_cpus"] == 5 + cluster.SPARE

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import digits, noise, pretrain
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, nearest
+from pipeline.models.base import Condition
 from pipeline.recipe import Recipe, parse
 from pipeline.samplers import inverse_cdf
 
@@ -24,20 +24,24 @@ def test_the_digits_are_balanced_padded_and_scaled() -> None:
     images, labels = digits.images_and_labels()
     assert images.shape == (5000, 3, 32, 32)
     assert (images.min(), images.max()) == (-1, 1)
-    assert (images[:, :, :2] == -1).all()
     assert labels[:10].tolist() == list(range(10))
     _, training = digits.training_split()
     assert torch.bincount(training).tolist() == [450] * 10
 
 
-def test_augmentation_shifts_by_at_most_a_pixel_and_loses_nothing() -> None:
-    image = torch.full((40, 3, 32, 32), -1.0)
+def test_every_place_within_two_pixels_is_used() -> None:
+    image = torch.full((400, 3, 32, 32), -1.0)
     image[:, :, 15, 16] = 1.0
-    shifted = digits.augmented(image, torch.Generator().manual_seed(0))
+    shifted = digits.placed(image, torch.Generator().manual_seed(0))
     rows, columns = shifted[:, 0].flatten(1).argmax(1) // 32, shifted[:, 0].flatten(1).argmax(1) % 32
-    assert (shifted[:, 0] == 1).sum() == 40
-    assert set(rows.tolist()) == {14, 15, 16}
-    assert set(columns.tolist()) == {15, 16, 17}
+    assert (shifted[:, 0] == 1).sum() == 400
+    assert set(rows.tolist()) == set(range(13, 18))
+    assert set(columns.tolist()) == set(range(14, 19))
+
+
+def test_placing_the_digits_loses_no_ink() -> None:
+    ink, left = ((images.double() + 1).sum((1, 2, 3)) for images, _ in (digits.centred(), digits.images_and_labels()))
+    assert torch.allclose(ink, left, rtol=1e-12)
 
 
 def test_perceptual_distance_is_zero_for_equals_and_grows_with_noise() -> None:
@@ -94,15 +98,22 @@ def test_every_shipped_recipe_parses() -> None:
         assert parse(None, [*over, "--config", str(path)]).name == path.stem
 
 
-def test_unused_codes_move_beside_busy_ones() -> None:
-    table, used = torch.randn(8, 4), torch.tensor([9.0, 0, 9, 9, 9, 9, 9, 0])
-    before = table.clone()
-    pretrain._revive(table, used, torch.Generator().manual_seed(0))
-    busy = before[used > 0]
-    assert torch.equal(table[used > 0], busy)
-    moved = table[used == 0]
-    assert (moved - busy[nearest(moved, busy)]).norm(dim=1).max() < 1
-    assert not torch.equal(moved, before[used == 0])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_unused_codes_move_to_where_one_is_missing(name: str) -> None:
+    tokenizer = checkpoints.tokenizer(recipe(name).teacher)
+    before, used = tokenizer.codebook.clone(), torch.full((64,), 9.0)
+    used[[1, 5]] = 0
+    seen = tokenizer.searched(digits.images_and_labels()[0][:4])
+    missing = -before[:2] * 3
+    pretrain._revive(tokenizer, used, torch.cat([before, missing]), torch.Generator().manual_seed(0))
+    after = tokenizer.codebook
+    assert torch.equal(after[used > 0], before[used > 0])
+    assert {tuple(row) for row in tokenizer.quantize.embedding.weight[used == 0].tolist()} == {
+        tuple(row) for row in missing.tolist()
+    }, "nothing is far from the codes but these two"
+    per_image = sum(g for g in tokenizer.layout.groups)
+    assert seen.shape == (4 * per_image, 4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -100,6 +100,10 @@ class Tokenizer(nn.Module):
         """
         raise NotImplementedError
 
+    def searched(self, images: Tensor) -> Tensor:
+        """All vectors for which ``encode`` looks up the nearest code, [b, C]."""
+        raise NotImplementedError
+
     def draw(self, quantized: Tensor) -> Tensor:
         """The decoder alone: feature map [B, C, side, side] -> images [B, 3, H, W], not clamped."""
         raise NotImplementedError

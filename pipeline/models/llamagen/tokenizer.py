@@ -221,6 +221,10 @@ class Tokenizer(base.Tokenizer):
         """Embeddings [B, n, C] -> images [B, 3, H, W], about in [-1, 1] and not clamped; differentiable."""
         return self.draw(to_map(embeddings))
 
+    @torch.no_grad()
+    def searched(self, images: Tensor) -> Tensor:
+        return self.features(images).flatten(0, 1)
+
     def draw(self, quantized: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(quantized))
 

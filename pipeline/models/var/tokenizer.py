@@ -50,6 +50,14 @@ class Tokenizer(base.Tokenizer):
         losses = [F.mse_loss(m, f.detach()) + self.beta * F.mse_loss(f, m.detach()) for m in maps]
         return f + (maps[-1] - f).detach(), codes, torch.stack(losses).mean()
 
+    @torch.no_grad()
+    def searched(self, images: Tensor) -> Tensor:
+        f = self.features(images).float()
+        _, maps = self.quantize.codes(f)
+        rests = [f, *(f - m for m in maps[:-1])]
+        seen = [self.quantize.next_input(rest, scale) for scale, rest in enumerate(rests)]
+        return torch.cat(seen, dim=1).flatten(0, 1)
+
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> f [B, C, side, side], before quantization."""
         size = self.layout.image_size
