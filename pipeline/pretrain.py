@@ -116,8 +116,7 @@ def train_tokenizer(
     for step, index in enumerate(batches(len(images), batch, steps, generator)):
         shown = digits.placed(images[index], generator)
         with cheap():
-            quantized, codes, vq_loss = tokenizer.quantized(shown)
-            made = tokenizer.draw(quantized)
+            made, codes, vq_loss = tokenizer(shown)
             reconstruction = F.l1_loss(made, shown) + perceptual(made, shown).mean()
         run.step(reconstruction + vq_loss)
         used += torch.bincount(codes.flatten(), minlength=vocabulary)

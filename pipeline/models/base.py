@@ -93,10 +93,15 @@ class Tokenizer(nn.Module):
         """Embeddings [B, n, C], codes or any continuous values -> images [B, 3, H, W]; differentiable."""
         raise NotImplementedError
 
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: images [B, 3, H, W] -> reconstruction (not clamped), codes [B, n], scalar quantization loss."""
+        quantized, codes, loss = self.quantized(images)
+        return self.draw(quantized), codes, loss
+
     def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [B, 3, H, W] -> feature map [B, C, side, side], codes [B, n] int64, scalar quantization loss.
 
-        For training: the map holds the codes' values, and gradients cross the quantizer straight through.
+        The map holds the codes' values, and gradients cross the quantizer straight through.
         """
         raise NotImplementedError
 
