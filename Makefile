@@ -1,8 +1,8 @@
 # `make demo` and `make test` are all a newcomer needs; both set up .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
-RECIPE ?= jobs/recipes/digits-var.yaml
-DEMO := --config jobs/recipes/digits-var.yaml --config jobs/recipes/demo.yaml
+RECIPE ?= jobs/recipes/digits-llamagen.yaml
+DEMO := --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/demo.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: setup demo full test test-slow lint format assets bench ui clean

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.flow import Solver
 
-DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-var.yaml"
+DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ class Recipe:
         dry_run: print the resolved recipe and the plan, run nothing.
     """
 
-    name: str = "digits-var"
-    run: str = "runs/digits-var"
+    name: str = "digits-llamagen"
+    run: str = "runs/digits-llamagen"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     pairs: PairSettings = field(default_factory=PairSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

@@ -94,7 +94,7 @@ def test_the_assets_are_small() -> None:
 def test_every_shipped_recipe_parses() -> None:
     base = ROOT / "jobs" / "recipes"
     for path in base.glob("*.yaml"):
-        over = ["--config", str(base / "digits-var.yaml")] if path.name == "demo.yaml" else []
+        over = ["--config", str(base / "digits-llamagen.yaml")] if path.name == "demo.yaml" else []
         assert parse(None, [*over, "--config", str(path)]).name == path.stem
 
 

@@ -46,7 +46,7 @@ def test_a_file_and_flags_make_a_recipe(config: str) -> None:
     assert (got.train.start_steps, got.train.betas, got.train.lr) == ((1, 3), (0.8, 0.9), 1e-5)
     assert got.evaluate.samplers == [{"name": "FewStep", "steps": [1, 2]}, {"name": "Autoregressive"}]
     assert got.dry_run
-    assert got.pairs_uri == "runs/digits-var/pairs"
+    assert got.pairs_uri == "runs/digits-llamagen/pairs"
 
 
 def test_a_recipe_stands_alone_and_none_means_the_digits_default(config: str) -> None:
