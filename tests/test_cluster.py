@@ -100,3 +100,12 @@ def test_a_local_folder_on_several_nodes_is_warned_about(
 def test_a_machine_without_enough_gpus_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"cluster\.gpus is 1 but Ray sees 0 GPUs on this machine; set it to 0"):
         cluster.connect(Recipe(cluster=ClusterSettings(gpus=1)))
+
+
+def test_a_run_in_a_submitted_jobs_own_folder_is_warned_of(
+    started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.connect(Recipe(run="/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_71ae/runs/demo"))
+    assert "give --run an absolute path" in capsys.readouterr().err
+    cluster.connect(Recipe(run="/shared/runs/demo"))
+    assert "warning" not in capsys.readouterr().err
