@@ -80,6 +80,7 @@ def fit(plan: Plan, run: tracking.Run) -> None:
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
+            """A worker's message as progress and as MLflow metrics and pictures."""
             note = ", ".join(f"{name} {value:.4g}" for name, value in message.metrics.items() if name in SHOWN)
             progress.update(message.step - progress.done, note)
             run.metrics(message.metrics, message.step)

@@ -139,8 +139,7 @@ def _table(tokenizer: Tokenizer) -> nn.Embedding:
 def _revive(tokenizer: Tokenizer, used: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
     """Codes that took less than a tenth of their share move to ``vectors`` [b, C] that are far from all codes.
 
-    Drawn with probability in proportion to the squared distance, as k-means++ does. Copies of busy codes would split
-    the background into several codes, and p would have to spread over them for nothing.
+    Drawn with probability in proportion to the squared distance, as k-means++ does.
     """
     dead = (used < 0.1 * used.mean()).nonzero()[:, 0]
     if len(dead):

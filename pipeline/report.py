@@ -174,6 +174,7 @@ def _curve_table(results: dict[str, Any]) -> str:
 
 def _made(made: dict[str, Any]) -> str:
     def lines(tree: dict[str, Any], indent: int) -> list[str]:
+        """Nested settings as an indented list."""
         out = []
         for key, value in tree.items():
             if isinstance(value, dict) and value:

@@ -109,6 +109,7 @@ class FewStep(Sampler):
         return len(self.steps)
 
     def check(self, layout: Layout) -> None:
+        """The steps must rise from 1 and end within the layout."""
         rising = list(self.steps) == sorted(set(self.steps))
         if not (self.steps and rising and self.steps[0] == 1 and self.steps[-1] <= layout.steps):
             raise ValueError(
@@ -147,6 +148,7 @@ class WithTeacher(Sampler):
         return (self.start > 1) + (self.resume - self.start) + (self.resume <= layout.steps)
 
     def check(self, layout: Layout) -> None:
+        """start and resume must be rising AR steps of the layout."""
         if not 1 <= self.start < self.resume <= layout.steps + 1:
             raise ValueError(
                 f"sampler WithTeacher has start {self.start} and resume {self.resume}; they must satisfy 1"
@@ -155,6 +157,7 @@ class WithTeacher(Sampler):
         _check_split(self, self.split, layout)
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
+        """The first jump, the teacher on codes, the second jump."""
         teacher, layout = models.teacher, models.layout
         x, prefix = inputs.noise, None
         if self.start > 1:
@@ -199,6 +202,7 @@ class FlowMatched(Sampler):
         return layout.steps
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
+        """Generation in which every token is the code that its noise flows to."""
         codebook, layout = models.teacher.codebook, models.layout
 
         def choose(t: int, log_p: Tensor) -> Tensor:
@@ -259,6 +263,7 @@ class OneStepStar(Sampler):
         return 1
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
+        """One draw per position; no network is asked."""
         if models.frequencies is None:
             raise ValueError("sampler OneStepStar needs the token frequencies of a pair set, and none were given.")
         counts = models.frequencies if self.given_class else models.frequencies.sum(0, keepdim=True)

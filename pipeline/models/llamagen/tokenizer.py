@@ -79,6 +79,7 @@ class Config:
 
     @cached_property
     def layout(self) -> base.Layout:
+        """One token per AR step, in raster order."""
         return base.Layout(
             groups=(1,) * self.side**2,
             vocabulary=self.vocabulary,

@@ -88,6 +88,7 @@ class Teacher(base.Teacher):
     def generate(
         self, condition: Condition, choose: Choose, prefix: Tensor | None = None, stop: int | None = None
     ) -> Tensor:
+        """As base.Teacher: one scale per AR step; guidance runs both halves in one batch."""
         first, end = self.span(prefix, stop)
         labels, layout, quantize = condition.labels, self.layout, self.tokenizer.quantize
         if prefix is None:

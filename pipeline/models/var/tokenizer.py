@@ -179,6 +179,7 @@ class Level(nn.Module):
             self.upsample = Up(outside)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, inside, H, W] -> [B, outside, H, W], at half or twice the size where the level changes it."""
         for j, block in enumerate(self.block):
             x = block(x)
             if self.attn:
