@@ -9,7 +9,7 @@ from pipeline.recipe import parse
 
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {
-    "llamagen": Plan(tokenizer_steps=450, teacher_steps=1600),
+    "llamagen": Plan(tokenizer_steps=450, teacher_steps=2000),
     "var": Plan(tokenizer_steps=900, teacher_steps=800),
 }
 

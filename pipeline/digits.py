@@ -20,7 +20,7 @@ from pipeline.models import checkpoints
 CLASSES = 10
 Net = TypeVar("Net", bound=nn.Module)
 HELD_OUT = 500
-SHIFT = 2
+SHIFT = 4
 
 
 @cache
@@ -120,11 +120,18 @@ def _shipped(net: Net, name: str) -> Net:
 
 
 def placed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image shifted by up to ``SHIFT`` pixels in each direction; no ink is lost."""
-    padded = F.pad(images, (SHIFT,) * 4, value=-1.0)
+    """Every image shifted by up to ``SHIFT`` pixels in each direction, less where a digit would lose ink."""
     side = images.shape[-1]
-    shift = torch.randint(0, 2 * SHIFT + 1, (len(images), 2), generator=generator)
-    rows = shift[:, :1] + torch.arange(side)
-    columns = shift[:, 1:] + torch.arange(side)
+    drawn = torch.randint(-SHIFT, SHIFT + 1, (len(images), 2), generator=generator)
+    ink = (images > -1).any(1)
+    rows, columns = (_shifted(side, drawn[:, axis], ink.any(2 - axis)) for axis in (0, 1))
     batch = torch.arange(len(images))[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    moved = F.pad(images, (SHIFT,) * 4, value=-1.0).permute(0, 2, 3, 1)
+    return moved[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _shifted(side: int, shift: Tensor, ink: Tensor) -> Tensor:
+    """Which rows (or columns) of the padded images to read, [B, side], for ink [B, side] to move by ``shift`` [B]."""
+    before, after = ink.int().argmax(1), ink.flip(1).int().argmax(1)  # blank rows on either side
+    kept = torch.maximum(torch.minimum(shift, after), -before)
+    return SHIFT - kept[:, None] + torch.arange(side)

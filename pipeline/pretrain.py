@@ -45,11 +45,15 @@ def batches(count: int, size: int, steps: int, generator: torch.Generator) -> It
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a family's two networks train; batch sizes are 64 images and ``teacher_batch`` sequences."""
+    """How long a family's two networks train; batch sizes are 64 images and ``teacher_batch`` sequences.
+
+    ``self_correction`` is the most of an image's codes that are wrong when the teacher reads them.
+    """
 
     tokenizer_steps: int
     teacher_steps: int
     teacher_batch: int = 64
+    self_correction: float = 0.0
     seed: int = 5
 
 
@@ -149,27 +153,41 @@ def _revive(tokenizer: Tokenizer, used: Tensor, vectors: Tensor, generator: torc
 
 
 @torch.no_grad()
-def placed_codes(tokenizer: Tokenizer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Codes of the training digits, each at ten places: codes [45000, n] int64 and labels [45000]."""
+def training_codes(
+    tokenizer: Tokenizer, self_correction: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the training digits, each at ten places: those to read and those to learn [45000, n], labels [45000].
+
+    They differ under ``self_correction``, where wrong codes are those of other images of the class.
+    """
     images, labels = digits.training_split()
-    codes = [tokenizer.encode(digits.placed(part, generator)) for _ in range(PLACES) for part in images.split(50)]
-    return torch.cat(codes), labels.repeat(PLACES)
+    order = labels.argsort(stable=True)
+    read, learnt = [], []
+    for index in order.repeat(PLACES).split(50):  # 50 divides a class
+        shown = digits.placed(images[index], generator)
+        if self_correction:
+            seen, right = tokenizer.corrupted(shown, self_correction, generator)
+        else:
+            seen = right = tokenizer.encode(shown)
+        read.append(seen)
+        learnt.append(right)
+    return torch.cat(read), torch.cat(learnt), labels[order].repeat(PLACES)
 
 
-def train_teacher(teacher: Teacher, steps: int, batch: int, lr: float, seed: int, report: Report) -> nn.Module:
+def train_teacher(teacher: Teacher, plan: Plan, lr: float, seed: int, report: Report) -> nn.Module:
     """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
     generator = torch.Generator().manual_seed(seed)
-    codes, labels = placed_codes(teacher.tokenizer, generator)
-    run = Averaged(teacher.network, lr, steps, ema=0.998, weight_decay=0.05)
-    for step, index in enumerate(batches(len(codes), batch, steps, generator)):
-        dropped = torch.rand(batch, generator=generator) < 0.1
+    read, learnt, labels = training_codes(teacher.tokenizer, plan.self_correction, generator)
+    run = Averaged(teacher.network, lr, plan.teacher_steps, ema=0.998, weight_decay=0.05)
+    for step, index in enumerate(batches(len(read), plan.teacher_batch, plan.teacher_steps, generator)):
+        dropped = torch.rand(len(index), generator=generator) < 0.1
         condition = Condition(labels[index].masked_fill(dropped, teacher.layout.classes))
         with cheap():
-            logits = teacher(condition, codes[index])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), codes[index].flatten())
+            logits = teacher(condition, read[index])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), learnt[index].flatten())
         run.step(loss)
         if (step + 1) % 100 == 0:
-            report(f"teacher step {step + 1}/{steps}: cross-entropy {loss.item():.4f}")
+            report(f"teacher step {step + 1}/{plan.teacher_steps}: cross-entropy {loss.item():.4f}")
     return run.average
 
 
@@ -206,7 +224,7 @@ def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -
         best, f"{folder}/{name}-tokenizer.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
     )
     teacher.tokenizer = best
-    network = train_teacher(teacher, plan.teacher_steps, plan.teacher_batch, 2e-3, plan.seed + 1, report)
+    network = train_teacher(teacher, plan, 2e-3, plan.seed + 1, report)
     checkpoints.save(
         network, f"{folder}/{name}-teacher.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
     )

@@ -29,14 +29,15 @@ def test_the_digits_are_balanced_padded_and_scaled() -> None:
     assert torch.bincount(training).tolist() == [450] * 10
 
 
-def test_every_place_within_two_pixels_is_used() -> None:
-    image = torch.full((400, 3, 32, 32), -1.0)
-    image[:, :, 15, 16] = 1.0
+def test_every_place_is_used_that_keeps_all_ink() -> None:
+    image = torch.full((1000, 3, 32, 32), -1.0)
+    image[:, :, 2:16, 16] = 1.0
     shifted = digits.placed(image, torch.Generator().manual_seed(0))
-    rows, columns = shifted[:, 0].flatten(1).argmax(1) // 32, shifted[:, 0].flatten(1).argmax(1) % 32
-    assert (shifted[:, 0] == 1).sum() == 400
-    assert set(rows.tolist()) == set(range(13, 18))
-    assert set(columns.tolist()) == set(range(14, 19))
+    ink = shifted[:, 0] == 1
+    assert (ink.sum((1, 2)) == 14).all()
+    rows, columns = ink.any(2).int().argmax(1), ink.any(1).int().argmax(1)
+    assert set(rows.tolist()) == set(range(0, 7)), "the top is two rows away"
+    assert set(columns.tolist()) == set(range(12, 21))
 
 
 def test_placing_the_digits_loses_no_ink() -> None:
@@ -114,6 +115,22 @@ def test_unused_codes_move_to_where_one_is_missing(name: str) -> None:
     }, "nothing is far from the codes but these two"
     per_image = sum(g for g in tokenizer.layout.groups)
     assert seen.shape == (4 * per_image, 4)
+
+
+def test_the_codes_that_a_teacher_learns_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "PLACES", 1)
+    images, truth = (part[:100] for part in digits.training_split())
+    monkeypatch.setattr(digits, "training_split", lambda: (images, truth))
+    tokenizer = checkpoints.tokenizer(recipe("digits-var").teacher)
+    read, learnt, labels = pretrain.training_codes(tokenizer, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(read, learnt)
+    assert labels.tolist() == sorted(truth.tolist())
+    order = truth.argsort(stable=True)
+    generator = torch.Generator().manual_seed(0)
+    shown = torch.cat([digits.placed(images[order][i : i + 50], generator) for i in (0, 50)])
+    assert torch.equal(read, tokenizer.encode(shown))
+    wrong, right, _ = pretrain.training_codes(tokenizer, 0.4, torch.Generator().manual_seed(0))
+    assert 0.02 < (wrong != right).float().mean() < 0.3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -190,6 +190,39 @@ class TestTokenizer:
         net(images)[2].backward()
         assert net.quant_conv.weight.grad.abs().sum() == 0 < grads.abs().sum()
 
+    def test_scale_dropout_reads_some_images_after_fewer_scales(self) -> None:
+        torch.manual_seed(3)
+        net = Tokenizer(replace(DIGITS, scale_dropout=0.7))
+        images = torch.from_numpy(fill.image("digits", (40, 3, 32, 32)))
+        f = net.features(images)
+        _, maps = net.quantize.codes(f)
+        shown = net._shown(f, maps)
+        same = torch.stack([torch.isclose(shown, m, atol=1e-6).all(3).all(2).all(1) for m in maps])
+        assert (same.sum(0) == 1).all(), "every image is read after one of the scales"
+        assert same.any(1).all(), "after any of them"
+        assert 5 <= same[-1].sum() <= 20, "three tenths of 40 after the last"
+        chosen = same.int().argmax(0)
+        (gradient,) = torch.autograd.grad((shown * torch.randn(f.shape)).sum(), f)
+        coarsest, whole = gradient[chosen == 0], gradient[chosen == len(maps) - 1]
+        assert torch.allclose(coarsest, coarsest[..., :1, :1].expand_as(coarsest), atol=1e-5), "one value a channel"
+        assert whole.flatten(2).std(-1).min() > 0.5
+        assert torch.equal(net.eval()._shown(f, maps), f + (maps[-1] - f).detach())
+
+    def test_corrupted_codes_are_mended_by_the_scales_after(self, tokenizer: Tokenizer) -> None:
+        images = torch.from_numpy(fill.image("some", (6, 3, 64, 64)))
+        clean = tokenizer.encode(images)
+        for codes in tokenizer.corrupted(images, 0.0, torch.Generator().manual_seed(0)):
+            assert torch.equal(codes, clean)
+        seen, right = tokenizer.corrupted(images, 1.0, torch.Generator().manual_seed(0))
+        assert 0.05 < (seen != right).float().mean() < 0.6, "half of all are drawn anew, some the same"
+        f_hat = torch.zeros_like(f := tokenizer.features(images))
+        parts = zip(seen.split(GROUPS, 1), right.split(GROUPS, 1), strict=True)
+        for scale, (used, wanted) in enumerate(parts):
+            left = tokenizer.quantize.next_input(f - f_hat, scale)
+            assert torch.equal(nearest(left, tokenizer.codebook), wanted)
+            assert (used[:, None] == wanted[None]).any(1).all(), "a wrong code is another image's, same position"
+            f_hat = f_hat + tokenizer.quantize.contribution(tokenizer.codebook[used], scale)
+
     def test_learns(self) -> None:
         torch.manual_seed(0)
         net = Tokenizer(DIGITS)

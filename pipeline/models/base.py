@@ -94,14 +94,9 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training: images [B, 3, H, W] -> reconstruction (not clamped), codes [B, n], scalar quantization loss."""
-        quantized, codes, loss = self.quantized(images)
-        return self.draw(quantized), codes, loss
+        """Training: images [B, 3, H, W] -> reconstruction (not clamped), codes [B, n], scalar quantization loss.
 
-    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, H, W] -> feature map [B, C, side, side], codes [B, n] int64, scalar quantization loss.
-
-        The map holds the codes' values, and gradients cross the quantizer straight through.
+        Gradients cross the quantizer straight through.
         """
         raise NotImplementedError
 
@@ -109,8 +104,11 @@ class Tokenizer(nn.Module):
         """All vectors for which ``encode`` looks up the nearest code, [b, C]."""
         raise NotImplementedError
 
-    def draw(self, quantized: Tensor) -> Tensor:
-        """The decoder alone: feature map [B, C, side, side] -> images [B, 3, H, W], not clamped."""
+    def corrupted(self, images: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For training a teacher that mends its errors: codes some of which are wrong, and the right next codes.
+
+        Both [B, n] int64. Only for tokens that code what the ones before them left.
+        """
         raise NotImplementedError
 
 

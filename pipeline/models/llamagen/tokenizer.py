@@ -227,9 +227,10 @@ class Tokenizer(base.Tokenizer):
         return self.features(images).flatten(0, 1)
 
     def draw(self, quantized: Tensor) -> Tensor:
+        """The decoder alone: feature map [B, C, side, side] -> images [B, 3, H, W], not clamped."""
         return self.decoder(self.post_quant_conv(quantized))
 
-    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss is the official one, code + 0.25 commitment; its entropy term has weight 0 in all official
         trainings and is left out.
         """
@@ -237,4 +238,4 @@ class Tokenizer(base.Tokenizer):
         codes = base.nearest(z.detach(), codebook.detach())
         chosen = codebook[codes]
         loss = F.mse_loss(chosen, z.detach()) + COMMITMENT * F.mse_loss(z, chosen.detach())
-        return to_map(z + (chosen - z).detach()), codes, loss
+        return self.draw(to_map(z + (chosen - z).detach())), codes, loss

@@ -25,6 +25,8 @@ class Config:
         quant_resi: weight r of the convolution in phi(h) = (1 - r) h + r conv(h).
         share_quant_resi: how many phi the scales share.
         beta: weight of the commitment loss when a tokenizer is trained.
+        scale_dropout: share of the images that a tokenizer in training decodes after a random number of scales
+            (quantizer dropout, SoundStream, Zeghidour et al. 2021), so that coarse scales say what they can.
         channels: channels of the tokenizer's finest level.
         multipliers: channels of every level over ``channels``, finest first; each level has half the
             resolution of the one before.
@@ -47,6 +49,7 @@ class Config:
     quant_resi: float = 0.5
     share_quant_resi: int = 4
     beta: float = 0.25
+    scale_dropout: float = 0.0
     channels: int = 160
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     encoder_blocks: int = 2
@@ -79,6 +82,7 @@ class Config:
             " channels; each must be a multiple of 32, the groups of a GroupNorm",
         )
         _check(0 < self.quant_resi <= 1, f"quant_resi is {self.quant_resi}; it must be above 0 and at most 1")
+        _check(0 <= self.scale_dropout < 1, f"scale_dropout is {self.scale_dropout}; it must be at least 0 and below 1")
         _check(
             self.share_quant_resi >= 2,
             f"share_quant_resi is {self.share_quant_resi}; it must be 2 or more, and 4 is official",

@@ -24,6 +24,7 @@ class Tokenizer(base.Tokenizer):
         super().__init__()
         self.layout = config.layout
         self.beta = config.beta
+        self.scale_dropout = config.scale_dropout
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Quantizer(config)
@@ -41,14 +42,31 @@ class Tokenizer(base.Tokenizer):
     def decode(self, embeddings: Tensor) -> Tensor:
         return self.draw(self.quantize.feature_map(embeddings)).clamp(-1, 1)
 
-    def quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss is the mean over the scales of |f_hat - sg(f)|^2 + beta |sg(f_hat) - f|^2, f_hat being the map
         after that scale, as VAR trains it.
         """
         f = self.features(images).float()
         codes, maps = self.quantize.codes(f)
         losses = [F.mse_loss(m, f.detach()) + self.beta * F.mse_loss(f, m.detach()) for m in maps]
-        return f + (maps[-1] - f).detach(), codes, torch.stack(losses).mean()
+        return self.draw(self._shown(f, maps)), codes, torch.stack(losses).mean()
+
+    def _shown(self, f: Tensor, maps: list[Tensor]) -> Tensor:
+        """What the decoder reads in training, [B, C, side, side]: f_hat, with f's gradient.
+
+        Under ``scale_dropout`` some images are read after fewer scales. The gradient of a coarse f_hat reaches
+        only what its grid can say of f.
+        """
+        count, size = len(f), f.shape[-2:]
+        last = torch.full((count,), len(maps) - 1)
+        if self.training and self.scale_dropout:
+            fewer = torch.randint(len(maps) - 1, (count,))
+            last = torch.where(torch.rand(count) < self.scale_dropout, fewer, last)
+        at = (last.to(f.device), torch.arange(count, device=f.device))
+        sides = self.quantize.sides[:-1]
+        coarse = [F.interpolate(F.adaptive_avg_pool2d(f, side), size, mode="bicubic") for side in sides]
+        through, f_hat = torch.stack([*coarse, f])[at], torch.stack(maps)[at]
+        return through + (f_hat - through).detach()
 
     @torch.no_grad()
     def searched(self, images: Tensor) -> Tensor:
@@ -57,6 +75,24 @@ class Tokenizer(base.Tokenizer):
         rests = [f, *(f - m for m in maps[:-1])]
         seen = [self.quantize.next_input(rest, scale) for scale, rest in enumerate(rests)]
         return torch.cat(seen, dim=1).flatten(0, 1)
+
+    @torch.no_grad()
+    def corrupted(self, images: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Self-correction (Infinity, Han et al. 2024): a code may be that of another of the images, same position.
+
+        Up to ``rate`` of an image's codes are. Later scales code what is then left, so the right codes mend it.
+        """
+        rest = self.features(images).float()
+        share = rate * torch.rand(len(images), 1, generator=generator)
+        seen, right = [], []
+        for scale in range(len(self.quantize.sides)):
+            found = base.nearest(self.quantize.next_input(rest, scale), self.codebook)
+            donors = torch.randint(len(images), found.shape, generator=generator)
+            used = found.gather(0, donors).where(torch.rand(found.shape, generator=generator) < share, found)
+            rest = rest - self.quantize.contribution(self.quantize.embedding(used), scale)
+            seen.append(used)
+            right.append(found)
+        return torch.cat(seen, dim=1), torch.cat(right, dim=1)
 
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> f [B, C, side, side], before quantization."""
