@@ -53,6 +53,7 @@ class Plan:
     tokenizer_steps: int
     teacher_steps: int
     teacher_batch: int = 64
+    teacher_lr: float = 2e-3
     self_correction: float = 0.0
     seed: int = 5
 
@@ -174,11 +175,11 @@ def training_codes(
     return torch.cat(read), torch.cat(learnt), labels[order].repeat(PLACES)
 
 
-def train_teacher(teacher: Teacher, plan: Plan, lr: float, seed: int, report: Report) -> nn.Module:
+def train_teacher(teacher: Teacher, plan: Plan, seed: int, report: Report) -> nn.Module:
     """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
     generator = torch.Generator().manual_seed(seed)
     read, learnt, labels = training_codes(teacher.tokenizer, plan.self_correction, generator)
-    run = Averaged(teacher.network, lr, plan.teacher_steps, ema=0.998, weight_decay=0.05)
+    run = Averaged(teacher.network, plan.teacher_lr, plan.teacher_steps, ema=0.998, weight_decay=0.05)
     for step, index in enumerate(batches(len(read), plan.teacher_batch, plan.teacher_steps, generator)):
         dropped = torch.rand(len(index), generator=generator) < 0.1
         condition = Condition(labels[index].masked_fill(dropped, teacher.layout.classes))
@@ -224,7 +225,7 @@ def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -
         best, f"{folder}/{name}-tokenizer.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
     )
     teacher.tokenizer = best
-    network = train_teacher(teacher, plan, 2e-3, plan.seed + 1, report)
+    network = train_teacher(teacher, plan, plan.seed + 1, report)
     checkpoints.save(
         network, f"{folder}/{name}-teacher.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
     )
@@ -238,7 +239,8 @@ def make_card(folder: str, plans: dict[str, Plan]) -> str:
     ]
     trained = [
         f"* {name}: tokenizer {plan.tokenizer_steps} steps of 64 images, teacher {plan.teacher_steps} steps of"
-        f" {plan.teacher_batch} sequences, seed {plan.seed}."
+        f" {plan.teacher_batch} sequences at learning rate {plan.teacher_lr:g}, self-correction {plan.self_correction:g},"
+        f" seed {plan.seed}."
         for name, plan in plans.items()
     ]
     text = "\n".join(
