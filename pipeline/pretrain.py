@@ -239,8 +239,8 @@ def make_card(folder: str, plans: dict[str, Plan]) -> str:
     ]
     trained = [
         f"* {name}: tokenizer {plan.tokenizer_steps} steps of 64 images, teacher {plan.teacher_steps} steps of"
-        f" {plan.teacher_batch} sequences at learning rate {plan.teacher_lr:g}, self-correction {plan.self_correction:g},"
-        f" seed {plan.seed}."
+        f" {plan.teacher_batch} sequences at learning rate {plan.teacher_lr:g} with self-correction"
+        f" {plan.self_correction:g}, seed {plan.seed}."
         for name, plan in plans.items()
     ]
     text = "\n".join(

@@ -90,6 +90,7 @@ class TestConfig:
             ({"depth": 0}, "depth is 0"),
             ({"decoder_blocks": 0}, "decoder_blocks is 0"),
             ({"quant_resi": 0}, "quant_resi is 0"),
+            ({"scale_dropout": 1.0}, "scale_dropout is 1.0"),
             ({"share_quant_resi": 1}, "share_quant_resi is 1"),
             ({"prefix_mask": "none"}, "must be causal or released"),
         ],
