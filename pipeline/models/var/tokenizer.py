@@ -57,11 +57,11 @@ class Tokenizer(base.Tokenizer):
         Under ``scale_dropout`` some images are read after fewer scales. The gradient of a coarse f_hat reaches
         only what its grid can say of f.
         """
+        if not (self.training and self.scale_dropout):
+            return f + (maps[-1] - f).detach()
         count, size = len(f), f.shape[-2:]
-        last = torch.full((count,), len(maps) - 1)
-        if self.training and self.scale_dropout:
-            fewer = torch.randint(len(maps) - 1, (count,))
-            last = torch.where(torch.rand(count) < self.scale_dropout, fewer, last)
+        fewer, whole = torch.randint(len(maps) - 1, (count,)), torch.full((count,), len(maps) - 1)
+        last = torch.where(torch.rand(count) < self.scale_dropout, fewer, whole)
         at = (last.to(f.device), torch.arange(count, device=f.device))
         sides = self.quantize.sides[:-1]
         coarse = [F.interpolate(F.adaptive_avg_pool2d(f, side), size, mode="bicubic") for side in sides]
