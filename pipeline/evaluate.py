@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -149,16 +150,22 @@ def _cached(plan: Plan, draw: Draw) -> Statistics | None:
     return Statistics.unpack(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
-def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...]) -> dict[str, Any]:
-    """``time_samplers`` in a Ray task with the resources of one actor, when the pool is gone."""
+def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
+    """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
+
+    For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
+    A sampler runs on one GPU, so further ones would stand idle.
+    """
     settings = plan.recipe.cluster
-    task = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(time_samplers)
-    return ray.get(task.remote(plan, frequencies, batches))
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    cpus = settings.cpus if settings.gpus else max(settings.cpus, min(settings.cpus * actors, largest))
+    task = ray.remote(num_cpus=cpus, num_gpus=settings.gpus)(time_samplers)
+    return ray.get(task.remote(plan, frequencies, batches, max(1, int(cpus))))
 
 
-def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...]) -> dict[str, Any]:
-    """Speed of every sampler of the table, and of the AR teacher in any case."""
-    torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
+def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
+    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores."""
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
     models = load(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
@@ -190,7 +197,7 @@ def evaluate(recipe: Recipe) -> str:
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
         print("Measuring speed, one sampler at a time.", file=sys.stderr, flush=True)
-        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches)
+        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
         results = summarise(plan, statistics, timing)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)

@@ -227,6 +227,14 @@ def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], 
     assert results_of(other)["curve"] is None
 
 
+@pytest.mark.parametrize(("actors", "threads"), [(1, 1), (3, 3), (100, 4)])
+def test_speed_is_timed_with_the_cores_of_the_pool_on_one_machine(
+    recipe: Recipe, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, actors: int, threads: int
+) -> None:
+    monkeypatch.setattr(evaluate, "time_samplers", lambda plan, frequencies, batches, threads: threads)
+    assert evaluate.time_alone(plan.prepare(recipe), None, (1,), actors) == threads  # the machine has 4
+
+
 def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tmp_path: Path) -> None:
     text = evaluate.evaluate(dataclasses.replace(changed(recipe, uri=str(tmp_path)), dry_run=True))
     assert "24 x teacher, AR from id 24" in text
