@@ -214,7 +214,7 @@ class EvaluateSettings:
     actors: int = 2
     grid: int = 12
     curve_count: int = 1_000
-    timing_batches: tuple[int, ...] = (1, 16, 64, 256)
+    timing_batches: tuple[int, ...] = (1, 4, 16, 64, 256)
 
     def __post_init__(self) -> None:
         for name in ("batch", "actors", "grid"):
