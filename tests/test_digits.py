@@ -119,7 +119,9 @@ def test_unused_codes_move_to_where_one_is_missing(name: str) -> None:
 
 def test_the_codes_that_a_teacher_learns_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "PLACES", 1)
-    images, truth = (part[:100] for part in digits.training_split())
+    images, truth = digits.training_split()
+    mixed = torch.cat([(truth == label).nonzero()[:50, 0] for label in (3, 7)])[torch.randperm(100)]
+    images, truth = images[mixed], truth[mixed]
     monkeypatch.setattr(digits, "training_split", lambda: (images, truth))
     tokenizer = checkpoints.tokenizer(recipe("digits-var").teacher)
     read, learnt, labels = pretrain.training_codes(tokenizer, 0.0, torch.Generator().manual_seed(0))
@@ -131,6 +133,9 @@ def test_the_codes_that_a_teacher_learns_from(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(read, tokenizer.encode(shown))
     wrong, right, _ = pretrain.training_codes(tokenizer, 0.4, torch.Generator().manual_seed(0))
     assert 0.02 < (wrong != right).float().mean() < 0.3
+    for label in (3, 7):
+        used, own = wrong[labels == label], right[labels == label]
+        assert (used[:, None] == own[None]).any(1).all(), "a wrong code is that of an image of the class"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
