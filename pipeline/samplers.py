@@ -268,10 +268,13 @@ class OneStepStar(Sampler):
             raise ValueError("sampler OneStepStar needs the token frequencies of a pair set, and none were given.")
         counts = models.frequencies if self.given_class else models.frequencies.sum(0, keepdim=True)
         rows = inputs.condition.labels if self.given_class else torch.zeros_like(inputs.condition.labels)
-        positions = [  # one at a time: [B, n, V] would be gigabytes
-            inverse_cdf(counts[rows, i].log(), inputs.uniform[:, i]) for i in range(models.layout.length)
+        # As many positions at a time as fit: [B, n, V] whole would be gigabytes.
+        at_once = max(1, CHUNK // (len(rows) * counts.shape[2]))
+        positions = [
+            inverse_cdf(counts[rows, i : i + at_once].log(), inputs.uniform[:, i : i + at_once])
+            for i in range(0, models.layout.length, at_once)
         ]
-        return models.teacher.codebook[torch.stack(positions, dim=1)]
+        return models.teacher.codebook[torch.cat(positions, dim=1)]
 
 
 SAMPLERS: tuple[type[Sampler], ...] = (FewStep, WithTeacher, Autoregressive, FlowMatched, Skip, OneStepStar)

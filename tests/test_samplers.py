@@ -279,6 +279,17 @@ def test_ar_sampling_has_the_teachers_frequencies() -> None:
 
 
 @pytest.mark.parametrize("given_class", [False, True])
+def test_one_step_star_is_the_same_however_many_positions_fit_at_once(
+    given_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    using, ids = models(), np.arange(8)  # 6 positions, 7 codes
+    whole = OneStepStar(given_class).draw(using, ids)
+    for positions in (0, 1, 4):
+        monkeypatch.setattr(samplers, "CHUNK", positions * 8 * 7)
+        assert torch.equal(OneStepStar(given_class).draw(using, ids), whole)
+
+
+@pytest.mark.parametrize("given_class", [False, True])
 def test_one_step_star_has_the_pair_sets_frequencies(given_class: bool) -> None:
     using = models()
     assert using.frequencies is not None
