@@ -158,7 +158,7 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
     """
     settings = plan.recipe.cluster
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = settings.cpus if settings.gpus else max(settings.cpus, min(settings.cpus * actors, largest))
+    cpus = settings.cpus if settings.gpus else min(settings.cpus * actors, largest)
     task = ray.remote(num_cpus=cpus, num_gpus=settings.gpus)(time_samplers)
     return ray.get(task.remote(plan, frequencies, batches, max(1, int(cpus))))
 
