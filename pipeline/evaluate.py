@@ -171,7 +171,7 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
     return {
-        "speeds": {sampler: speed.measure(models, sampler, batches) for sampler in listed},
+        "speeds": speed.measure(models, listed, batches),
         "device": speed.device_name(plan.device),
         "threads": torch.get_num_threads(),
     }
@@ -196,7 +196,7 @@ def evaluate(recipe: Recipe) -> str:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        print("Measuring speed, one sampler at a time.", file=sys.stderr, flush=True)
+        print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
         timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
         results = summarise(plan, statistics, timing)
         files = write(plan, results, statistics)

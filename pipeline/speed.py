@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,31 +35,64 @@ class Speed:
 
 
 @torch.no_grad()
-def measure(models: Models, sampler: Sampler, batches: tuple[int, ...], budget: float = 10.0) -> list[Speed]:
-    """Time ``sampler`` at batch 1 and at each of ``batches`` within about ``budget`` seconds in all.
+def measure(
+    models: Models, samplers: Sequence[Sampler], batches: tuple[int, ...], budget: float = 10.0
+) -> dict[Sampler, list[Speed]]:
+    """Time every sampler at batch 1 and at each of ``batches`` within about ``budget`` seconds a sampler.
 
-    Every size is warmed up once, then repeated up to 20 times within its share of the budget, and at least
-    once. A size that by the last one's pace would overrun what is left is not measured, nor any beyond it.
+    Samplers take turns, call by call: whatever slows the machine for a while slows all of them, and the ratio
+    of two stands. Every size is warmed up once, then repeated up to 20 times within its share of the sampler's
+    budget, and at least once. A size that by the last one's pace would overrun what is left of it is not
+    measured, nor any beyond it.
     """
+    out: dict[Sampler, list[Speed]] = {sampler: [] for sampler in samplers}
+    left = dict.fromkeys(samplers, budget)
     sizes = sorted({1, *batches})
-    started = time.perf_counter()
-    out: list[Speed] = []
     for i, batch in enumerate(sizes):
-        left = budget - (time.perf_counter() - started)
-        if out and 2 * out[-1].ms / 1000 * batch > left:  # the warm-up and one repeat
-            break
-        share = time.perf_counter() + left / (len(sizes) - i)
-        inputs = models.inputs(range(batch))
-        decode = partial(models.teacher.decode, sampler.sample(models, inputs))
-        decode()
-        draws: list[float] = []
-        decodes: list[float] = []
-        while not draws or (len(draws) < REPEATS and time.perf_counter() < share):
-            draws.append(_seconds(partial(sampler.sample, models, inputs), models.device))
-            decodes.append(_seconds(decode, models.device))
-        whole = median(a + b for a, b in zip(draws, decodes, strict=True))
-        out.append(Speed(batch, 1000 * median(draws) / batch, 1000 * whole / batch, len(draws)))
+        fit = [s for s in out if not i or (len(out[s]) == i and 2 * out[s][-1].ms / 1000 * batch <= left[s])]
+        stopwatches = {sampler: _Stopwatch(models, sampler, batch, left[sampler] / (len(sizes) - i)) for sampler in fit}
+        for _ in range(REPEATS):
+            for stopwatch in stopwatches.values():
+                stopwatch.repeat()
+        for sampler, stopwatch in stopwatches.items():
+            out[sampler].append(stopwatch.speed())
+            left[sampler] -= stopwatch.spent
     return out
+
+
+class _Stopwatch:
+    """One sampler at one batch size: a warm-up, then a call whenever ``share`` seconds are not yet spent."""
+
+    def __init__(self, models: Models, sampler: Sampler, batch: int, share: float) -> None:
+        self.device, self.batch, self.share = models.device, batch, share
+        self.draw = partial(sampler.sample, models, models.inputs(range(batch)))
+        self.decode = models.teacher.decode
+        self.draws: list[float] = []
+        self.decodes: list[float] = []
+        self.spent = sum(self._once())
+
+    def repeat(self) -> None:
+        if not self.draws or self.spent < self.share:
+            drawing, decoding = self._once()
+            self.draws.append(drawing)
+            self.decodes.append(decoding)
+            self.spent += drawing + decoding
+
+    def speed(self) -> Speed:
+        whole = median(a + b for a, b in zip(self.draws, self.decodes, strict=True))
+        return Speed(self.batch, 1000 * median(self.draws) / self.batch, 1000 * whole / self.batch, len(self.draws))
+
+    def _once(self) -> tuple[float, float]:
+        start = self._now()
+        embeddings = self.draw()
+        drawn = self._now()
+        self.decode(embeddings)
+        return drawn - start, self._now() - drawn
+
+    def _now(self) -> float:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def device_name(device: torch.device | str) -> str:
@@ -70,16 +103,3 @@ def device_name(device: torch.device | str) -> str:
     lines = listing.read_text().splitlines() if listing.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def _seconds(call: Callable[[], torch.Tensor], device: torch.device | str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
