@@ -221,14 +221,12 @@ def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -
     checkpoints.load(perceptual, f"{folder}/perceptual.safetensors")
     perceptual.requires_grad_(False)
     best = train_tokenizer(teacher.tokenizer, perceptual, plan.tokenizer_steps, 64, 2e-3, plan.seed, report)
-    checkpoints.save(
-        best, f"{folder}/{name}-tokenizer.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
-    )
+    made = {"trained_by": "jobs/train_digits.py"}
+    checkpoints.save(best, shipped := f"{folder}/{name}-tokenizer.safetensors", made, torch.float16)
+    checkpoints.load(best, shipped)  # the codes to learn are those of the file, rounded as it is
     teacher.tokenizer = best
     network = train_teacher(teacher, plan, plan.seed + 1, report)
-    checkpoints.save(
-        network, f"{folder}/{name}-teacher.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16
-    )
+    checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", made, torch.float16)
 
 
 def make_card(folder: str, plans: dict[str, Plan]) -> str:

@@ -1,6 +1,8 @@
 """pytest tests/test_digits.py: the embedded default's data, networks and recipes."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from pipeline import digits, noise, pretrain
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe, parse
 from pipeline.samplers import inverse_cdf
 
@@ -159,3 +161,38 @@ def test_a_teacher_learns_and_its_average_follows(name: str) -> None:
     assert (average[key] - end[key]).norm() < (average[key] - start[key]).norm(), "little of the start remains"
     assert (average[key] - end[key]).norm() > 0
     assert all(torch.equal(average[key], end[key]) for key in end.keys() - dict(teacher.network.named_parameters()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, truth = digits.training_split()
+    monkeypatch.setattr(digits, "training_split", lambda: (images[::50], truth[::50]))
+    monkeypatch.setattr(pretrain, "PLACES", 1)
+    taught: list[torch.Tensor] = []
+
+    def trained(teacher: Teacher, *others: Any) -> torch.nn.Module:
+        taught.append(teacher.tokenizer.codebook.clone())
+        return train_teacher(teacher, *others)
+
+    train_teacher = pretrain.train_teacher
+    monkeypatch.setattr(pretrain, "train_teacher", trained)
+    checkpoints.save(digits.Perceptual(), f"{tmp_path}/perceptual.safetensors", {}, torch.float16)
+    settings = recipe(name).teacher
+    plan = pretrain.Plan(tokenizer_steps=2, teacher_steps=2, self_correction=0.4 if name == "digits-var" else 0.0)
+    threads = torch.get_num_threads()
+    pretrain.make_family("new", settings, plan, str(tmp_path))
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    made = checkpoints.teacher(
+        dataclasses.replace(
+            settings,
+            tokenizer=f"{tmp_path}/new-tokenizer.safetensors",
+            checkpoint=f"{tmp_path}/new-teacher.safetensors",
+        )
+    )
+    assert torch.equal(taught[0], made.codebook), "the teacher learns the codes of the file"
+    shipped = checkpoints.teacher(settings)
+    assert not torch.equal(shipped.codebook, made.codebook)
+    card = pretrain.make_card(str(tmp_path), {"new": plan})
+    assert "| `new-teacher.safetensors` |" in card
+    assert "teacher 2 steps of 64 sequences" in card
