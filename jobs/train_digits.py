@@ -10,7 +10,7 @@ from pipeline.recipe import parse
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {
     "llamagen": Plan(tokenizer_steps=450, teacher_steps=2000),
-    "var": Plan(tokenizer_steps=900, teacher_steps=900, teacher_lr=5e-3, self_correction=0.4),
+    "var": Plan(tokenizer_steps=900, teacher_steps=1800, teacher_batch=32, teacher_lr=4e-3, self_correction=0.4),
 }
 
 
