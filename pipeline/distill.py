@@ -55,6 +55,8 @@ def distill(recipe: Recipe) -> str:
     if recipe.dry_run:
         return describe(plan)
     if storage.exists(plan.result):
+        if added := _release(plan):
+            return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
     storage.check_writable(plan.at())
     earlier = training_plan.claimed(plan) or {}
@@ -67,8 +69,17 @@ def distill(recipe: Recipe) -> str:
         run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
         fit(plan, run)
         run.tag("student", storage.sha256(plan.result))
+        _release(plan)
     took = duration(time.monotonic() - start)
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
+
+
+def _release(plan: Plan) -> str:
+    """Write the authors' layout beside a finished student if the recipe asks for it and it is not there."""
+    if plan.recipe.train.export != "released" or storage.exists(plan.released):
+        return ""
+    checkpoints.release(plan.recipe.teacher, plan.result, plan.released)
+    return f"{plan.released} holds the student as the authors' scripts read it."
 
 
 def fit(plan: Plan, run: tracking.Run) -> None:

@@ -130,7 +130,8 @@ class TrainSettings:
         keep: newest checkpoints kept.
         log_every: optimiser steps between logged metrics and progress lines.
         snapshots: EMA students exported along the way for the report's curve, evenly spaced, the last is the result.
-        export: safetensors with its settings.
+        export: safetensors, or released: also student.pth, in the layout that the authors' scripts read. Set after
+            training, a second run of distill adds that file.
     """
 
     uri: str | None = None
@@ -156,6 +157,7 @@ class TrainSettings:
     keep: int = 2
     log_every: int = 20
     snapshots: int = 5
+    export: Literal["safetensors", "released"] = "safetensors"
 
     def __post_init__(self) -> None:
         positive = ("batch", "epochs", "checkpoint_every", "keep", "log_every", "snapshots")

@@ -13,7 +13,7 @@ from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, fingerprint
 
 # Fields of TrainSettings that change where a run lies or how often it speaks, but not its student.
-NOT_FACTS = ("uri", "workers", "checkpoint_every", "keep", "log_every", "snapshots")
+NOT_FACTS = ("uri", "workers", "checkpoint_every", "keep", "log_every", "snapshots", "export")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Plan:
     def result(self) -> str:
         return self.at("student.safetensors")
 
+    @property
+    def released(self) -> str:
+        """The student as the authors' scripts read it, with ``train.export`` released."""
+        return self.at("student.pth")
+
     def at(self, *names: str) -> str:
         """A place in the student's folder."""
         return storage.join(self.recipe.student_uri, *names)
@@ -104,6 +109,11 @@ def check(recipe: Recipe) -> Plan:
             f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
             f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
             " make the batch smaller."
+        )
+    if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
+        raise ValueError(
+            f"train.export is released, but nobody released students of {recipe.teacher.family}, whose layout the file"
+            " could have; use safetensors."
         )
     if recipe.cluster.gpus and not recipe.train.workers and not torch.cuda.is_available():
         raise ValueError(

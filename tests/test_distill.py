@@ -147,6 +147,32 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     checkpoints.student(recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, settings["mask"])
 
 
+def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:
+    distill(recipe)
+    asked = with_train(recipe, export="released")
+    assert "student.pth" in distill(asked), "a finished student is not trained again"
+    uri = f"{recipe.student_uri}/student.pth"
+    content = torch.load(uri, weights_only=True)
+    own = weights(f"{recipe.student_uri}/student.safetensors")
+    places = checkpoints.family(recipe.teacher).Student.released
+    assert len(places) == 2
+    for place in places:
+        inside = content
+        for key in place:
+            inside = inside[key]
+        assert inside.keys() == own.keys()
+        assert all(torch.equal(inside[key], own[key]) for key in own)
+    student = checkpoints.student(recipe.teacher, uri, checkpoints.tokenizer(recipe.teacher).codebook)
+    assert all(torch.equal(value, own[key]) for key, value in student.state_dict().items())
+    assert "Nothing is missing" in distill(asked)
+
+
+def test_the_authors_layout_needs_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.family(recipe.teacher).Student, "released", ())
+    with pytest.raises(ValueError, match=r"train\.export is released, but nobody released"):
+        distill(with_train(recipe, export="released"))
+
+
 def test_the_export_is_the_moving_average(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain loop over the weights of every step."""
     seen: list[dict[str, Tensor]] = []

@@ -1,7 +1,7 @@
 """The official networks at their real sizes: names and shapes on the meta device, numbers in the slow tests.
 
-python -m pytest tests/test_fullsize.py            names, shapes and counts of every released network
-python -m pytest tests/test_fullsize.py -m slow    filled weights against the official code's numbers (a few minutes, 6 GB)
+python -m pytest tests/test_fullsize.py          names, shapes and counts of every released network
+python -m pytest tests/test_fullsize.py -m slow  filled weights against the official code's numbers (minutes, 6 GB)
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def test_var_tokenizer() -> None:
     found = net.encode(shown)
     expected = torch.cat([golden.tensor(r) for r in known["outputs"]["img_to_idxBl"]], dim=1)
     assert (found != expected).sum() <= 1, "a near-tie may flip"
-    codes = torch.cat([tokens(f"full/vqvae/tok{s}", (1, p * p), 4096) for s, p in enumerate(var.Config().patch_nums)], 1)
+    codes = torch.cat(
+        [tokens(f"full/vqvae/tok{s}", (1, p * p), 4096) for s, p in enumerate(var.Config().patch_nums)], 1
+    )
     golden.check(known["outputs"]["image"], net.decode(net.codebook[codes]), known["atol"]["image"])
 
 

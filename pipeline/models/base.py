@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +169,13 @@ class Prediction(NamedTuple):
 class Student(nn.Module):
     """A few-step generator: from X_t (true tokens before AR step t, noise from there on) to the whole sequence.
 
-    ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict.
+    ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict. ``released`` are the places in a
+    file of the authors' at which their own scripts look for the weights; () where they released no student.
     """
 
     layout: Layout
     codebook: Tensor
+    released: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
     def from_teacher(cls, teacher: Any, mask: Any, seed: int) -> Student:

@@ -9,6 +9,7 @@ missing and then stay as built.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import pickle
 from dataclasses import fields
@@ -115,6 +116,20 @@ def save(
         for key, value in state.items()
     }
     storage.write_bytes(uri, to_safetensors(tensors, {"settings": json.dumps(settings, sort_keys=True)}))
+
+
+def release(settings: TeacherSettings, source: str, target: str) -> None:
+    """Write the student exported to ``source`` again, as a file that the authors' own scripts read."""
+    weights = load_file(storage.local(source))
+    content: dict[str, Any] = {}
+    for *outer, last in family(settings).Student.released:
+        inside = content
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = weights
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    storage.write_bytes(target, buffer.getvalue())
 
 
 def metadata(uri: str) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class ContinuousHead(nn.Module):
 class Student(base.Student):
     """A LlamaGen transformer that maps X_t to logits and embeddings of all tokens in one causal pass."""
 
+    released = (("ema",), ("model",))
+
     def __init__(self, config: Config, codebook: Tensor, mask: str = "released") -> None:
         if mask != "released":
             raise ValueError(

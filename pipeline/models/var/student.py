@@ -27,6 +27,8 @@ class Student(Transformer, base.Student):
     "paper" lets it see its scale mates too, as App. C says. A file that holds another mask replaces this one.
     """
 
+    released = (("trainer", "ema_parameters"), ("trainer", "var_wo_ddp"))
+
     def __init__(
         self,
         config: Config,
