@@ -90,11 +90,6 @@ def ready(net: nn.Module, salt: str) -> Any:
     return fill.fill_module(net, salt).eval().requires_grad_(False)
 
 
-def check_all(expected: dict, atol: dict, found: dict[str, Tensor]) -> None:
-    for name, value in found.items():
-        golden.check(expected[name], value, atol.get(name, 0.0))
-
-
 @pytest.mark.slow
 def test_var_tokenizer() -> None:
     known = golden.load("fullsize_vqvae")
