@@ -61,6 +61,8 @@ class TeacherSettings:
         checkpoint: URI of the transformer's weights.
         filter: guidance, temperature, top-k and top-p.
         precision: fp32, or bf16 for the transformer on devices that have it; flow matching is always float32.
+        unpickle: read .pt and .pth files (students' too) that hold more than tensors and plain values. Reading them
+            runs code that they bring along: only for files that you trust.
     """
 
     family: str = "pipeline.models.var"
@@ -69,6 +71,7 @@ class TeacherSettings:
     checkpoint: str = ""
     filter: Filter = field(default_factory=Filter)
     precision: Literal["fp32", "bf16"] = "fp32"
+    unpickle: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """pytest tests/test_checkpoints.py"""
 
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import checkpoints
+from pipeline.models import checkpoints, llamagen, var
 from pipeline.models.checkpoints import CheckpointError
-from pipeline.recipe import TeacherSettings
+from pipeline.recipe import Filter, TeacherSettings
+
+
+class Elsewhere:
+    """What an unpickler must import to read a file."""
 
 
 class Net(nn.Module):
@@ -32,6 +39,7 @@ LAYOUTS: dict[str, Any] = {
     "var-dd": lambda w: {"trainer": {"var_wo_ddp": {k: v * 0 for k, v in w.items()}, "ema_parameters": w}, "epoch": 3},
     "fsdp": lambda w: {"module": w},
     "compiled ddp": lambda w: {f"module._orig_mod.{k}": v for k, v in w.items()},
+    "training arguments": lambda w: {"model": w, "args": Namespace(lr=1e-4, layers=[1, 2])},
     "stored rotary table": lambda w: {**w, "freqs_cis": torch.zeros(3)},
 }
 
@@ -54,7 +62,12 @@ def damaged() -> dict[str, tuple[Any, str]]:
         "other shape": ({**good, "inner.bias": torch.ones(3)}, "does not fit: inner.bias is (3,) in the file and (2,)"),
         "no weights": ({"epoch": 3}, "holds no weights"),
         "not a dictionary": (torch.ones(3), "holds a Tensor"),
-        "needs unpickling": ({"model": good, "args": Path("x")}, "holds more than tensors"),
+        "needs unpickling": ({"model": good, "run": Elsewhere()}, "if you trust it, set teacher.unpickle"),
+        "a diverged run": ({**good, "inner.bias": torch.tensor([1.0, torch.nan])}, "NaN or infinity in inner.bias"),
+        "quantized": (
+            {**good, "inner.weight": torch.ones(2, 3, dtype=torch.int8)},
+            "torch.int8 values in inner.weight",
+        ),
     }
 
 
@@ -82,6 +95,80 @@ def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"net\.(pt|safetensors)"):
         checkpoints.load(Net(), str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty; fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html><title>404</title>", "is a web page"),
+        (b"PK\x03\x04 not really", "could not be read as a PyTorch weight file"),
+    ],
+    ids=["empty", "pointer", "web page", "broken archive"],
+)
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, sentence: str) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        checkpoints.load(Net(), str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trusted_file_may_hold_more(tmp_path: Path) -> None:
+    path = str(tmp_path / "net.pt")
+    torch.save({"model": weights(), "run": Elsewhere()}, path)
+    net = Net()
+    checkpoints.load(net, path, unpickle=True)
+    assert torch.equal(net.inner.weight, weights()["inner.weight"])
+
+
+VAR = var.Config(depth=2, width=64, heads=2, classes=3, patch_nums=(1, 2), vocabulary=8, code_dim=4, channels=32)
+LLAMAGEN = llamagen.Config(layers=2, heads=2, dim=32, classes=3, side=2, vocabulary=8, code_dim=4, channels=32)
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "VAR": lambda: var.Teacher(VAR, Filter()).network,
+    "VAR-DD": lambda: var.Student(VAR, torch.zeros(8, 4)),
+    "VQVAE": lambda: var.Tokenizer(VAR),
+    "LlamaGen": lambda: llamagen.Teacher(LLAMAGEN, Filter()).network,
+    "LlamaGen-DD": lambda: llamagen.Student(LLAMAGEN, torch.zeros(8, 4)),
+    "VQ": lambda: llamagen.Tokenizer(LLAMAGEN),
+    "deeper VAR": lambda: var.Teacher(replace(VAR, depth=3, width=128), Filter()).network,
+    "VAR of more classes": lambda: var.Teacher(replace(VAR, classes=5), Filter()).network,
+    "larger VQVAE": lambda: var.Tokenizer(replace(VAR, vocabulary=16)),
+    "deeper LlamaGen": lambda: llamagen.Teacher(replace(LLAMAGEN, layers=4), Filter()).network,
+    "wider VQ": lambda: llamagen.Tokenizer(replace(LLAMAGEN, channels=64, z_channels=64)),
+    "VAR of more scales": lambda: var.Teacher(replace(VAR, patch_nums=(1, 2, 3)), Filter()).network,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "network", "sentence"),
+    [
+        ("VQVAE", "VAR", "the file holds a VAR tokenizer where the recipe wants a VAR transformer: check which URI"),
+        ("VAR", "VQVAE", "the file holds a VAR transformer where the recipe wants a VAR tokenizer"),
+        ("VAR-DD", "VAR", "the file holds a VAR student where the recipe wants a VAR transformer"),
+        ("LlamaGen", "VAR", "the file holds a LlamaGen transformer where the recipe wants a VAR transformer"),
+        ("LlamaGen", "LlamaGen-DD", "the file holds a LlamaGen transformer where the recipe wants a LlamaGen student"),
+        ("VQ", "VQVAE", "the file holds a LlamaGen tokenizer where the recipe wants a VAR tokenizer"),
+        ("deeper VAR", "VAR", "set teacher.config.depth to 3 (it is 2) and teacher.config.width to 128 (it is 64)"),
+        ("VAR of more classes", "VAR", "set teacher.config.classes to 5 (it is 3)."),
+        ("larger VQVAE", "VQVAE", "set teacher.config.vocabulary to 16 (it is 8)."),
+        ("deeper LlamaGen", "LlamaGen", "set teacher.config.layers to 4 (it is 2)."),
+        (
+            "wider VQ",
+            "VQ",
+            "set teacher.config.channels to 64 (it is 32) and teacher.config.z_channels to 64 (it is 256)",
+        ),
+        ("VAR of more scales", "VAR", "check that teacher.family and teacher.config describe the file."),
+    ],
+)
+def test_the_wrong_file_or_field_is_named(tmp_path: Path, file: str, network: str, sentence: str) -> None:
+    path = str(tmp_path / "net.pth")
+    torch.save(NETWORKS[file]().state_dict(), path)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load(NETWORKS[network](), path)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_own_files_keep_weights_and_settings(tmp_path: Path) -> None:

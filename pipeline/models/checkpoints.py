@@ -8,6 +8,7 @@ missing and then stay as built.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import json
@@ -25,10 +26,17 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.models.base import Student, Teacher, Tokenizer
+from pipeline.models.mismatch import advice
 from pipeline.recipe import TeacherSettings
 
 NESTED = ("ema", "ema_parameters", "trainer", "model", "var_wo_ddp", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")
+IMPOSTORS = {
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+}
+HARMLESS = [argparse.Namespace]  # the arguments of a training run, a plain bag of values
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
 
 
@@ -36,14 +44,14 @@ class CheckpointError(ValueError):
     """A weight file that cannot be read, or that does not fit the model of the recipe; one sentence."""
 
 
-def load(module: nn.Module, uri: str) -> str:
+def load(module: nn.Module, uri: str, unpickle: bool = False) -> str:
     """Copy the weights at ``uri`` into ``module`` strictly and return the file's SHA-256.
 
-    Values are cast to the module's dtype. Raises CheckpointError for a file that is unreadable or does not
-    fit.
+    Values are cast to the module's dtype. ``unpickle`` reads files that hold more than tensors and plain values, which
+    runs code in them. Raises CheckpointError for a file that is unreadable, does not fit or holds no numbers.
     """
     path = storage.local(uri)
-    found = {key: value for key, value in _clean(_read(path, uri)).items() if not key.endswith(DERIVED)}
+    found = {key: value for key, value in _clean(_read(path, uri, unpickle)).items() if not key.endswith(DERIVED)}
     own = module.state_dict()
     parameters = {name for name, _ in module.named_parameters()}
     missing = [key for key in own if key in parameters and key not in found]
@@ -57,9 +65,12 @@ def load(module: nn.Module, uri: str) -> str:
         if keys:
             raise CheckpointError(
                 f"{uri} {what} {', '.join(keys[:3])}{' and more' if len(keys) > 3 else ''} ({len(keys)} in all) for"
-                f" {type(module).__module__}.{type(module).__name__}; check that teacher.family and teacher.config"
-                " describe the file."
+                f" {type(module).__module__}.{type(module).__name__}; {advice(found, own)}"
             )
+    for key in parameters:
+        if not (found[key].is_floating_point() and found[key].isfinite().all()):
+            what = "NaN or infinity" if found[key].is_floating_point() else f"{found[key].dtype} values"
+            raise CheckpointError(f"{uri} holds {what} in {key}; it is damaged or of another kind, fetch it again.")
     with torch.no_grad():
         for key, value in found.items():
             if value.shape == own[key].shape:  # only a constant buffer may differ, and keeps the module's own
@@ -67,7 +78,14 @@ def load(module: nn.Module, uri: str) -> str:
     return storage.sha256(uri)
 
 
-def _read(path: Path, uri: str) -> dict[str, Any]:
+def _read(path: Path, uri: str, unpickle: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        head = file.read(200)
+    for start, what in IMPOSTORS.items():
+        if head.lstrip().lower().startswith(start):
+            raise CheckpointError(f"{uri} is {what}, not weights; fetch the file itself.")
+    if not head:
+        raise CheckpointError(f"{uri} is empty; fetch it again.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -76,11 +94,13 @@ def _read(path: Path, uri: str) -> dict[str, Any]:
                 f"{uri} is not a readable safetensors file ({error}); fetch or write it again."
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=not unpickle, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{uri} could not be read as a PyTorch weight file ({first}); it is damaged, or holds more than tensors."
+            f"{uri} could not be read as a PyTorch weight file ({first}); it is damaged, or holds more than tensors:"
+            " if you trust it, set teacher.unpickle to true."
         ) from error
     while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
         inside = next((content[key] for key in NESTED if key in content), None)
@@ -185,8 +205,8 @@ def checksums(settings: TeacherSettings) -> dict[str, str]:
 def teacher(settings: TeacherSettings) -> Teacher:
     """The frozen teacher of a recipe with its weights."""
     model: Teacher = family(settings).Teacher(config(settings), settings.filter)
-    load(model.tokenizer, settings.tokenizer)
-    load(model.network, settings.checkpoint)
+    load(model.tokenizer, settings.tokenizer, settings.unpickle)
+    load(model.network, settings.checkpoint, settings.unpickle)
     if settings.precision == "bf16":
         model.network.to(torch.bfloat16)
     return model.eval().requires_grad_(False)
@@ -195,12 +215,12 @@ def teacher(settings: TeacherSettings) -> Teacher:
 def tokenizer(settings: TeacherSettings) -> Tokenizer:
     """The frozen tokenizer alone: what a student needs to make images."""
     model: Tokenizer = family(settings).Tokenizer(config(settings))
-    load(model, settings.tokenizer)
+    load(model, settings.tokenizer, settings.unpickle)
     return model.eval().requires_grad_(False)
 
 
 def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "released") -> Student:
     """A frozen student: its shape from the recipe, its weights from ``uri`` (ours or the authors')."""
     model: Student = family(settings).Student(config(settings), codebook, mask)
-    load(model, uri)
+    load(model, uri, settings.unpickle)
     return model.eval().requires_grad_(False)
