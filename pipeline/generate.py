@@ -67,8 +67,8 @@ def _check_weights(recipe: Recipe) -> None:
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
     with torch.device("meta"):
         model = family.Teacher(config, recipe.teacher.filter)
-    checkpoints.load(model.tokenizer, recipe.teacher.tokenizer, recipe.teacher.unpickle)
-    checkpoints.load(model.network, recipe.teacher.checkpoint, recipe.teacher.unpickle)
+    checkpoints.weights(model.tokenizer, recipe.teacher.tokenizer, recipe.teacher.unpickle)
+    checkpoints.weights(model.network, recipe.teacher.checkpoint, recipe.teacher.unpickle)
 
 
 def _complete(

@@ -171,6 +171,33 @@ def test_the_wrong_file_or_field_is_named(tmp_path: Path, file: str, network: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["VAR", "VAR-DD", "VQVAE", "LlamaGen", "LlamaGen-DD", "VQ"])
+def test_nothing_stays_on_the_meta_device(tmp_path: Path, name: str) -> None:
+    built = NETWORKS[name]()
+    path = str(tmp_path / "net.pth")
+    torch.save(dict(built.named_parameters()), path)  # a file without the constants
+    with torch.device("meta"):
+        net = NETWORKS[name]()
+    if hasattr(net, "codebook") and "codebook" in dict(net.named_buffers()):
+        net.codebook = built.codebook  # given from outside
+    checkpoints.load(net, path)
+    made = dict([*net.named_parameters(), *net.named_buffers()])
+    known = dict([*built.named_parameters(), *built.named_buffers()])
+    assert made.keys() == known.keys()
+    assert all(torch.equal(made[key], known[key]) for key in known)
+
+
+def test_the_weights_are_not_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save(weights(), path)
+    net = Net()
+    checkpoints.load(net, str(path))
+    data = path.read_bytes()
+    with path.open("r+b") as file:  # in place, where a memory map would see it
+        file.write(b"\x7f" * len(data))
+    assert torch.equal(net.inner.weight, weights()["inner.weight"])
+
+
 def test_own_files_keep_weights_and_settings(tmp_path: Path) -> None:
     net, copy, uri = Net(), Net(), str(tmp_path / "student.safetensors")
     checkpoints.save(net, uri, {"step": 7, "split": 5})

@@ -36,7 +36,7 @@ IMPOSTORS = {
     b"<!doctype": "a web page",
     b"<html": "a web page",
 }
-HARMLESS = [argparse.Namespace]  # the arguments of a training run, a plain bag of values
+HARMLESS: list[Any] = [argparse.Namespace]  # the arguments of a training run, a plain bag of values
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
 
 
@@ -45,10 +45,23 @@ class CheckpointError(ValueError):
 
 
 def load(module: nn.Module, uri: str, unpickle: bool = False) -> str:
-    """Copy the weights at ``uri`` into ``module`` strictly and return the file's SHA-256.
+    """Give ``module`` the weights at ``uri``, cast to its own dtypes, and return the file's SHA-256.
 
-    Values are cast to the module's dtype. ``unpickle`` reads files that hold more than tensors and plain values, which
-    runs code in them. Raises CheckpointError for a file that is unreadable, does not fit or holds no numbers.
+    A module that was built on the meta device becomes real: so a large one is never drawn at random first. Raises as
+    ``weights`` does, before anything is changed.
+    """
+    found, own = weights(module, uri, unpickle), module.state_dict()
+    # What a file lacks or holds in another shape are constants that the constructor made.
+    state = {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in own.items()}
+    module.load_state_dict(state, assign=True)
+    return storage.sha256(uri)
+
+
+def weights(module: nn.Module, uri: str, unpickle: bool = False) -> dict[str, Tensor]:
+    """The tensors at ``uri``, memory-mapped, once it is certain that they fit ``module``, which may be on meta.
+
+    ``unpickle`` reads files that hold more than tensors and plain values, which runs code in them. Raises
+    CheckpointError for a file that is unreadable, does not fit or holds no numbers.
     """
     path = storage.local(uri)
     found = {key: value for key, value in _clean(_read(path, uri, unpickle)).items() if not key.endswith(DERIVED)}
@@ -71,11 +84,7 @@ def load(module: nn.Module, uri: str, unpickle: bool = False) -> str:
         if not (found[key].is_floating_point() and found[key].isfinite().all()):
             what = "NaN or infinity" if found[key].is_floating_point() else f"{found[key].dtype} values"
             raise CheckpointError(f"{uri} holds {what} in {key}; it is damaged or of another kind, fetch it again.")
-    with torch.no_grad():
-        for key, value in found.items():
-            if value.shape == own[key].shape:  # only a constant buffer may differ, and keeps the module's own
-                own[key].copy_(value)
-    return storage.sha256(uri)
+    return {key: value for key, value in found.items() if value.shape == own[key].shape}
 
 
 def _read(path: Path, uri: str, unpickle: bool = False) -> dict[str, Any]:
@@ -140,13 +149,13 @@ def save(
 
 def release(settings: TeacherSettings, source: str, target: str) -> None:
     """Write the student exported to ``source`` again, as a file that the authors' own scripts read."""
-    weights = load_file(storage.local(source))
+    exported = load_file(storage.local(source))
     content: dict[str, Any] = {}
     for *outer, last in family(settings).Student.released:
         inside = content
         for key in outer:
             inside = inside.setdefault(key, {})
-        inside[last] = weights
+        inside[last] = exported
     buffer = io.BytesIO()
     torch.save(content, buffer)
     storage.write_bytes(target, buffer.getvalue())
@@ -204,7 +213,8 @@ def checksums(settings: TeacherSettings) -> dict[str, str]:
 
 def teacher(settings: TeacherSettings) -> Teacher:
     """The frozen teacher of a recipe with its weights."""
-    model: Teacher = family(settings).Teacher(config(settings), settings.filter)
+    with torch.device("meta"):
+        model: Teacher = family(settings).Teacher(config(settings), settings.filter)
     load(model.tokenizer, settings.tokenizer, settings.unpickle)
     load(model.network, settings.checkpoint, settings.unpickle)
     if settings.precision == "bf16":
@@ -214,13 +224,15 @@ def teacher(settings: TeacherSettings) -> Teacher:
 
 def tokenizer(settings: TeacherSettings) -> Tokenizer:
     """The frozen tokenizer alone: what a student needs to make images."""
-    model: Tokenizer = family(settings).Tokenizer(config(settings))
+    with torch.device("meta"):
+        model: Tokenizer = family(settings).Tokenizer(config(settings))
     load(model, settings.tokenizer, settings.unpickle)
     return model.eval().requires_grad_(False)
 
 
 def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "released") -> Student:
     """A frozen student: its shape from the recipe, its weights from ``uri`` (ours or the authors')."""
-    model: Student = family(settings).Student(config(settings), codebook, mask)
+    with torch.device("meta"):
+        model: Student = family(settings).Student(config(settings), codebook, mask)
     load(model, uri, settings.unpickle)
     return model.eval().requires_grad_(False)

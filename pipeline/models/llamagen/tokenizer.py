@@ -182,7 +182,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, vocabulary: int, code_dim: int) -> None:
         super().__init__()
-        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
+        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW, device="cpu"))
         self.embedding = nn.Embedding(vocabulary, code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / vocabulary, 1 / vocabulary)
 
