@@ -23,10 +23,14 @@ SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
+class NoGpu(ValueError):
+    """The recipe asks for GPUs that the local machine lacks; one sentence."""
+
+
 def connect(recipe: Recipe) -> None:
     """Join the cluster of RAY_ADDRESS (set inside ``ray job submit``) or start a local one; nothing if already joined.
 
-    Raises ValueError where the recipe asks for GPUs and a local machine has too few for one replica.
+    Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS", "local") != "local":
@@ -80,7 +84,7 @@ def _start_local(recipe: Recipe) -> None:
     found = ray.cluster_resources().get("GPU", 0)
     if found < recipe.cluster.gpus:
         ray.shutdown()
-        raise ValueError(
+        raise NoGpu(
             f"cluster.gpus is {recipe.cluster.gpus:g} but Ray sees {found:g} GPUs on this machine; set it to 0"
             " for the CPU, or submit the job to a cluster."
         )

@@ -28,8 +28,9 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import cluster, losses, storage, tracking, training_data, training_plan, training_state
+from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
@@ -197,11 +198,16 @@ def train(config: dict[str, Any]) -> None:
 
 def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
     """One optimiser step on this worker's share of a batch; the loss's sums and the gradient norm, on the device."""
-    with autocast(state.settings, batch.x_t.device):
-        prediction = network(batch.x_t, batch.t, batch.condition)
-        value, sums = loss(prediction, batch.tokens, batch.t)
-    value.backward()
-    return sums, state.advance(total)
+    parts, sums = batch.parts(state.settings.micro_batch), []
+    ddp = network if isinstance(network, DistributedDataParallel) else None
+    for number, part in enumerate(parts, 1):
+        with ddp.no_sync() if ddp and number < len(parts) else nullcontext():  # workers meet once a step
+            with autocast(state.settings, part.x_t.device):
+                prediction = network(part.x_t, part.t, part.condition)
+                value, part_sums = loss(prediction, part.tokens, part.t)
+            (value * (len(part.t) / len(batch.t))).backward()
+        sums.append(part_sums)
+    return torch.stack(sums).sum(0), state.advance(total)
 
 
 def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
@@ -246,8 +252,12 @@ def describe(plan: Plan) -> str:
         f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
         f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
     ]
+    lines += footprint_of(recipe).lines(training_plan.at_once(settings), "train.micro_batch", cluster_settings.gpus > 0)
     if left:
-        seconds = _seconds_per_step(recipe)
+        try:
+            seconds = _seconds_per_step(recipe)
+        except cluster.NoGpu as error:
+            return "\n".join([*lines, f"time         not measured: {error}"])
         where = f"{workers} {'GPU' if cluster_settings.gpus else 'CPU'} worker{'s' * (workers > 1)}"
         lines.append(f"one step     {duration(seconds)} on {where}, communication and reading not counted")
         lines.append(f"time         about {duration(seconds * left)}")
@@ -256,6 +266,25 @@ def describe(plan: Plan) -> str:
             price = cluster_settings.usd_per_gpu_hour
             lines.append(f"GPU-hours    {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
     return "\n".join(lines)
+
+
+def footprint_of(recipe: Recipe) -> footprint.Footprint:
+    """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
+    settings, family, config = recipe.train, checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
+        student = family.Student(config, tokenizer.codebook, settings.mask).train()
+    network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
+
+    def work(samples: int) -> None:
+        for module in filter(None, (tokenizer, student, network)):
+            footprint.hollow(module)
+        loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
+        batch = training_data.hollow(config.layout, samples)
+        for _ in range(2):  # from the second on, the optimiser has its moments
+            step(student, loss, state, batch, total=2)
+
+    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.gpus else 0)
 
 
 def _seconds_per_step(recipe: Recipe) -> float:

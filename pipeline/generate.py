@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,19 @@ import torch
 import yaml
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
+from torch import Tensor
 
-from pipeline import cluster, manifest, pairs, storage, tracking
+from pipeline import cluster, footprint, manifest, pairs, storage, tracking
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
+from pipeline.models.base import Condition
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.replica import Replica, device, outcome
 
 FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
 DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
+TRACED = 16  # AR steps of a raster sequence that a plan traces
 VERIFIED_ROWS = 64  # rows that verify derives again
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
 
@@ -188,22 +192,56 @@ def verify(recipe: Recipe, known: Facts) -> str:
 def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
     """The resolved recipe and what a run would take, from the seconds of one batch; nothing is written."""
     left, batch = _rows_of(recipe, count, todo), min(recipe.pairs.batch, recipe.pairs.shard_rows)
-    seconds = _on_replica(recipe, known, "measure")
-    total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
     row = pairs.row_bytes(known)
     lines = [
         yaml.safe_dump(recipe.resolved(), sort_keys=False, default_flow_style=None),
-        f"pair set   {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
-        f"rows       {count:,}; {left:,} in {len(todo)} shards are left to make",
-        f"one batch  {batch} rows in {duration(seconds)} on one replica ({device(recipe)})",
-        f"time       about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
-        f"storage    at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
+        f"pair set     {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
+        f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
+        f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
+        *footprint_of(recipe).lines(batch, "pairs.batch", recipe.cluster.gpus > 0),
+    ]
+    try:
+        seconds = _on_replica(recipe, known, "measure")
+    except cluster.NoGpu as error:
+        return "\n".join([*lines, f"time         not measured: {error}"])
+    total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
+    lines += [
+        f"one batch    {batch} rows in {duration(seconds)} on one replica ({device(recipe)})",
+        f"time         about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
     ]
     if recipe.cluster.gpus:
         hours, price = total * recipe.cluster.gpus / 3600, recipe.cluster.usd_per_gpu_hour
         cost = "" if price is None else f", ${hours * price:,.2f} at ${price:g} an hour"
-        lines.append(f"GPU-hours  {hours:,.2f}{cost}")
+        lines.append(f"GPU-hours    {hours:,.2f}{cost}")
     return "\n".join(lines)
+
+
+def footprint_of(recipe: Recipe) -> footprint.Footprint:
+    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities.
+
+    Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
+    sequence only the first steps are traced; each later one adds the same to the cache.
+    """
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
+
+    def upto(steps: int) -> footprint.Footprint:
+        def choose(step: int, log_p: Tensor) -> Tensor:
+            return torch.zeros(log_p.shape[:-1], dtype=torch.long)
+
+        def work(samples: int) -> None:
+            condition = Condition(torch.zeros(samples, dtype=torch.long))
+            footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
+
+        return footprint.trace(work)
+
+    steps = config.layout.steps
+    if steps <= TRACED or len(set(config.layout.groups)) > 1:
+        return upto(steps)
+    short, longer = upto(TRACED // 2), upto(TRACED)
+    per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
+    return replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step))
 
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:

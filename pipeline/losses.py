@@ -108,13 +108,16 @@ class Lpips(nn.Module):
         return self.net(a, b).flatten()
 
 
-def perceptual(kind: str) -> nn.Module:
-    """The frozen network of ``train.perceptual``: vgg, alex or digits; ValueError if its file is missing."""
+def perceptual(kind: str, pretrained: bool = True) -> nn.Module:
+    """The frozen network of ``train.perceptual``: vgg, alex or digits; ValueError if its file is missing.
+
+    Without ``pretrained`` the file is not needed: the network has its shape and means nothing.
+    """
     if kind == "digits":
         from pipeline import digits
 
         return digits.perceptual()
-    return Lpips(kind)
+    return Lpips(kind, pretrained)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, predicted: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import TrainSettings
-from pipeline.training_plan import Plan
+from pipeline.training_plan import Plan, at_once
 from pipeline.training_state import TrainingState, autocast
 
 COLUMNS = 8  # noises of a sample grid
@@ -90,8 +90,9 @@ class Observer:
         """Loss, its parts and token accuracy on the held-out pairs, from the same t at every step of training."""
         settings, codebook = self.plan.recipe.train, self.loss.tokenizer.codebook
         total = torch.zeros(len(settings.start_steps), len(losses.COLUMNS), device=codebook.device)
-        for begin in range(0, len(self.rows.ids), settings.batch):
-            pairs = training_data.as_pairs(self.rows.take(slice(begin, begin + settings.batch)))
+        size = at_once(settings)
+        for begin in range(0, len(self.rows.ids), size):
+            pairs = training_data.as_pairs(self.rows.take(slice(begin, begin + size)))
             batch = training_data.noised(pairs, 0, settings, self.plan.layout, codebook)
             with autocast(settings, codebook.device):
                 prediction = self.state.average(batch.x_t, batch.t, batch.condition)

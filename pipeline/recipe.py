@@ -117,6 +117,8 @@ class TrainSettings:
         lpips: weight of the perceptual loss on decoded images.
         perceptual: which perceptual network: LPIPS's VGG or AlexNet trunk, or the small one of the digits default.
         batch: samples of one optimiser step over all workers.
+        micro_batch: samples that a worker takes through the networks at once, adding up gradients until its share of
+            the batch is done; 0 takes the share whole. Less memory, the same student but for rounding.
         epochs: passes over the pair set.
         lr: peak learning rate.
         warmup: optimiser steps of linear warm-up.
@@ -144,6 +146,7 @@ class TrainSettings:
     lpips: float = 1.0
     perceptual: Literal["vgg", "alex", "digits"] = "vgg"
     batch: int = 64
+    micro_batch: int = 0
     epochs: int = 10
     lr: float = 1e-4
     warmup: int = 100
@@ -166,7 +169,7 @@ class TrainSettings:
         positive = ("batch", "epochs", "checkpoint_every", "keep", "log_every", "snapshots")
         for name in positive:
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in ("lpips", "cross_entropy", "weight_decay", "warmup", "workers", "split"):
+        for name in ("lpips", "cross_entropy", "weight_decay", "warmup", "workers", "split", "micro_batch"):
             _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative.")
         _check(
             self.lpips + self.cross_entropy > 0,

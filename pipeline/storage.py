@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -101,22 +102,48 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file, whole or not at all, and durably: the data is on the disk or in the bucket when this returns."""
+    if not is_remote(uri):
+        with replacing(uri) as file:
+            file.write(data)
+        return
     with _sentences(uri, "written"):
         fs, path = filesystem(uri)
-        if is_remote(uri):
-            fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
-            return
-        target = Path(path)
+        fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
+
+
+@contextmanager
+def replacing(uri: str) -> Iterator[IO[bytes]]:
+    """A file open for writing, which becomes the one at ``uri`` as ``write_bytes`` would make it; for large content.
+
+    Nothing of it is held in memory. If the body raises, what was at ``uri`` stays.
+    """
+    with _sentences(uri, "written"):
+        fs, place = filesystem(uri)
+        target = Path(tempfile.gettempdir(), Path(place).name) if is_remote(uri) else Path(place)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    temporary = target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}")
+    try:
+        with _sentences(str(target), "written"), open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with _sentences(uri, "written"):
+            if is_remote(uri):
+                fs.put_file(str(temporary), place)  # a multipart upload that is published as one
+            else:
+                os.replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[IO[bytes]]:
+    """A file open for reading, wherever it is; what is read is not kept."""
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as file:
+            yield file
 
 
 def read_json(uri: str) -> Any:
@@ -154,11 +181,9 @@ def local(uri: str) -> Path:
 def sha256(uri: str) -> str:
     """SHA-256 of a file's bytes, read in blocks."""
     digest = hashlib.sha256()
-    with _sentences(uri, "read"):
-        fs, path = filesystem(uri)
-        with fs.open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
+    with reading(uri) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -28,6 +28,12 @@ class Batch(NamedTuple):
     tokens: Tensor
     condition: Condition
 
+    def parts(self, size: int) -> list[Batch]:
+        """The batch in pieces of ``size`` samples, the last one maybe smaller; 0 leaves it whole."""
+        if not size:
+            return [self]
+        return [Batch(*part) for part in zip(*(field.split(size) for field in self), strict=True)]
+
 
 def stream(plan: Plan) -> PairStream:
     """The rows that steps train on; those held out, and those beyond pairs.count of a grown set, are left out."""
@@ -74,6 +80,13 @@ def made_up(layout: Layout, count: int) -> Pairs:
     gaussian = noise.gaussian(0, ids, layout.length, layout.code_dim)
     tokens = np.zeros((count, layout.length), dtype=np.uint16)
     return as_pairs(Rows(ids, noise.labels(ids, layout.classes), gaussian, tokens))
+
+
+def hollow(layout: Layout, count: int) -> Batch:
+    """A batch of zeros, for work that only looks at shapes."""
+    tokens = torch.zeros(count, layout.length, dtype=torch.long)
+    x_t, ones = torch.zeros(count, layout.length, layout.code_dim), torch.ones(count, dtype=torch.long)
+    return Batch(x_t, ones, tokens, Condition(tokens[:, 0]))
 
 
 def noised(pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, codebook: Tensor) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from pipeline import losses, manifest, storage, tracking
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe, TrainSettings, fingerprint
 
 # Fields of TrainSettings that change where a run lies or how often it speaks, but not its student.
-NOT_FACTS = ("uri", "workers", "checkpoint_every", "keep", "log_every", "snapshots", "export")
+NOT_FACTS = ("uri", "workers", "micro_batch", "checkpoint_every", "keep", "log_every", "snapshots", "export")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ def check(recipe: Recipe) -> Plan:
                 f" generate_pairs with this recipe, or set pairs.count to {there}."
             )
     return plan
+
+
+def at_once(settings: TrainSettings) -> int:
+    """Samples that a worker takes through the networks together."""
+    share = math.ceil(settings.batch / max(1, settings.workers))
+    return min(settings.micro_batch or share, share)
 
 
 def claimed(plan: Plan) -> dict[str, Any] | None:

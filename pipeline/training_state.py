@@ -8,7 +8,6 @@ the order of the pairs and every t are functions of (seed, epoch, sample id).
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import torch
@@ -66,21 +65,21 @@ class TrainingState:
 
     def save(self, folder: str) -> None:
         """Write the checkpoint of this step and remove all but the newest ``train.keep``."""
-        buffer = io.BytesIO()
         content = {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(content, buffer)
-        storage.write_bytes(storage.join(folder, f"step-{self.step:08d}{SUFFIX}"), buffer.getvalue())
+        with storage.replacing(storage.join(folder, f"step-{self.step:08d}{SUFFIX}")) as file:
+            torch.save(content, file)
         for name in saved(folder)[: -self.settings.keep]:
             storage.remove(storage.join(folder, name))
 
     def restore(self, uri: str) -> None:
         """Continue from a checkpoint."""
-        content = torch.load(io.BytesIO(storage.read_bytes(uri)), map_location="cpu", weights_only=True)
+        with storage.reading(uri) as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
         self.student.load_state_dict(content["student"])
         self.average.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])

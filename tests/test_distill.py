@@ -15,8 +15,8 @@ import torch
 from tiny import tiny
 from torch import Tensor, nn
 
+from pipeline import cluster, manifest, noise, pairs, storage, tracking, training_data, training_plan, training_state
 from pipeline import distill as job
-from pipeline import manifest, noise, pairs, storage, tracking, training_data, training_plan, training_state
 from pipeline.distill import distill
 from pipeline.models import checkpoints
 from pipeline.observer import Message, Observer
@@ -255,6 +255,26 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
     assert not any(value.dtype == torch.bfloat16 for value in stored.values())
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 50])
+def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan.Plan, micro_batch: int) -> None:
+    def gradients(size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        made = with_train(recipe, micro_batch=size)
+        student, loss = job.build(made, torch.device("cpu"))
+        state = TrainingState(student, made.train)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(state, "advance", lambda total: torch.zeros(()))
+        rows = training_data.made_up(plan.layout, 8)
+        batch = training_data.noised(rows, 0, made.train, plan.layout, loss.tokenizer.codebook)
+        sums, _ = job.step(student, loss, state, batch, total=1)
+        return sums, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    (sums, whole), (added, parts) = gradients(0), gradients(micro_batch)
+    assert torch.allclose(sums, added, rtol=1e-5)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert (value - parts[name]).norm() <= 1e-4 * value.norm() + 1e-9, name
+
+
 def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> None:
     """With one head untrained, nothing of the other is computed or moved."""
     logits = with_train(recipe, uri=f"{recipe.run}/logits", lpips=0.0, split=3, epochs=1, weight_decay=0.0)
@@ -279,21 +299,36 @@ def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal) ->
     assert "steps        8 of 8 pairs; 8 are left" in plan
     assert "32 to train on, 8 held out" in plan
     assert "GPU-hours" not in plan
+    assert "MB a sample" in plan
     assert not Path(recipe.student_uri).exists()
     later = replace(recipe, dry_run=True, pairs=replace(recipe.pairs, uri=f"{recipe.run}/not-yet", count=1000))
     assert "8 pairs; 244 are left" in distill(later).replace("244 of ", "")
 
 
+def test_a_dry_run_for_gpus_plans_memory_without_one(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(recipe: Recipe) -> None:
+        raise cluster.NoGpu("this machine has none.")
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    plan = distill(replace(with_train(recipe, workers=2), cluster=replace(recipe.cluster, gpus=1), dry_run=True))
+    assert "train.micro_batch of at most" in plan
+    assert plan.endswith("time         not measured: this machine has none.")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("lpips", [1.0, 0.0])
-def test_two_workers_follow_the_curve_of_one(recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float) -> None:
+@pytest.mark.parametrize(("lpips", "micro_batch"), [(1.0, 3), (0.0, 0)])
+def test_two_workers_follow_the_curve_of_one(
+    recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float, micro_batch: int
+) -> None:
     recipe = with_train(recipe, lpips=lpips, split=1 if lpips else 3)
     alone = with_train(recipe, uri=f"{recipe.run}/alone")
     distill(alone)
     expected = journal.curve()
     journal.history.clear()
-    together = with_train(recipe, uri=f"{recipe.run}/together", workers=2)
+    together = with_train(recipe, uri=f"{recipe.run}/together", workers=2, micro_batch=micro_batch)
     distill(together)
     assert journal.curve() == pytest.approx(expected, rel=1e-4)
     assert journal.images

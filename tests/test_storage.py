@@ -59,6 +59,23 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert storage.listing(str(tmp_path)) == ["file"], "no temporary file stays"
 
 
+def test_large_files_pass_through_no_memory(folder: str) -> None:
+    place = storage.join(folder, "large.bin")
+    with storage.replacing(place) as file:
+        file.write(b"first ")
+        assert not storage.exists(place), "it appears when it is whole"
+        file.write(b"second")
+    with storage.reading(place) as file:
+        assert file.read(5) == b"first"
+        file.seek(6)
+        assert file.read() == b"second"
+    with pytest.raises(RuntimeError, match="halfway"), storage.replacing(place) as file:
+        file.write(b"other")
+        raise RuntimeError("halfway")
+    assert storage.read_bytes(place) == b"first second"
+    assert storage.listing(folder) == ["large.bin"]
+
+
 def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the data is on its way to the disk there is only a temporary name in the same folder."""
     seen: list[list[str]] = []

@@ -74,6 +74,10 @@ class Condition:
         """A copy on ``device``."""
         return Condition(self.labels.to(device))
 
+    def split(self, size: int) -> list[Condition]:
+        """In pieces of ``size``, the last one maybe smaller."""
+        return [Condition(labels) for labels in self.labels.split(size)]
+
 
 class Tokenizer(nn.Module):
     """Images [B, 3, H, W] float32 in [-1, 1] to codes and back; the state_dict has the official file's names."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import pickle
 from dataclasses import fields
@@ -156,9 +155,8 @@ def release(settings: TeacherSettings, source: str, target: str) -> None:
         for key in outer:
             inside = inside.setdefault(key, {})
         inside[last] = exported
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    storage.write_bytes(target, buffer.getvalue())
+    with storage.replacing(target) as file:
+        torch.save(content, file)
 
 
 def metadata(uri: str) -> dict[str, Any]:
@@ -217,9 +215,14 @@ def teacher(settings: TeacherSettings) -> Teacher:
         model: Teacher = family(settings).Teacher(config(settings), settings.filter)
     load(model.tokenizer, settings.tokenizer, settings.unpickle)
     load(model.network, settings.checkpoint, settings.unpickle)
+    return cast(model, settings).eval().requires_grad_(False)
+
+
+def cast(model: Teacher, settings: TeacherSettings) -> Teacher:
+    """The teacher with its transformer, not its tokenizer, in the recipe's precision."""
     if settings.precision == "bf16":
         model.network.to(torch.bfloat16)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def tokenizer(settings: TeacherSettings) -> Tokenizer:
