@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -68,6 +69,14 @@ def scale_and_offset(name: str, shape: tuple[int, ...]) -> tuple[float, float] |
 
 def fill_module(module: M, salt: str = "") -> M:
     """Overwrite every tensor of the state_dict but the constants, in place; returns the module."""
+    own = module.state_dict()
+    for name, value in filled(module, salt):
+        own[name].copy_(value)
+    return module
+
+
+def filled(module: nn.Module, salt: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, value) of every tensor but the constants; the module may be on the meta device."""
     for name, tensor in module.state_dict().items():
         rule = scale_and_offset(name, tuple(tensor.shape))
         if rule is None:
@@ -75,8 +84,7 @@ def fill_module(module: M, salt: str = "") -> M:
         value = (unit(salt + name, tensor.numel()) * rule[0] + rule[1]).astype(np.float32)
         if name.endswith("blocks.0.attn.scale_mul_1H11"):
             value[0] = 5.0  # above log(100), where the official code clamps
-        tensor.copy_(torch.from_numpy(value).view_as(tensor))
-    return module
+        yield name, torch.from_numpy(value).view(tensor.shape)
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
