@@ -5,10 +5,12 @@
 writes the teacher of jobs/recipes/llamagen-l.yaml and FOLDER/llamagen-l-cpu.yaml. Laid over the recipe, that has the
 real jobs make four pairs and train for three steps on a CPU (minutes, and less than 24 GiB):
 
-    python jobs/generate_pairs.py --config jobs/recipes/llamagen-l.yaml --config FOLDER/llamagen-l-cpu.yaml
-    python jobs/distill.py        --config jobs/recipes/llamagen-l.yaml --config FOLDER/llamagen-l-cpu.yaml --pairs.count 9
+    RECIPE="--config jobs/recipes/llamagen-l.yaml --config FOLDER/llamagen-l-cpu.yaml"
+    python jobs/generate_pairs.py $RECIPE
+    python jobs/generate_pairs.py $RECIPE --pairs.count 9
+    python jobs/distill.py $RECIPE --pairs.count 9
 
-after the set has grown to nine pairs, of which eight are held out. LPIPS is off: its trunk is a download too.
+Of nine pairs eight are held out. LPIPS is off: its trunk is a download too.
 """
 
 from __future__ import annotations

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import fill
+import fullsize
 import golden
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import llamagen, var
+from pipeline.distill import distill
+from pipeline.generate import generate
+from pipeline.models import checkpoints, llamagen, var
 from pipeline.models.base import Condition
 from pipeline.models.llamagen import teacher as llamagen_teacher
 from pipeline.models.var import teacher as var_teacher
@@ -56,6 +61,28 @@ def test_state_dicts_are_the_official_ones(name: str) -> None:
         net = NETWORKS[name]()
     assert golden.rows(net) == OFFICIAL[name]["rows"]
     assert sum(p.numel() for p in net.parameters()) == OFFICIAL[name]["n_parameters"]
+
+
+# ---- the jobs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["var-d16", "llamagen-l"])
+def test_the_jobs_run_at_full_size(tmp_path: Path, name: str) -> None:
+    """Four pairs, and three steps of the student, which then loads from the authors' layout too."""
+    recipe = fullsize.read(name, fullsize.write(name, tmp_path))
+    assert "Made 4 pairs" in generate(recipe)
+    recipe = replace(recipe, pairs=replace(recipe.pairs, count=9), train=replace(recipe.train, export="released"))
+    assert "holds 9 pairs" in generate(recipe)
+    assert "after 3 steps" in distill(recipe)
+    with torch.device("meta"):
+        student = checkpoints.family(recipe.teacher).Student(
+            checkpoints.config(recipe.teacher), checkpoints.tokenizer(recipe.teacher).codebook
+        )
+    ours, theirs = (checkpoints.weights(student, f"{recipe.student_uri}/student.{s}") for s in ("safetensors", "pth"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 # ---- numbers
