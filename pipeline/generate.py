@@ -20,7 +20,7 @@ import yaml
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from pipeline import cluster, manifest, pairs, storage, tracking
+from pipeline import cluster, compilation, manifest, pairs, storage, tracking
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.progress import Progress, duration
@@ -41,6 +41,8 @@ def generate(recipe: Recipe) -> str:
     recipe = cluster.portable(recipe)
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
+    if recipe.teacher.compile:
+        compilation.check("teacher.compile", recipe.cluster.gpus)
     if recipe.pairs.verify:
         return verify(recipe, known)
     complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None
