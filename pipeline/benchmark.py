@@ -19,6 +19,7 @@ from pipeline import flow, flow_oracle, noise
 from pipeline.flow import Solver
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Student, Teacher
+from pipeline.precision import set_products
 from pipeline.recipe import Recipe
 from pipeline.speed import device_name
 
@@ -41,6 +42,7 @@ def benchmark(recipe: Recipe) -> str:
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         torch.set_num_threads(max(1, math.ceil(recipe.cluster.cpus)))
+    set_products(recipe.teacher.precision)
     teacher = checkpoints.teacher(recipe.teacher).to(device)
     student_of: type[Student] = checkpoints.family(recipe.teacher).Student
     where = f"{device_name(device)}, {torch.get_num_threads()} torch thread(s), torch {torch.__version__}"

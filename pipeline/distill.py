@@ -31,15 +31,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
+from pipeline.compilation import compiled
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.observer import Message, Observer, Report, Window
+from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
-from pipeline.training_state import TrainingState, autocast
+from pipeline.training_state import TrainingState
 
 FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
 MEASURED = 3  # steps that a dry run times, after one to warm up
@@ -167,6 +169,8 @@ def train(config: dict[str, Any]) -> None:
     newest = broadcast_from_rank_zero(training_state.saved(plan.at("checkpoints"))[-1:])
     if newest:
         state.restore(plan.at("checkpoints", newest[0]))
+    if settings.compile:
+        compiled(student)
     network = _distributed(student, settings, device)
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
@@ -202,7 +206,7 @@ def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, tot
     ddp = network if isinstance(network, DistributedDataParallel) else None
     for number, part in enumerate(parts, 1):
         with ddp.no_sync() if ddp and number < len(parts) else nullcontext():  # workers meet once a step
-            with autocast(state.settings, part.x_t.device):
+            with autocast(state.settings.precision, part.x_t.device):
                 prediction = network(part.x_t, part.t, part.condition)
                 value, part_sums = loss(prediction, part.tokens, part.t)
             (value * (len(part.t) / len(batch.t))).backward()
@@ -212,15 +216,16 @@ def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, tot
 
 def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
     """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone."""
-    # In fp32 whatever made the pairs: the student starts from the weights as they are.
-    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32"))
+    # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
+    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32", compile=False))
     student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
     return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
 
 
 def _device(recipe: Recipe) -> torch.device:
-    """This worker's device; on a CPU, also its share of the cores."""
+    """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
+    set_products(recipe.train.precision)
     if recipe.cluster.gpus:
         return ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
@@ -302,6 +307,8 @@ def measure(recipe: Recipe) -> float:
     device = _device(recipe)
     student, loss = build(recipe, device)
     state = TrainingState(student, settings)
+    if settings.compile:
+        compiled(student)
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []

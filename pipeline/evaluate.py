@@ -26,9 +26,11 @@ from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from pipeline import cluster, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
+from pipeline.compilation import compiled
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.plan import Draw, Plan, describe, prepare
+from pipeline.precision import set_products
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.samplers import Autoregressive, Models, OneStepStar
@@ -43,6 +45,7 @@ class Artist:
 
     def __init__(self, plan: Plan, draws: list[Draw], frequencies: np.ndarray | None) -> None:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
+        set_products("fp32")  # of what scores; the models set their own
         self.plan, self.draws = plan, draws
         self.models = load(plan, frequencies)
         self.network = scoring.features(plan.recipe.evaluate, plan.device)
@@ -78,7 +81,8 @@ class Artist:
             self.loaded = draw.student
         ids = draw.first + places
         embeddings = draw.sampler.draw(self.models, ids)
-        return self.models.teacher.decode(embeddings), noise.labels(ids, self.plan.layout.classes)
+        images = self.models.decode(embeddings, draw.sampler.student)
+        return images, noise.labels(ids, self.plan.layout.classes)
 
 
 def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
@@ -86,12 +90,16 @@ def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
     teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
     shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
     recipe = plan.recipe
-    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device)
+    precisions = recipe.teacher.precision, recipe.evaluate.precision
+    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
 
 
 def load_student(plan: Plan, uri: str, models: Models) -> Student:
-    """A student of a plan on its device."""
-    return checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
+    """A student of a plan on its device, compiled if the recipe says so."""
+    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
+    if plan.recipe.evaluate.compile:
+        compiled(student)
+    return student
 
 
 def collect(plan: Plan, frequencies: np.ndarray | None) -> dict[Draw, Statistics]:
@@ -166,6 +174,7 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
 def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
     """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores."""
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    set_products("fp32")
     models = load(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pipeline.flow_solvers import GRIDS, adaptive, fixed, paper
-from pipeline.posterior import Block, augment, blocks, full_precision, standardise
+from pipeline.posterior import Block, augment, blocks, standardise
+from pipeline.precision import full_precision
 
 SOLVERS = ("adaptive", "fixed", "paper")
 

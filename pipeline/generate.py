@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 from torch import Tensor
 
-from pipeline import cluster, footprint, manifest, pairs, storage, tracking
+from pipeline import cluster, compilation, footprint, manifest, pairs, storage, tracking
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -45,6 +45,8 @@ def generate(recipe: Recipe) -> str:
     recipe = cluster.portable(recipe)
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
+    if recipe.teacher.compile:
+        compilation.check("teacher.compile", recipe.cluster.gpus)
     if recipe.pairs.verify:
         return verify(recipe, known)
     complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None

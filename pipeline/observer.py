@@ -15,9 +15,10 @@ from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.models.convnet import to_uint8
+from pipeline.precision import autocast
 from pipeline.recipe import TrainSettings
 from pipeline.training_plan import Plan, at_once
-from pipeline.training_state import TrainingState, autocast
+from pipeline.training_state import TrainingState
 
 COLUMNS = 8  # noises of a sample grid
 
@@ -94,7 +95,7 @@ class Observer:
         for begin in range(0, len(self.rows.ids), size):
             pairs = training_data.as_pairs(self.rows.take(slice(begin, begin + size)))
             batch = training_data.noised(pairs, 0, settings, self.plan.layout, codebook)
-            with autocast(settings, codebook.device):
+            with autocast(settings.precision, codebook.device):
                 prediction = self.state.average(batch.x_t, batch.t, batch.condition)
                 total += self.loss(prediction, batch.tokens, batch.t)[1]
         return losses.summary(settings, total)

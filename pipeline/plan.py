@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import manifest, sampler_list, scoring, storage
+from pipeline import compilation, manifest, sampler_list, scoring, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.progress import duration
@@ -130,6 +130,8 @@ class Plan:
             facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
             facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
             facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
+        if draw.student:
+            facts["student_precision"] = evaluate.precision
         if isinstance(draw.sampler, FlowMatched):
             facts["solver"] = dataclasses.asdict(self.recipe.pairs.solver)
         if isinstance(draw.sampler, OneStepStar):
@@ -137,9 +139,9 @@ class Plan:
         return fingerprint(facts)
 
     def fingerprint(self) -> str:
-        """Fingerprint of the whole report."""
-        batches = list(self.recipe.evaluate.timing_batches)
-        return fingerprint({"draws": [self.key(draw) for draw in self.draws()], "timing": batches})
+        """Fingerprint of the whole report; compiled networks are timed anew, not drawn with again."""
+        timing = [list(self.recipe.evaluate.timing_batches), self.recipe.teacher.compile, self.recipe.evaluate.compile]
+        return fingerprint({"draws": [self.key(draw) for draw in self.draws()], "timing": timing})
 
     def cache(self, draw: Draw) -> str:
         return storage.join(self.recipe.report_uri, "cache", f"{self.key(draw)[:24]}.npz")
@@ -170,6 +172,9 @@ def prepare(recipe: Recipe) -> Plan:
         "features": features,
         "dim": scoring.DIMENSIONS[settings.features],
     }
+    for name in ("teacher", "evaluate"):
+        if getattr(recipe, name).compile:
+            compilation.check(f"{name}.compile", recipe.cluster.gpus)
     plan = Plan(recipe, layout, listed, len(scoring.ReferenceImages(settings)), facts)
     storage.check_writable(recipe.report_uri)
     if any(sampler.frequencies for sampler in listed):

@@ -6,7 +6,6 @@ coordinates.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,22 +13,6 @@ from torch import Tensor
 EXIT_WEIGHT, EXIT_GAIN = 0.9, 20.0  # a token is decided when its best weight and the growth of its odds exceed these
 GATHER_BELOW = 3  # each token's K survivors are gathered if K (C + 4) is below this times V
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # working set of the tokens solved together: stays in the cache
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in full float32: TF32 would change 0.07 to 0.35 % of the codes, bfloat16 up to 1.9 %."""
-    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [(product, product.fp32_precision) for product in products]
-    lowered = [(product, setting) for product, setting in before if setting not in ("none", "ieee")]
-    try:
-        for product, _ in lowered:
-            product.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for product, setting in lowered:
-            product.fp32_precision = setting
 
 
 def standardise(codebook: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from pipeline.flow import Solver
+from pipeline.precision import Precision
 
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 
@@ -60,7 +61,9 @@ class TeacherSettings:
         tokenizer: URI of the tokenizer's weights (a path, s3://, gs://, hf:// or package://, the installed assets).
         checkpoint: URI of the transformer's weights.
         filter: guidance, temperature, top-k and top-p.
-        precision: fp32, or bf16 for the transformer on devices that have it; flow matching is always float32.
+        precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16. Flow matching is always
+            in full float32.
+        compile: torch.compile the transformer's blocks. Changes float rounding only.
         unpickle: read .pt and .pth files (students' too) that hold more than tensors and plain values. Reading them
             runs code that they bring along: only for files that you trust.
     """
@@ -70,7 +73,8 @@ class TeacherSettings:
     tokenizer: str = ""
     checkpoint: str = ""
     filter: Filter = field(default_factory=Filter)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    compile: bool = False
     unpickle: bool = False
 
 
@@ -129,7 +133,8 @@ class TrainSettings:
         ema: decay of the moving average that is exported.
         seed: of the order of the pairs, of t and of the student's new parameters.
         mask: VAR students, whether a token sees its scale mates (paper) or not (released).
-        precision: fp32, or bf16 autocast.
+        precision: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast.
+        compile: torch.compile the student's blocks. Changes float rounding only.
         workers: DDP workers; 0 trains in the driver's process.
         checkpoint_every: optimiser steps between checkpoints.
         keep: newest checkpoints kept.
@@ -157,7 +162,8 @@ class TrainSettings:
     ema: float = 0.9999
     seed: int = 3
     mask: Literal["released", "paper"] = "released"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    compile: bool = False
     workers: int = 0
     checkpoint_every: int = 500
     keep: int = 2
@@ -203,6 +209,9 @@ class EvaluateSettings:
         features: which network scores: digits, or inception (FID).
         inception: URI of the Inception weights (features: inception).
         reference: URI of the reference statistics (features: inception).
+        precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
+            draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
+        compile: torch.compile the student's blocks. Changes float rounding only.
         batch: samples that an actor draws at once.
         actors: sampling actors.
         grid: columns of the sample grid, one noise each.
@@ -218,6 +227,8 @@ class EvaluateSettings:
     features: Literal["digits", "inception"] = "digits"
     inception: str | None = None
     reference: str | None = None
+    precision: Precision = "fp32"
+    compile: bool = False
     batch: int = 250
     actors: int = 2
     grid: int = 12
@@ -285,6 +296,12 @@ class Recipe:
             f"pairs.seed and evaluate.seed are both {self.pairs.seed}; a student must not be scored on noise it was"
             " trained on, so change evaluate.seed.",
         )
+        for name in ("teacher", "train", "evaluate"):
+            _check(
+                self.cluster.gpus > 0 or getattr(self, name).precision != "tf32",
+                f"{name}.precision is tf32 and cluster.gpus is {self.cluster.gpus:g}, but only GPUs have TF32 products;"
+                f" set {name}.precision to fp32, or cluster.gpus above 0.",
+            )
 
     @property
     def pairs_uri(self) -> str:

@@ -21,6 +21,7 @@ from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.pairs import Rows
+from pipeline.precision import set_products
 from pipeline.recipe import Recipe
 
 
@@ -29,6 +30,7 @@ class Replica:
 
     def __init__(self, recipe: Recipe, known: Facts) -> None:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
+        set_products(recipe.teacher.precision)
         self.recipe, self.known, self.device = recipe, known, device(recipe)
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
 

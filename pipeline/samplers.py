@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import flow, noise
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
+from pipeline.precision import Precision, autocast, products
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
 
@@ -37,7 +38,7 @@ class Models:
 
     ``student`` and ``frequencies`` may be missing where no sampler needs them. ``frequencies`` holds how
     often the pair set has each code at each position, [classes, n, V], or [1, n, V] where no sampler is given
-    the class.
+    the class. Each network works in its own precision, the decoder in that of the network it draws for.
     """
 
     teacher: Teacher
@@ -46,10 +47,29 @@ class Models:
     seed: int
     frequencies: Tensor | None = None
     device: torch.device | str = "cpu"
+    teacher_precision: Precision = "fp32"
+    student_precision: Precision = "fp32"
 
     @property
     def layout(self) -> Layout:
         return self.teacher.layout
+
+    def generate(self, choose: Choose, inputs: Inputs, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
+        """``Teacher.generate`` in the teacher's precision, whose weights are bfloat16 already where that is it."""
+        with products(self.teacher_precision):
+            return self.teacher.generate(inputs.condition, choose, prefix, stop)
+
+    def jump(self, x: Tensor, inputs: Inputs, t: int, split: int) -> Tensor:
+        """``Student.jump`` in the student's precision: embeddings float32 [B, n, C]; ValueError without a student."""
+        if self.student is None:
+            raise ValueError("this sampler needs a student, and none was given.")
+        with products(self.student_precision), autocast(self.student_precision, self.device):
+            return self.student.jump(x, inputs.noise, t, inputs.condition, split)
+
+    def decode(self, embeddings: Tensor, student: bool) -> Tensor:
+        """Images float32 [B, 3, H, W] of embeddings [B, n, C] that the student, or the teacher alone, drew."""
+        with products(self.student_precision if student else self.teacher_precision):
+            return self.teacher.decode(embeddings)
 
     def inputs(self, ids: Sequence[int] | np.ndarray) -> Inputs:
         """Labels, noise and uniform draws of the samples ``ids``."""
@@ -121,7 +141,7 @@ class FewStep(Sampler):
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
         x = inputs.noise
         for t in self.steps:
-            x = _student(models).jump(x, inputs.noise, t, inputs.condition, self.split)
+            x = models.jump(x, inputs, t, self.split)
         return x
 
 
@@ -161,12 +181,12 @@ class WithTeacher(Sampler):
         teacher, layout = models.teacher, models.layout
         x, prefix = inputs.noise, None
         if self.start > 1:
-            x = _student(models).jump(x, inputs.noise, 1, inputs.condition, self.split)
+            x = models.jump(x, inputs, 1, self.split)
             prefix = nearest(x[:, : layout.before(self.start)], teacher.codebook)
-        codes = teacher.generate(inputs.condition, _ancestral(models, inputs), prefix, self.resume)
+        codes = models.generate(_ancestral(models, inputs), inputs, prefix, self.resume)
         x = torch.cat([teacher.codebook[codes], inputs.noise[:, codes.shape[1] :]], dim=1)
         if self.resume <= layout.steps:
-            x = _student(models).jump(x, inputs.noise, self.resume, inputs.condition, self.split)
+            x = models.jump(x, inputs, self.resume, self.split)
         return x
 
 
@@ -184,7 +204,7 @@ class Autoregressive(Sampler):
         return layout.steps
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
-        codes = models.teacher.generate(inputs.condition, _ancestral(models, inputs))
+        codes = models.generate(_ancestral(models, inputs), inputs)
         return models.teacher.codebook[codes]
 
 
@@ -208,7 +228,7 @@ class FlowMatched(Sampler):
         def choose(t: int, log_p: Tensor) -> Tensor:
             return flow.match(inputs.noise[:, layout.span(t)], log_p, codebook, models.solver)
 
-        return codebook[models.teacher.generate(inputs.condition, choose)]
+        return codebook[models.generate(choose, inputs)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +258,7 @@ class Skip(Sampler):
 
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
         stop = models.layout.steps + 1 - self.n
-        codes = models.teacher.generate(inputs.condition, _ancestral(models, inputs), stop=stop)
+        codes = models.generate(_ancestral(models, inputs), inputs, stop=stop)
         out = torch.zeros_like(inputs.noise)
         out[:, : codes.shape[1]] = models.teacher.codebook[codes]
         return out
@@ -305,12 +325,6 @@ def _check_split(sampler: Sampler, split: int, layout: Layout) -> None:
             f"sampler {type(sampler).__name__} has split {split}; it must be from 0 (embedding head only) to"
             f" {layout.steps} (logits head only) for this teacher."
         )
-
-
-def _student(models: Models) -> Student:
-    if models.student is None:
-        raise ValueError("this sampler needs a student, and none was given.")
-    return models.student
 
 
 def _ancestral(models: Models, inputs: Inputs) -> Choose:

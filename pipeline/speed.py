@@ -66,7 +66,7 @@ class _Stopwatch:
     def __init__(self, models: Models, sampler: Sampler, batch: int, share: float) -> None:
         self.device, self.batch, self.share = models.device, batch, share
         self.draw = partial(sampler.sample, models, models.inputs(range(batch)))
-        self.decode = models.teacher.decode
+        self.decode = partial(models.decode, student=sampler.student)
         self.draws: list[float] = []
         self.decodes: list[float] = []
         self.spent = sum(self._once())

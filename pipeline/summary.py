@@ -125,7 +125,8 @@ def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]
             "batch": settings.batch,
             "seconds of all actors": round(sum(found.seconds for found in statistics.values()), 1),
         },
-        "timing": {key: timing[key] for key in ("device", "threads")},
+        "timing": {key: timing[key] for key in ("device", "threads")}
+        | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "fingerprint": plan.fingerprint(),
     }
@@ -137,7 +138,8 @@ def _student(plan: Plan) -> dict[str, Any]:
     """
     own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
-    return {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask} | found
+    here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
+    return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
 def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from pipeline import losses, manifest, storage, tracking
+from pipeline import compilation, losses, manifest, storage, tracking
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, TrainSettings, fingerprint
 
-# Fields of TrainSettings that change where a run lies or how often it speaks, but not its student.
-NOT_FACTS = ("uri", "workers", "micro_batch", "checkpoint_every", "keep", "log_every", "snapshots", "export")
+# Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
+NOT_FACTS = ("uri", "workers", "micro_batch", "compile", "checkpoint_every", "keep", "log_every", "snapshots", "export")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def check(recipe: Recipe) -> Plan:
             f"cluster.gpus is {recipe.cluster.gpus:g} and train.workers 0, but this machine has no GPU; set"
             " cluster.gpus to 0, or train.workers to the number of GPUs of the cluster."
         )
+    if recipe.train.compile:
+        compilation.check("train.compile", recipe.cluster.gpus)
     claimed(plan)
     if not recipe.dry_run:
         there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]

@@ -97,11 +97,6 @@ def steps_done(folder: str) -> int:
     return int(names[-1].removeprefix("step-").removesuffix(SUFFIX)) if names else 0
 
 
-def autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast if ``train.precision`` asks for it; weights, gradients and optimiser stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-
-
 def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW that decays the matrices of linear layers and convolutions, not embeddings, positions and biases."""
     matrices = {id(m.weight) for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d)}

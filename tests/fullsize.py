@@ -47,6 +47,7 @@ def write(name: str, folder: Path) -> Path:
         "run": str(folder / name),
         "teacher": {key: str(file) for key, file in files.items()} | {"precision": "fp32"},
         "pairs": {"count": 4, "shard_rows": 16, "batch": 4, "actors": 1},
+        "evaluate": {"precision": "fp32"},
         "train": {"batch": 1, "micro_batch": 0, "epochs": 3, "workers": 0, "warmup": 0, "precision": "fp32"}
         | {"lpips": 0.0, "split": teacher.layout.steps, "log_every": 1, "snapshots": 1},
         "cluster": {"gpus": 0, "cpus": 2},

@@ -491,8 +491,12 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Pl
         return replace(plan, recipe=with_train(plan.recipe, **changes)).fingerprint
 
     assert with_(uri="elsewhere", workers=2, checkpoint_every=9, keep=9, log_every=9, snapshots=9) == plan.fingerprint
+    assert with_(compile=True) == plan.fingerprint
     assert with_(seed=4) != plan.fingerprint
     assert with_(precision="bf16") != plan.fingerprint
+    gpus = replace(plan.recipe, cluster=replace(plan.recipe.cluster, gpus=1))
+    tf32 = replace(gpus, train=replace(gpus.train, precision="tf32"))
+    assert replace(plan, recipe=tf32).fingerprint != replace(plan, recipe=gpus).fingerprint == plan.fingerprint
     assert replace(plan, pairs_fingerprint="other").fingerprint != plan.fingerprint
 
 

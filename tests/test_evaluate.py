@@ -298,6 +298,15 @@ def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
     assert base.key(base.second()) != base.key(by_name["teacher, AR"])
 
 
+def test_a_students_precision_is_in_its_draws_alone_and_compiling_in_none(recipe: Recipe) -> None:
+    base = plan.prepare(recipe)
+    low, fast = plan.prepare(changed(recipe, precision="bf16")), plan.prepare(changed(recipe, compile=True))
+    for draw in base.draws():
+        assert (low.key(draw) == base.key(draw)) is not bool(draw.student)
+        assert fast.key(draw) == base.key(draw)
+    assert len({made.fingerprint() for made in (base, low, fast)}) == 3, "what is compiled is timed anew"
+
+
 def plan_solver() -> Any:
     from pipeline.flow import Solver
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import flow, flow_oracle, flow_solvers, posterior
 from pipeline.flow import GRIDS, Solver
+from pipeline.precision import full_precision
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "flow.json").read_text())
 SOLVERS = [Solver(), Solver("fixed", 10), Solver("fixed", 14), Solver("paper", 10)]
@@ -397,7 +398,7 @@ def test_types_and_global_settings_do_not_matter() -> None:
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with posterior.full_precision(torch.device("cpu")):
+        with full_precision(torch.device("cpu")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"

@@ -17,7 +17,8 @@ HOMES = {  # package -> the modules that may import it
     "mlxtend": {"digits"},
 }
 FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
-LOWEST = FLOW | {"pipeline.noise", "pipeline.storage", "pipeline.progress", "pipeline.torchvision_ops"}
+LOWEST = FLOW | {f"pipeline.{name}" for name in ("compilation", "noise", "precision", "progress", "storage")}
+LOWEST |= {"pipeline.torchvision_ops"}
 
 
 def name_of(path: Path) -> str:

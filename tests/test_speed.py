@@ -34,6 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Sampling:
     """A sampler that takes ``seconds`` a call, whatever the batch."""
 
+    student = False
+
     def __init__(self, clock: Clock, seconds: float) -> None:
         self.clock, self.seconds = clock, seconds
         self.calls: list[int] = []
@@ -49,10 +51,10 @@ class Sampling:
 def models(clock: Clock, decode: float) -> Any:
     """A decoder that takes ``decode`` seconds, and inputs that are their number."""
 
-    def run(embeddings: int) -> None:
+    def run(embeddings: int, student: bool) -> None:
         clock.now += decode
 
-    return SimpleNamespace(inputs=len, teacher=SimpleNamespace(decode=run), device="cpu")
+    return SimpleNamespace(inputs=len, decode=run, device="cpu")
 
 
 def test_times_are_per_image_with_and_without_decoding(clock: Clock) -> None:

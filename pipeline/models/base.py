@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.precision import full_precision
 from pipeline.recipe import Filter
 
 Choose = Callable[[int, Tensor], Tensor]
@@ -119,7 +120,8 @@ class Tokenizer(nn.Module):
 class Teacher(nn.Module):
     """A pre-trained AR model with its tokenizer and its sampling filter.
 
-    ``network`` is the transformer, with the official state_dict names; ``tokenizer`` has its own file.
+    ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
+    ``tokenizer`` has its own file.
     """
 
     layout: Layout
@@ -173,8 +175,9 @@ class Prediction(NamedTuple):
 class Student(nn.Module):
     """A few-step generator: from X_t (true tokens before AR step t, noise from there on) to the whole sequence.
 
-    ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict. ``released`` are the places in a
-    file of the authors' at which their own scripts look for the weights; () where they released no student.
+    ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict; ``layers`` are the transformer's
+    repeated blocks. ``released`` are the places in a file of the authors' at which their own scripts look for the
+    weights; () where they released no student.
     """
 
     layout: Layout
@@ -216,6 +219,8 @@ class Student(nn.Module):
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of x [..., C] in codebook [V, C]; the first wins a tie.
 
-    |x|^2 is left out: it does not change the order. No [.., V, C] tensor is built.
+    |x|^2 is left out: it does not change the order. No [.., V, C] tensor is built. In full precision: another code is
+    not a rounding error.
     """
-    return (x @ codebook.T - 0.5 * codebook.square().sum(-1)).argmax(-1)
+    with full_precision(x.device):
+        return (x.to(codebook.dtype) @ codebook.T - 0.5 * codebook.square().sum(-1)).argmax(-1)

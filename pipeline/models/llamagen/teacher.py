@@ -21,7 +21,7 @@ INIT_STD = 0.02  # of every matrix and table of the official initialisation
 
 
 def rotary(config: Config, device: torch.device) -> Tensor:
-    """Rotations [1 + n, D / 2] complex64 of the class position and every token, D channels per head.
+    """Rotations [1 + n, D / 2, 2] of the class position and every token, D channels per head: cosine and sine.
 
     Half of the angles turn with the token's row, half with its column. The class position is **zero**, not an
     identity rotation: its query and key vanish, so every token gives the class the attention logit 0. The
@@ -33,7 +33,16 @@ def rotary(config: Config, device: torch.device) -> Tensor:
     angle = torch.arange(config.side, device=device).float()[:, None] * frequency
     rows, columns = angle.repeat_interleave(config.side, dim=0), angle.repeat(config.side, 1)
     angles = torch.cat([rows, columns], dim=1)
-    return F.pad(torch.polar(torch.ones_like(angles), angles), (0, 0, 1, 0))
+    return F.pad(torch.view_as_real(torch.polar(torch.ones_like(angles), angles)), (0, 0, 0, 0, 1, 0))
+
+
+def turn(x: Tensor, rotations: Tensor) -> Tensor:
+    """Neighbouring channels of x [..., D] float32, as complex numbers, times rotations [..., D / 2, 2] -> [..., D]."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which makes no kernels for complex numbers; without it, one does it all
+        (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
 
 
 class RMSNorm(nn.Module):
@@ -56,16 +65,15 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x [B, g, dim] -> [B, g, dim]; ``rotations`` [g, D / 2] are those of x's positions.
+    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, causal: bool = True) -> Tensor:
+        """x [B, g, dim] -> [B, g, dim]; ``rotations`` [g, D / 2, 2] are those of x's positions.
 
-        With a cache [2, B, heads, length, D], x holds the positions from ``start`` on: either all from 0, or
-        a single one that sees all earlier ones. Neither needs a mask.
+        A cache [2, B, heads, m, D] holds the keys and values up to x's, which are written here: x is either all
+        of its positions (g = m), or the last one, which sees them all and is not ``causal``.
         """
         batch, new, dim = x.shape
         qkv = self.wqkv(x).view(batch, new, 3, self.heads, dim // self.heads)
-        pairs = torch.view_as_complex(qkv[:, :, :2].float().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * rotations[:, None, None]).flatten(-2).to(qkv.dtype)
+        turned = turn(qkv[:, :, :2].float(), rotations[:, None, None]).to(qkv.dtype)
         q, k, v = (
             turned[:, :, 0].transpose(1, 2),
             turned[:, :, 1].transpose(1, 2),
@@ -73,10 +81,9 @@ class Attention(nn.Module):
         )
         if cache is not None:
             keys, values = cache
-            keys[:, :, start : start + new] = k
-            values[:, :, start : start + new] = v
-            k, v = keys[:, :, : start + new], values[:, :, : start + new]
-        out = attend(q, k, v, causal=new > 1)
+            keys[:, :, -new:], values[:, :, -new:] = k, v
+            k, v = keys, values
+        out = attend(q, k, v, causal=causal)
         return self.wo(out.transpose(1, 2).reshape(batch, new, dim))
 
 
@@ -103,8 +110,8 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotations, cache, start)
+    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, causal: bool = True) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, cache, causal)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -150,13 +157,15 @@ class Network(nn.Module):
     def cache(self, batch: int, length: int) -> Tensor:
         """Room for the keys and values of ``length`` positions: [layers, 2, B, heads, length, D]."""
         config = self.config
-        shape = (config.layers, 2, batch, config.heads, length, config.dim // config.heads)
+        shape = (config.layers, 2, batch, config.heads, length + 1, config.dim // config.heads)
         return torch.empty(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
 
     def extend(self, h: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
         """Inputs [B, g, dim] of the positions from ``start`` on -> logits [B, 1, V] float32 of the last."""
-        for layer, keys_values in zip(self.layers, cache, strict=True):
-            h = layer(h, rotations, keys_values, start)
+        # The layers are told where they are by the length of what they see, not by a number that
+        # torch.compile would take for a constant.
+        for layer, keys_values in zip(self.layers, cache[..., : start + h.shape[1], :], strict=True):
+            h = layer(h, rotations, keys_values, causal=h.shape[1] > 1)
         return self.output(self.norm(h[:, -1:])).float()
 
 

@@ -9,7 +9,7 @@ from pipeline.models import base
 from pipeline.models.base import Choose, Condition
 from pipeline.models.var.config import Config
 from pipeline.models.var.tokenizer import Tokenizer
-from pipeline.models.var.transformer import Cache, Transformer, initialise, modulated
+from pipeline.models.var.transformer import Transformer, initialise, modulated
 from pipeline.recipe import Filter
 
 
@@ -23,6 +23,11 @@ class Network(Transformer):
     def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Labels [B] and inputs [B, L - 1, C] of scales 1, 2, ... -> logits [B, L, V]."""
         return Pass(self, labels)(inputs)
+
+    def cache(self, batch: int, length: int) -> Tensor:
+        """Room for the keys and values of ``length`` positions: [depth, 2, B, H, length, D / H]."""
+        weight, heads = self.head.weight, self.layers[0].attn.heads
+        return weight.new_empty(len(self.blocks), 2, batch, heads, length + 1, weight.shape[1] // heads)
 
 
 class Pass:
@@ -38,7 +43,7 @@ class Pass:
         self.positions = network.positions()
         self.modulations = network.modulations(condition)
         self.head = network.head_nm.modulation(condition)
-        self.caches = [Cache(length) if length else None for _ in network.blocks]
+        self.cache = network.cache(len(labels), length) if length else None
 
     def __call__(self, inputs: Tensor, masked: bool = True, last: int = 0) -> Tensor:
         """The next m positions -> their logits [B, m, V], or those of the ``last`` ones only.
@@ -55,7 +60,8 @@ class Pass:
         begin, self.end = self.end, self.end + x.shape[1]
         x = x + self.positions[:, begin : self.end]
         mask = net.attn_bias_for_masking[..., : self.end, : self.end] if masked and begin == 0 else None
-        for block, by, cache in zip(net.layers, self.modulations, self.caches, strict=True):
+        seen = [None] * len(net.blocks) if self.cache is None else self.cache[..., : self.end, :]
+        for block, by, cache in zip(net.layers, self.modulations, seen, strict=True):
             x = block(x, by, mask, cache)
         return net.head(modulated(x[:, -last:], *self.head))
 

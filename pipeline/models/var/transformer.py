@@ -29,23 +29,6 @@ class Modulation(NamedTuple):
     shift2: Tensor
 
 
-class Cache:
-    """Keys and values of one block, [B, H, length, D / H] each, filled scale by scale."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.end = length, 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, H, m, D / H] of the next m positions; returns all so far, as views."""
-        if not self.end:
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        start, self.end = self.end, self.end + k.shape[2]
-        self.keys[:, :, start : self.end] = k
-        self.values[:, :, start : self.end] = v
-        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
-
-
 class Attention(nn.Module):
     """Cosine attention: q and k of unit length, q times a learned factor per head, no 1 / sqrt(D / H)."""
 
@@ -61,8 +44,11 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """x [B, m, D]; mask [1, 1, m, m] is added to the logits; with a cache, x sees all that it holds."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Tensor | None = None) -> Tensor:
+        """x [B, m, D]; mask [1, 1, m, m] is added to the logits.
+
+        A cache [2, B, H, l, D / H] holds the keys and values up to x's, which are written here; x sees them all.
+        """
         batch, m, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(batch, m, 3, self.heads, width // self.heads)
@@ -71,7 +57,9 @@ class Attention(nn.Module):
         q = q * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
         v = qkv[2]
         if cache is not None:
-            k, v = cache.append(k, v)
+            keys, values = cache
+            keys[:, :, -m:], values[:, :, -m:] = k, v
+            k, v = keys, values
         out = attend(q, k, v, mask, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(batch, m, width))
 
@@ -114,7 +102,7 @@ class Block(nn.Module):
         x: Tensor,
         by: Modulation,
         mask: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Tensor | None = None,
         between: Tensor | None = None,
     ) -> Tensor:
         """x [B, m, D] -> [B, m, D]; the student adds ``between`` [B, m, D] between the two branches."""
