@@ -179,9 +179,9 @@ def local(uri: str) -> Path:
 
 
 def sha256(uri: str) -> str:
-    """SHA-256 of a file's bytes, read in blocks."""
+    """SHA-256 of a file's bytes. Who asks will read it too, so a remote one is fetched as ``local`` does, once."""
     digest = hashlib.sha256()
-    with reading(uri) as file:
+    with local(uri).open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -49,7 +49,7 @@ def test_official_layouts_load_and_the_average_is_preferred(tmp_path: Path, layo
     path = str(tmp_path / "net.pt")
     torch.save(LAYOUTS[layout](weights()), path)
     net = Net()
-    assert len(checkpoints.load(net, path)) == 64
+    checkpoints.load(net, path)
     assert torch.equal(net.inner.weight, weights()["inner.weight"])
     assert torch.equal(net.steps, torch.arange(4)), "a missing constant buffer stays as it was built"
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import subprocess
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -165,3 +171,52 @@ def test_a_missing_extra_and_an_unknown_scheme_are_one_sentence(monkeypatch: pyt
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(ValueError, match=r"gs://b/x needs a package .* pip install 'distilled-decoding\[gcs\]'"):
         storage.exists("gs://b/x")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub's HTTP interface as reading a file of a model takes."""
+
+    content = b"weights" * 1000
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        file = {"type": "file", "oid": "b" * 40, "size": len(self.content), "path": "folder/file.pth"}
+        if "/resolve/" in self.path:
+            self.reply(self.content)
+        elif "/tree/" in self.path:
+            self.reply(json.dumps([file]).encode())
+        elif self.path.startswith("/api/models/owner/repo"):
+            self.reply(json.dumps({"id": "owner/repo", "sha": "a" * 40, "siblings": []}).encode())
+        else:
+            self.send_error(404)
+
+    def reply(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_file_of_the_hub_is_fetched_once(tmp_path: Path) -> None:
+    """hf:// through huggingface_hub, in a process of its own: the address of the Hub is read on import."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from pipeline import storage; uri = 'hf://owner/repo/folder/file.pth';"
+        "print(storage.sha256(uri), storage.local(uri), storage.exists(uri))"
+    )
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "XDG_CACHE_HOME": str(tmp_path)}
+    env |= {"PYTHONPATH": str(Path(storage.__file__).parents[1]), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for _ in range(2):
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert out.returncode == 0, out.stderr
+        digest, place, found = out.stdout.split()
+        assert (digest, found) == (hashlib.sha256(Hub.content).hexdigest(), "True")
+        assert Path(place).read_bytes() == Hub.content
+        assert tmp_path in Path(place).parents
+    server.shutdown()
+    assert sum("/resolve/" in path for path in Hub.asked) == 1

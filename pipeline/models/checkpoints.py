@@ -44,8 +44,8 @@ class CheckpointError(ValueError):
     """A weight file that cannot be read, or that does not fit the model of the recipe; one sentence."""
 
 
-def load(module: nn.Module, uri: str, unpickle: bool = False) -> str:
-    """Give ``module`` the weights at ``uri``, cast to its own dtypes, and return the file's SHA-256.
+def load(module: nn.Module, uri: str, unpickle: bool = False) -> None:
+    """Give ``module`` the weights at ``uri``, cast to its own dtypes.
 
     A module that was built on the meta device becomes real: so a large one is never drawn at random first. Raises as
     ``weights`` does, before anything is changed.
@@ -54,7 +54,6 @@ def load(module: nn.Module, uri: str, unpickle: bool = False) -> str:
     # What a file lacks or holds in another shape are constants that the constructor made.
     state = {key: found[key].to(value.dtype, copy=True) if key in found else value for key, value in own.items()}
     module.load_state_dict(state, assign=True)
-    return storage.sha256(uri)
 
 
 def weights(module: nn.Module, uri: str, unpickle: bool = False) -> dict[str, Tensor]:
