@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from torch import nn
 
-# Kinds of input that blocks of one class may meet in a process. A teacher makes 8 at most, a student 4; torch's own
-# limit is 8. Beyond it torch raises: nothing is slow without a word.
+# Kinds of input that blocks of one class may meet in a process. A teacher makes 8 at most, a student 3, and LlamaGen's
+# two share a class; torch's own limit is 8. Beyond it torch raises: nothing becomes slow without a word.
 FORMS = 32
 
 
