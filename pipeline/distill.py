@@ -254,6 +254,7 @@ def describe(plan: Plan) -> str:
     lines = [
         json.dumps(recipe.resolved(), indent=2),
         f"student      {plan.at()}, fingerprint {plan.fingerprint}",
+        f"parameters   {parameters(recipe):,} of the student; each takes 20 bytes: weight, gradient, two moments, average",
         f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
         f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
     ]
@@ -271,6 +272,15 @@ def describe(plan: Plan) -> str:
             price = cluster_settings.usd_per_gpu_hour
             lines.append(f"GPU-hours    {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
     return "\n".join(lines)
+
+
+def parameters(recipe: Recipe) -> int:
+    """How many the recipe's student has."""
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        codebook = torch.empty(config.layout.vocabulary, config.layout.code_dim)
+        student = family.Student(config, codebook, recipe.train.mask)
+    return sum(parameter.numel() for parameter in student.parameters())
 
 
 def footprint_of(recipe: Recipe) -> footprint.Footprint:

@@ -300,6 +300,8 @@ def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal) ->
     assert "32 to train on, 8 held out" in plan
     assert "GPU-hours" not in plan
     assert "MB a sample" in plan
+    student, _ = job.build(recipe, torch.device("cpu"))
+    assert f"{sum(p.numel() for p in student.parameters()):,} of the student" in plan
     assert not Path(recipe.student_uri).exists()
     later = replace(recipe, dry_run=True, pairs=replace(recipe.pairs, uri=f"{recipe.run}/not-yet", count=1000))
     assert "8 pairs; 244 are left" in distill(later).replace("244 of ", "")
