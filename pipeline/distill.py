@@ -254,7 +254,7 @@ def describe(plan: Plan) -> str:
     lines = [
         json.dumps(recipe.resolved(), indent=2),
         f"student      {plan.at()}, fingerprint {plan.fingerprint}",
-        f"parameters   {parameters(recipe):,} of the student; each takes 20 bytes: weight, gradient, two moments, average",
+        f"parameters   {parameters(recipe):,} of the student; weight, gradient, two moments, average: 20 bytes each",
         f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
         f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
     ]
