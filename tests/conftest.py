@@ -21,7 +21,8 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of four logical CPUs; ``pipeline.cluster.connect`` finds it and starts no other."""
     import ray
 
-    os.environ["PYTHONPATH"] = os.path.dirname(__file__)  # so that workers can import ``faulty``
+    tests = os.path.dirname(__file__)  # so that workers can import ``faulty``, and this checkout's package
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.path.dirname(tests)])
     folder = tempfile.mkdtemp(prefix="dd-", dir="/tmp")  # short: a unix socket's path has at most 107 bytes
     ray.init(
         address="local",
