@@ -56,6 +56,10 @@ def facts(recipe: Recipe, layout: Layout, checksums: dict[str, str]) -> Facts:
     """
     if layout.vocabulary > 2**16:
         raise ValueError(f"the teacher has {layout.vocabulary} codes; a pair set stores tokens as uint16, up to 65536.")
+    if not layout.classes:
+        raise ValueError(
+            "the teacher takes captions, and there is no reader of captions here yet; give a class-conditional one."
+        )
     teacher, pairs = asdict(recipe.teacher), asdict(recipe.pairs)
     named = {name: teacher[name] for name in ("family", "filter", "precision")}
     found = {

@@ -47,6 +47,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "VQ-16": lambda: llamagen.Tokenizer(llamagen.Config()),
     "VQ-8": lambda: llamagen.Tokenizer(llamagen.Config(multipliers=(1, 2, 2, 4))),
     **{f"llamagen_c2i_{size}": lambda s=size: llamagen.Teacher(gpt(s), GUIDED).network for size in SIZES},
+    "llamagen_t2i_XL": lambda: llamagen.Teacher(replace(gpt("XL"), caption_dim=2048), GUIDED).network,
     **{f"dd_llamagen_{size}": lambda s=size: llamagen.Student(gpt(s), torch.zeros(16384, 8)) for size in ("B", "L")},
 }
 

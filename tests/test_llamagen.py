@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import fill
 import golden
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny
 from torch import Tensor
 
+from pipeline import manifest
+from pipeline.models import checkpoints
 from pipeline.models.base import Choose, Condition, nearest
-from pipeline.models.llamagen import Config, Student, Teacher, Tokenizer
+from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import Network, log_probabilities, rotary
 from pipeline.recipe import Filter
@@ -242,6 +246,103 @@ def test_filtered_probabilities_golden():
 
 def test_greedy_golden():
     golden.check(GPT["outputs"]["ar_greedy_tokens"], make_teacher(GUIDED).generate(LABELS, greedy))
+
+
+# --- text to image ------------------------------------------------------------------------------------------
+
+T2I = golden.load("llamagen_gpt_t2i")
+CAPTIONED = replace(SMALL, layers=2, caption_dim=24)
+
+
+def captioned(filter: Filter, config: Config = CAPTIONED) -> Teacher:
+    net = Teacher(config, filter).eval().requires_grad_(False)
+    fill.fill_module(net.network, T2I["config"]["salt_gpt"])
+    return net
+
+
+def captions() -> Captions:
+    features = torch.from_numpy(fill.noise("gpt/caption", (2, 120, 24)))
+    return Captions.from_encoder(features, torch.tensor(T2I["config"]["caption_len"]))
+
+
+def test_captions_state_dict_golden():
+    net = captioned(PLAIN).network
+    assert golden.rows(net) == [row[:3] for row in T2I["state_dict"]]
+    assert sum(p.numel() for p in net.parameters()) == T2I["n_parameters"]
+
+
+def test_captions_are_padded_on_the_left():
+    golden.check(T2I["outputs"]["cond_left_padded"], captions().features, T2I["atol"]["cond_left_padded"])
+    assert captions().valid.sum(1).tolist() == [7, 31]
+    assert captions().valid[:, -7:].all()
+
+
+def test_captions_rotary_golden():
+    golden.check(T2I["outputs"]["freqs_cis"], rotary(CAPTIONED, torch.device("cpu")), T2I["atol"]["freqs_cis"])
+
+
+def test_captions_teacher_forced_golden():
+    tokens = golden.tensor(T2I["inputs"]["tokens"])
+    logits = captioned(PLAIN)(captions(), tokens)
+    golden.check(T2I["outputs"]["teacher_forcing_logits"], logits, T2I["atol"]["teacher_forcing_logits"])
+
+
+@pytest.mark.parametrize("name", ["ar_cfg_logits", "ar_no_cfg_logits", "ar_cfg_interval"])
+def test_captions_cached_generation_golden(name: str):
+    tokens, record = golden.tensor(T2I["inputs"]["tokens"]), T2I["outputs"][name]
+    config = replace(CAPTIONED, guidance_interval=T2I["config"]["cfg_interval"]) if name == "ar_cfg_interval" else None
+    guidance = 1.0 if name == "ar_no_cfg_logits" else T2I["config"]["cfg_scale"]
+    forced = Forced(tokens)
+    captioned(Filter(guidance=guidance), config or CAPTIONED).generate(captions(), forced)
+    atol = T2I["atol"]["ar_cfg_interval.logits" if config else name]
+    assert_log_p(record["logits"] if config else record, forced.all, atol)
+
+
+def test_captions_filtered_and_greedy_golden():
+    top_k, top_p = T2I["config"]["filter"]
+    forced = Forced(golden.tensor(T2I["inputs"]["tokens"]))
+    filter = Filter(T2I["config"]["cfg_scale"], T2I["config"]["temperature"], top_k, top_p)
+    captioned(filter).generate(captions(), forced)
+    golden.check(T2I["outputs"]["ar_filtered_probs"], forced.all.exp(), T2I["atol"]["ar_filtered_probs"])
+    golden.check(T2I["outputs"]["ar_filtered_kept_count"], forced.all.isfinite().sum(-1))
+    guided = captioned(Filter(guidance=T2I["config"]["cfg_scale"]))
+    golden.check(T2I["outputs"]["ar_greedy_tokens"], guided.generate(captions(), greedy))
+
+
+def test_a_prefix_after_captions_changes_nothing():
+    net = captioned(Filter(guidance=3.0))
+    whole = net.generate(captions(), greedy)
+    assert torch.equal(net.generate(captions(), greedy, prefix=whole[:, :5]), whole)
+    assert torch.equal(net.generate(captions(), greedy, stop=4), whole[:, :3])
+    first, second = captions().split(1)
+    assert torch.equal(torch.cat([net.generate(first, greedy), net.generate(second, greedy)]), whole)
+
+
+def test_the_null_caption_must_be_in_the_file(tmp_path: Path):
+    """It is a buffer, and not one that a constructor could make."""
+    state = dict(captioned(PLAIN).network.state_dict())
+    with torch.device("meta"):
+        net = Network(CAPTIONED)
+    torch.save({"model": state}, tmp_path / "t2i.pt")
+    checkpoints.load(net, str(tmp_path / "t2i.pt"))
+    assert torch.equal(net.cls_embedding.uncond_embedding, state.pop("cls_embedding.uncond_embedding"))
+    torch.save({"model": state}, tmp_path / "t2i.pt")
+    with torch.device("meta"):
+        net = Network(CAPTIONED)
+    with pytest.raises(checkpoints.CheckpointError, match=r"lacks cls_embedding\.uncond_embedding \(1 in all\)"):
+        checkpoints.load(net, str(tmp_path / "t2i.pt"))
+
+
+def test_pairs_of_captions_are_refused(tmp_path: Path):
+    recipe = tiny(tmp_path, "llamagen")
+    teacher = replace(recipe.teacher, config=recipe.teacher.config | {"caption_dim": 8})
+    with pytest.raises(ValueError, match="takes captions, and there is no reader of captions here yet"):
+        manifest.facts_of(replace(recipe, teacher=teacher))
+
+
+def test_captions_have_no_student_yet():
+    with pytest.raises(ValueError, match="caption_dim is 24; students of captions do not exist yet"):
+        Student(CAPTIONED, torch.zeros(64, 8))
 
 
 @pytest.mark.parametrize("case", range(len(SAMPLING["outputs"]["llamagen"])))

@@ -66,6 +66,8 @@ def weights(module: nn.Module, uri: str, unpickle: bool = False) -> dict[str, Te
     found = {key: value for key, value in _clean(_read(path, uri, unpickle)).items() if not key.endswith(DERIVED)}
     own = module.state_dict()
     parameters = {name for name, _ in module.named_parameters()}
+    # A buffer that has no value yet is no constant of the constructor's: its value is in the file, as a weight's.
+    parameters |= {name for name, value in module.named_buffers() if name in own and value.is_meta}
     missing = [key for key in own if key in parameters and key not in found]
     unexpected = [key for key in found if key not in own]
     misshaped = [

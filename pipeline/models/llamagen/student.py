@@ -41,6 +41,11 @@ class Student(base.Student):
             raise ValueError(
                 f"train.mask is {mask}; LlamaGen students are causal and have no such choice, use released."
             )
+        if config.caption_dim:
+            raise ValueError(
+                f"teacher.config.caption_dim is {config.caption_dim}; students of captions do not exist yet, so give a"
+                " class-conditional teacher (caption_dim 0)."
+            )
         super().__init__()
         self.config = config
         self.layout = config.layout

@@ -1,6 +1,7 @@
-"""The LlamaGen transformer (arXiv 2406.06525), class-conditional: a Llama over tokens in raster order.
+"""The LlamaGen transformer (arXiv 2406.06525): a Llama over tokens in raster order, given a class or a caption.
 
-The sequence is [class, token 0 .. token n - 2]; position i predicts token i. Attribute names and their order
+The sequence is T condition positions (1 for a class, 120 for a caption), then token 0 .. token n - 2; position
+T - 1 + i predicts token i. Attribute names and their order
 are those of the official files (``c2i_B_256.pt``), whose rotary table is not stored. The official training
 dropout (0.1) is left out: a teacher is used in eval mode, and the small one of the embedded default is
 trained without.
@@ -8,12 +9,17 @@ trained without.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models import base
 from pipeline.models.attention import attend
+from pipeline.models.base import Condition as Labels
+from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
 from pipeline.models.llamagen.tokenizer import Config, Tokenizer
 from pipeline.recipe import Filter
 
@@ -21,10 +27,10 @@ INIT_STD = 0.02  # of every matrix and table of the official initialisation
 
 
 def rotary(config: Config, device: torch.device) -> Tensor:
-    """Rotations [1 + n, D / 2, 2] of the class position and every token, D channels per head: cosine and sine.
+    """Rotations [T + n, D / 2, 2] of the T condition positions and every token, D channels per head: cosine and sine.
 
-    Half of the angles turn with the token's row, half with its column. The class position is **zero**, not an
-    identity rotation: its query and key vanish, so every token gives the class the attention logit 0. The
+    Half of the angles turn with the token's row, half with its column. Condition positions are **zero**, not an
+    identity rotation: their query and key vanish, so every token gives them the attention logit 0. The
     released weights were trained so. Recomputed in every pass: a few tiny operations, which no cast of the
     network to bfloat16 can blur.
     """
@@ -33,7 +39,8 @@ def rotary(config: Config, device: torch.device) -> Tensor:
     angle = torch.arange(config.side, device=device).float()[:, None] * frequency
     rows, columns = angle.repeat_interleave(config.side, dim=0), angle.repeat(config.side, 1)
     angles = torch.cat([rows, columns], dim=1)
-    return F.pad(torch.view_as_real(torch.polar(torch.ones_like(angles), angles)), (0, 0, 0, 0, 1, 0))
+    rotations = torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
+    return F.pad(rotations, (0, 0, 0, 0, config.conditions, 0))
 
 
 def turn(x: Tensor, rotations: Tensor) -> Tensor:
@@ -65,11 +72,19 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, causal: bool = True) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        cache: Tensor | None = None,
+        causal: bool = True,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """x [B, g, dim] -> [B, g, dim]; ``rotations`` [g, D / 2, 2] are those of x's positions.
 
         A cache [2, B, heads, m, D] holds the keys and values up to x's, which are written here: x is either all
-        of its positions (g = m), or the last one, which sees them all and is not ``causal``.
+        of its positions (g = m), or the last one, which sees them all and is not ``causal``. A mask [B, 1, g, m] is
+        added to the logits instead.
         """
         batch, new, dim = x.shape
         qkv = self.wqkv(x).view(batch, new, 3, self.heads, dim // self.heads)
@@ -83,7 +98,7 @@ class Attention(nn.Module):
             keys, values = cache
             keys[:, :, -new:], values[:, :, -new:] = k, v
             k, v = keys, values
-        out = attend(q, k, v, causal=causal)
+        out = attend(q, k, v, mask, causal=causal and mask is None)
         return self.wo(out.transpose(1, 2).reshape(batch, new, dim))
 
 
@@ -110,8 +125,15 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, rotations: Tensor, cache: Tensor | None = None, causal: bool = True) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotations, cache, causal)
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        cache: Tensor | None = None,
+        causal: bool = True,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, cache, causal, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -132,7 +154,8 @@ class Network(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        captions = (config.caption_length, config.caption_dim, config.dim)
+        self.cls_embedding = CaptionEmbedding(*captions) if config.caption_dim else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
@@ -142,30 +165,45 @@ class Network(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
         nn.init.zeros_(self.output.weight)
 
-    def embed(self, labels: Tensor, codes: Tensor) -> Tensor:
-        """Labels [B] and the first m codes [B, m] -> inputs [B, 1 + m, dim]."""
-        return torch.cat([self.cls_embedding(labels), self.tok_embeddings(codes)], dim=1)
+    def null(self, condition: Labels | Captions) -> Labels | Captions:
+        """What the unconditional half of guidance is given instead."""
+        if isinstance(condition, Captions):
+            return cast("CaptionEmbedding", self.cls_embedding).null(condition)
+        return Labels(torch.full_like(condition.labels, self.config.classes))
 
-    def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
-        """Labels [B], codes [B, n] -> logits [B, n, V]; the last code is not looked at."""
-        h = self.embed(labels, codes[:, :-1])
+    def embed(self, conditions: Sequence[Labels | Captions], codes: Tensor) -> Tensor:
+        """Conditions of B samples each and their first m codes [B, m] -> inputs [copies * B, T + m, dim]."""
+        given = [self.cls_embedding(c if isinstance(c, Captions) else c.labels) for c in conditions]
+        tokens = self.tok_embeddings(codes).repeat(len(given), 1, 1)
+        return torch.cat([torch.cat(given), tokens], dim=1)
+
+    def forward(self, condition: Labels | Captions, codes: Tensor) -> Tensor:
+        """Condition of B samples, codes [B, n] -> logits [B, n, V]; the last code is not looked at."""
+        h = self.embed([condition], codes[:, :-1])
         rotations = rotary(self.config, h.device)[: h.shape[1]]
+        mask = condition.mask(codes.shape[1] - 1) if isinstance(condition, Captions) else None
         for layer in self.layers:
-            h = layer(h, rotations)
-        return self.output(self.norm(h))
+            h = layer(h, rotations, mask=mask)
+        return self.output(self.norm(h[:, self.config.conditions - 1 :]))
 
     def cache(self, batch: int, length: int) -> Tensor:
-        """Room for the keys and values of ``length`` positions: [layers, 2, B, heads, length, D]."""
+        """Room for keys and values of ``length`` tokens and the condition: [layers, 2, B, heads, T + length, D]."""
         config = self.config
-        shape = (config.layers, 2, batch, config.heads, length + 1, config.dim // config.heads)
+        shape = (config.layers, 2, batch, config.heads, config.conditions + length, config.dim // config.heads)
         return torch.empty(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
 
-    def extend(self, h: Tensor, rotations: Tensor, cache: Tensor, start: int) -> Tensor:
-        """Inputs [B, g, dim] of the positions from ``start`` on -> logits [B, 1, V] float32 of the last."""
+    def extend(self, h: Tensor, rotations: Tensor, cache: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
+        """Inputs [B, g, dim] of the positions from ``start`` on -> logits [B, 1, V] float32 of the last.
+
+        ``mask`` [B, 1, L, L] is that of the whole sequence.
+        """
+        end = start + h.shape[1]
+        if mask is not None:
+            mask = mask[:, :, start:end, :end]
         # The layers are told where they are by the length of what they see, not by a number that
         # torch.compile would take for a constant.
-        for layer, keys_values in zip(self.layers, cache[..., : start + h.shape[1], :], strict=True):
-            h = layer(h, rotations, keys_values, causal=h.shape[1] > 1)
+        for layer, keys_values in zip(self.layers, cache[..., :end, :], strict=True):
+            h = layer(h, rotations, keys_values, causal=h.shape[1] > 1, mask=mask)
         return self.output(self.norm(h[:, -1:])).float()
 
 
@@ -208,37 +246,39 @@ class Teacher(base.Teacher):
         self.network = Network(config)
         self.tokenizer = Tokenizer(config)
 
-    def forward(self, condition: base.Condition, codes: Tensor) -> Tensor:
+    def forward(self, condition: Labels | Captions, codes: Tensor) -> Tensor:
         """Teacher-forced logits [B, n, V] in the network's dtype, without guidance or filter; codes [B, n].
 
         The label ``layout.classes`` is the null class: training drops a label by replacing it with that.
         """
-        return self.network(condition.labels, codes)
+        return self.network(condition, codes)
 
     @torch.no_grad()
     def generate(
         self,
-        condition: base.Condition,
+        condition: Labels | Captions,
         choose: base.Choose,
         prefix: Tensor | None = None,
         stop: int | None = None,
     ) -> Tensor:
         """See ``base.Teacher.generate``; a prefix goes through the network in one causal pass."""
         first, end = self.span(prefix, stop)
-        batch, labels, network = len(condition), condition.labels, self.network
-        codes = labels.new_empty(batch, end - 1, dtype=torch.long)
+        batch, network, device = len(condition), self.network, self.codebook.device
+        codes = torch.empty(batch, end - 1, dtype=torch.long, device=device)
         if prefix is not None:
             codes[:, : first - 1] = prefix
         copies = 2 if self._guided(first) else 1
-        if copies == 2:
-            labels = torch.cat([labels, torch.full_like(labels, self.layout.classes)])
-        rotations, cache = rotary(self.config, labels.device), network.cache(copies * batch, end - 1)
-        h = network.embed(labels, codes[:, : first - 1].repeat(copies, 1))
+        halves = [condition, network.null(condition)][:copies]
+        rotations, cache = rotary(self.config, device), network.cache(copies * batch, end - 1)
+        mask = condition.mask(end - 2).repeat(copies, 1, 1, 1) if isinstance(condition, Captions) else None
+        h = network.embed(halves, codes[:, : first - 1])
         for t in range(first, end):
             if copies == 2 and not self._guided(t):  # from here on only the conditional half counts
                 copies, h, cache = 1, h[:batch], cache[:, :, :batch]
-            start = t - h.shape[1]
-            logits = network.extend(h, rotations[start:t], cache, start)
+                mask = mask[:batch] if mask is not None else None
+            here = self.config.conditions - 1 + t
+            start = here - h.shape[1]
+            logits = network.extend(h, rotations[start:here], cache, start, mask)
             if copies == 2:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + self.filter.guidance * (cond - uncond)

@@ -29,6 +29,8 @@ class Config:
         layers, heads, dim: of the transformer.
         ffn_multiple: the SwiGLU hidden size is 8/3 dim, rounded up to a multiple of this.
         classes: of the condition; one more row of the table is the null class.
+        caption_dim: of the text encoder's features in text-to-image models, 2048 for FLAN-T5-XL; 0 has classes instead.
+        caption_length: positions of a caption.
         guidance_interval: the official ``cfg_interval``; -1 guides every token, K >= 0 only the first K + 2.
         side: tokens per row and per column.
         vocabulary, code_dim: rows and columns of the codebook.
@@ -46,6 +48,8 @@ class Config:
     dim: int = 768
     ffn_multiple: int = 256
     classes: int = 1000
+    caption_dim: int = 0
+    caption_length: int = 120
     guidance_interval: int = -1
     side: int = 16
     vocabulary: int = 16_384
@@ -60,7 +64,7 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))  # a list when it comes from YAML
         for name, value in vars(self).items():
-            smallest = -1 if name == "guidance_interval" else 0 if name == "attention" else 1
+            smallest = {"guidance_interval": -1, "attention": 0, "caption_dim": 0}.get(name, 1)
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or min(numbers) < smallest:
                 raise ValueError(f"LlamaGen config {name} is {value}; it must be {smallest} or more.")
@@ -71,6 +75,11 @@ class Config:
             )
         if self.channels % 32:
             raise ValueError(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
+
+    @property
+    def conditions(self) -> int:
+        """Positions before the first token: the class, or the caption."""
+        return self.caption_length if self.caption_dim else 1
 
     @property
     def hidden(self) -> int:
@@ -84,7 +93,7 @@ class Config:
             groups=(1,) * self.side**2,
             vocabulary=self.vocabulary,
             code_dim=self.code_dim,
-            classes=self.classes,
+            classes=0 if self.caption_dim else self.classes,
             image_size=self.side * 2 ** (len(self.multipliers) - 1),
         )
 
