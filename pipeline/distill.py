@@ -88,7 +88,7 @@ def _release(plan: Plan) -> str:
 def fit(plan: Plan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
-    done = training_state.steps_done(plan.at("checkpoints"))
+    done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
     if done:
         print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
     with Progress(plan.total, "steps", done=done) as progress:
@@ -166,9 +166,11 @@ def train(config: dict[str, Any]) -> None:
     state = TrainingState(student, settings)
 
     # 3. Or it goes on where the last checkpoint left it. What rank 0 sees counts, should a folder be slow to show.
-    newest = broadcast_from_rank_zero(training_state.saved(plan.at("checkpoints"))[-1:])
+    newest = broadcast_from_rank_zero(training_state.newest(plan.at("checkpoints")) if rank == 0 else None)
     if newest:
-        state.restore(plan.at("checkpoints", newest[0]))
+        state.restore(plan.at("checkpoints", newest))
+        if rank == 0:
+            training_state.drop_after(plan.at("checkpoints"), newest)
     if settings.compile:
         compiled(student)
     network = _distributed(student, settings, device)

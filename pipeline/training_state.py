@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +93,43 @@ def saved(folder: str) -> list[str]:
     return [name for name in storage.listing(folder) if name.startswith("step-") and name.endswith(SUFFIX)]
 
 
-def steps_done(folder: str) -> int:
-    """Optimiser steps of the newest checkpoint in a folder; 0 without one."""
+def newest(folder: str, say: Callable[[str], None] = lambda sentence: None) -> str | None:
+    """Name of the newest checkpoint that is whole; None in a folder without any. Damaged ones are named to ``say``.
+
+    Raises ValueError if there are checkpoints and none is whole: starting again is for the user to decide.
+    """
     names = saved(folder)
-    return int(names[-1].removeprefix("step-").removesuffix(SUFFIX)) if names else 0
+    for name in reversed(names):
+        if whole(storage.join(folder, name)):
+            return name
+        say(f"{storage.join(folder, name)} is damaged; looking for the checkpoint before it.")
+    if names:
+        raise ValueError(
+            f"every checkpoint in {folder} is damaged ({', '.join(names)}); delete them to train from the start."
+        )
+    return None
+
+
+def drop_after(folder: str, name: str) -> None:
+    """Delete the checkpoints newer than ``name``: damaged ones, which must not count among those to keep."""
+    for later in saved(folder):
+        if later > name:
+            storage.remove(storage.join(folder, later))
+
+
+def whole(uri: str) -> bool:
+    """Whether a checkpoint's file is complete and its checksums fit: torch writes a zip archive, with CRC-32 sums."""
+    try:
+        with storage.reading(uri) as file, ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (BadZipFile, EOFError):
+        return False
+
+
+def steps_done(folder: str, say: Callable[[str], None] = lambda sentence: None) -> int:
+    """Optimiser steps of the newest whole checkpoint in a folder, see ``newest``; 0 without one."""
+    name = newest(folder, say)
+    return int(name.removeprefix("step-").removesuffix(SUFFIX)) if name else 0
 
 
 def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:

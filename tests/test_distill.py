@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,65 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert all(torch.equal(one[name], other[name]) for name in one)
     kept = sorted(path.name for path in Path(recipe.student_uri, "checkpoints").iterdir())
     assert kept == ["step-00000006.pt", "step-00000008.pt"]
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    """One bit of a weight, deep inside a file that still opens."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    recipe: Recipe,
+    journal: Journal,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+) -> None:
+    recipe = with_train(recipe, checkpoint_every=2)
+    whole = with_train(recipe, uri=f"{recipe.run}/whole")
+    distill(whole)
+    log = Observer.log
+
+    def interrupted(observer: Observer, metrics: dict[str, float]) -> None:
+        log(observer, metrics)
+        if observer.state.step == 5:
+            raise Stopped
+
+    monkeypatch.setattr(Observer, "log", interrupted)
+    with pytest.raises(Stopped):
+        distill(recipe)
+    monkeypatch.setattr(Observer, "log", log)
+    folder = Path(recipe.student_uri, "checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002.pt", "step-00000004.pt"]
+    damage(folder / "step-00000004.pt")
+    journal.history.clear()
+    # Another distance between checkpoints: the damaged one is not written again, and must not crowd out the sound one.
+    distill(with_train(recipe, checkpoint_every=3, keep=1))
+    assert "step-00000004.pt is damaged; looking for the checkpoint before it." in capsys.readouterr().out
+    assert next(step for step, values in journal.history if "loss" in values) == 3
+    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (whole, recipe))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [path.name for path in folder.iterdir()] == ["step-00000008.pt"]
+
+
+def test_when_every_checkpoint_is_damaged_the_user_decides(recipe: Recipe, journal: Journal) -> None:
+    folder = Path(recipe.student_uri, "checkpoints")
+    folder.mkdir(parents=True)
+    (folder / "step-00000003.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(step-00000003\.pt\); delete them"):
+        distill(recipe)
+    assert (folder / "step-00000003.pt").exists()
 
 
 def test_a_finished_run_says_so(recipe: Recipe, journal: Journal) -> None:
