@@ -5,7 +5,7 @@ RECIPE ?= jobs/recipes/digits-llamagen.yaml
 DEMO := --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/demo.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo full test test-slow lint format assets bench ui clean
+.PHONY: setup demo full test test-slow test-faults lint format assets bench ui clean
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+# Random kills of generation and distillation, many of them (about ten minutes).
+test-faults: setup
+	$(BIN)/python -m pytest -m faults -s tests/test_faults.py
 
 lint: setup
 	$(BIN)/ruff check .

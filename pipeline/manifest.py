@@ -139,9 +139,7 @@ def claim(uri: str, known: Facts, recipe: Recipe) -> None:
     if not check_claim(uri, known):
         content = {"fingerprint": fingerprint(known), "facts": known, "recipe": recipe.resolved()}
         storage.write_json(storage.join(uri, "recipe.json"), content)
-    for name in storage.listing(uri):
-        if name.startswith(storage.TEMPORARY):
-            storage.remove(storage.join(uri, name))
+    storage.sweep(uri)
 
 
 def _differences(there: Facts, here: Facts) -> str:

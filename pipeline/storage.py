@@ -195,6 +195,13 @@ def remove(uri: str) -> None:
             fs.rm_file(path)
 
 
+def sweep(uri: str) -> None:
+    """Delete what killed writers left behind in a folder."""
+    for name in listing(uri):
+        if name.startswith(TEMPORARY):
+            remove(join(uri, name))
+
+
 def check_writable(uri: str, needed: int = 0) -> None:
     """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room."""
     probe = join(uri, f"{TEMPORARY}probe-{uuid.uuid4().hex}")

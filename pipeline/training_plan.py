@@ -162,6 +162,11 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
 
 
 def claim(plan: Plan, mlflow_run: str) -> None:
-    """Write recipe.json into the student's folder: whose it is, and which MLflow run a resumed job continues."""
+    """Write recipe.json into the student's folder: whose it is, and which MLflow run a resumed job continues.
+
+    What killed writers left there is swept: a checkpoint cut short can be gigabytes.
+    """
+    storage.sweep(plan.at())
+    storage.sweep(plan.at("checkpoints"))
     content = {"fingerprint": plan.fingerprint, "facts": plan.facts, "mlflow_run": mlflow_run}
     storage.write_json(plan.at("recipe.json"), content | {"recipe": plan.recipe.resolved()})

@@ -1,0 +1,166 @@
+"""Random kills: pytest tests/test_faults.py; the long form, fifty kills and more, is `make test-faults`.
+
+Whatever dies and whenever, the same command run again ends with the bytes of a run that nothing disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import tiny, with_pairs
+
+from pipeline import manifest, pairs, storage, training_state
+from pipeline.distill import distill
+from pipeline.generate import generate
+from pipeline.recipe import Recipe
+
+JOBS = Path(__file__).parents[1] / "jobs"
+SHORT = 2  # kills of a run in the suite
+LONG = 25  # and of one by itself
+KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.faults])])
+PATIENCE = 600  # seconds that a job may take
+
+
+@pytest.fixture(autouse=True)
+def _one_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp()}/mlflow.db")
+
+
+def start(job: str, recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
+    """A job in a process of its own, which joins the session's Ray."""
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe.resolved()))
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", str(config)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def workers(kind: str) -> list[int]:
+    """Ray's processes on this machine that run ``kind``, by their ids."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if re.match(rb"ray::.*" + kind.encode(), place.read_bytes()):
+                found.append(int(place.parent.name))
+    return found
+
+
+def kill(process: int) -> bool:
+    """Whether it was still there."""
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+        return True
+    return False
+
+
+def wait(job: subprocess.Popen[str], count: Callable[[], int], wanted: int) -> None:
+    """Until ``count()`` has reached ``wanted`` or the job has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while count() < wanted and job.poll() is None:
+        assert time.monotonic() < deadline, f"{job.args} took longer than {PATIENCE} s"
+        time.sleep(0.01)
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    out, _ = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, out[-3000:]
+    return out
+
+
+def shards(recipe: Recipe) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(recipe.pairs_uri).glob("shard-*")}
+
+
+def committed(recipe: Recipe) -> int:
+    return len(manifest.committed(recipe.pairs_uri))
+
+
+@KILLS
+@pytest.mark.timeout(3000)
+def test_pairs_survive_kills_of_driver_and_replicas(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+    """A set is begun again whenever one is complete; a job is killed once some random number of shards is there."""
+    recipe = with_pairs(tiny(tmp_path), count=79, shard_rows=4, batch=4, actors=2)
+    generate(recipe)
+    expected, chance = shards(recipe), random.Random(kills)
+    assert len(expected) == 20
+    done, round_ = {"driver": 0, "replica": 0}, 0
+    while sum(done.values()) < kills:
+        round_ += 1
+        again = with_pairs(recipe, uri=str(tmp_path / f"set-{round_}"))
+        while True:
+            job, have = start("generate_pairs", again, tmp_path), committed(again)
+            wanted = have + chance.randrange(0, 8)
+            wait(job, partial(committed, again), wanted)
+            time.sleep(chance.random() * 0.05)  # anywhere between two shards
+            target = chance.choice(["driver", "replica"])
+            victims = [job.pid] if target == "driver" else workers("Replica")
+            if sum(done.values()) == kills or job.poll() is not None or not victims:
+                finish(job)
+                break
+            if kill(chance.choice(victims)):
+                done[target] += 1
+            if target == "replica":
+                finish(job)  # Ray makes another one, and the driver does not even notice
+                break
+            job.communicate()
+            assert not Path(again.pairs_uri, "manifest.json").exists() or len(shards(again)) == 20
+        assert shards(again) == expected
+        assert pairs.verify(again.pairs_uri)["count"] == 79
+        assert not [name for name in storage.listing(again.pairs_uri) if name.startswith(storage.TEMPORARY)]
+    print(f"kills: {done}, sets: {round_}")
+    assert kills == SHORT or min(done.values()) >= kills // 4
+
+
+@KILLS
+@pytest.mark.timeout(3000)
+def test_a_student_survives_kills_of_its_driver(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+    """Killed before its first checkpoint, between two, or in the middle of one."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
+    generate(recipe)
+    settings = replace(recipe.train, epochs=8, checkpoint_every=3, log_every=1, lpips=0.0, split=9)
+    recipe = replace(recipe, train=settings)
+    straight = replace(recipe, train=replace(settings, uri=str(tmp_path / "straight")))
+    distill(straight)
+    expected, chance = load_file(f"{straight.student_uri}/student.safetensors"), random.Random(kills)
+    done, round_, total = 0, 0, 96
+    while done < kills:
+        round_ += 1
+        again = replace(recipe, train=replace(settings, uri=str(tmp_path / f"student-{round_}")))
+        place = f"{again.student_uri}/checkpoints"
+        while True:
+            before = newest_step(place)
+            job = start("distill", again, tmp_path)
+            wanted = before + chance.randrange(0, total // 2)
+            wait(job, partial(newest_step, place), wanted)
+            time.sleep(chance.random() * 0.3)
+            if done == kills or job.poll() is not None:
+                finish(job)
+                break
+            done += kill(job.pid)
+            job.communicate()
+        found = load_file(f"{again.student_uri}/student.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+        assert [name for name in storage.listing(place) if name.startswith(storage.TEMPORARY)] == []
+    print(f"kills: {done}, students: {round_}")
+
+
+def newest_step(place: str) -> int:
+    names = training_state.saved(place)
+    return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else 0
