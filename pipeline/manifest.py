@@ -178,6 +178,7 @@ def finish(uri: str, known: Facts, shards: list[Shard], made: dict[str, Any]) ->
     }
     storage.write_bytes(storage.join(uri, "README.md"), card(manifest).encode())
     storage.write_json(place, manifest)
+    storage.sweep(uri)
     listed, whole = {shard.name for shard in shards}, {shard.number for shard in shards}
     for name in committed(uri) - listed:
         number, rows = number_and_rows(name, known["shard_rows"])

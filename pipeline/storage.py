@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ ASSETS = Path(__file__).parent / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
 TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
 JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
+SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
 
 
@@ -121,7 +124,8 @@ def replacing(uri: str) -> Iterator[IO[bytes]]:
         fs, place = filesystem(uri)
         target = Path(tempfile.gettempdir(), Path(place).name) if is_remote(uri) else Path(place)
         target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}")
+    writer = f"{socket.gethostname()}@{os.getpid()}@{uuid.uuid4().hex}"
+    temporary = target.with_name(f"{TEMPORARY}{target.name}@{writer}")
     try:
         with _sentences(str(target), "written"), open(temporary, "wb") as file:
             yield file
@@ -196,10 +200,28 @@ def remove(uri: str) -> None:
 
 
 def sweep(uri: str) -> None:
-    """Delete what killed writers left behind in a folder."""
+    """Delete what killed writers left behind in a folder, and nothing that a living one is at."""
     for name in listing(uri):
-        if name.startswith(TEMPORARY):
+        if name.startswith(TEMPORARY) and _abandoned(join(uri, name)):
             remove(join(uri, name))
+
+
+def _abandoned(uri: str) -> bool:
+    """Whether the writer of a temporary file is gone: a process of this machine that is no more, a day of silence."""
+    writer = uri.rsplit("@", 3)[1:]
+    if len(writer) < 3:
+        return True  # not even named as one of ours
+    host, process, _ = writer
+    if host != socket.gethostname():
+        fs, path = filesystem(uri)
+        with suppress(FileNotFoundError):
+            return bool(time.time() - fs.modified(path).timestamp() > SILENCE)
+        return False
+    try:
+        os.kill(int(process), 0)  # asks, and kills nobody
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
 
 
 def check_writable(uri: str, needed: int = 0) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -80,6 +81,22 @@ def test_large_files_pass_through_no_memory(folder: str) -> None:
         raise RuntimeError("halfway")
     assert storage.read_bytes(place) == b"first second"
     assert storage.listing(folder) == ["large.bin"]
+
+
+def test_only_what_nobody_writes_any_more_is_swept(tmp_path: Path) -> None:
+    """A second driver on a folder must not take the files that the first is at."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here, folder = socket.gethostname(), str(tmp_path)
+    young, old = f"{storage.TEMPORARY}a@elsewhere@7@x", f"{storage.TEMPORARY}b@elsewhere@7@x"
+    dead, foreign = f"{storage.TEMPORARY}c@{here}@{gone.pid}@x", f"{storage.TEMPORARY}d"
+    for name in (young, old, dead, foreign):
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / old, (0, 0))
+    with storage.replacing(f"{folder}/file") as file:
+        file.write(b"whole")
+        storage.sweep(folder)
+    assert storage.listing(folder) == [young, "file"]
 
 
 def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
