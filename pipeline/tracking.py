@@ -182,13 +182,15 @@ def _store(recipe: Recipe) -> tuple[str, str | None]:
 
 def _created(client: Any, recipe: Recipe, job: Job, artifacts: str | None) -> str:
     from mlflow.entities import Param
+    from mlflow.tracking.context.registry import resolve_tags
 
     experiment = client.get_experiment_by_name(recipe.name)
     if experiment is None:
         experiment_id = client.create_experiment(recipe.name, artifact_location=artifacts)
     else:
         experiment_id = experiment.experiment_id
-    run = client.create_run(experiment_id, run_name=job, tags={"job": job})
+    # Provenance: user, script, the repository's commit, and MLFLOW_RUN_CONTEXT where code runs without its repository.
+    run = client.create_run(experiment_id, run_name=job, tags=resolve_tags({"job": job}))
     client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in flattened(recipe.resolved()).items()])
     return run.info.run_id
 
