@@ -11,13 +11,14 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
 
+from pipeline import storage
 from pipeline.flow import Solver
 from pipeline.precision import Precision
 
@@ -291,6 +292,8 @@ class Recipe:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        for name, text in _texts(self.resolved()):
+            storage.check_no_credentials(text, name)  # a recipe is printed, logged and stored
         _check(
             self.pairs.seed != self.evaluate.seed,
             f"pairs.seed and evaluate.seed are both {self.pairs.seed}; a student must not be scored on noise it was"
@@ -385,6 +388,15 @@ def stop(error: Exception, status: int = 2) -> NoReturn:
     """End the program with what is wrong, on one line."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(status)
+
+
+def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of every string in nested settings."""
+    if isinstance(tree, str):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _texts(value, f"{name}.{key}".lstrip("."))
 
 
 def _check(good: bool, sentence: str) -> None:

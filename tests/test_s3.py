@@ -1,0 +1,440 @@
+"""pytest tests/test_s3.py: files and the three jobs on a real S3 server (SeaweedFS), which sometimes fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+import s3server
+import tiny
+import torch
+from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
+from safetensors.torch import load_file
+
+from pipeline import cluster, evaluate, generate, manifest, noise, pairs, storage, tracking
+from pipeline.distill import distill
+from pipeline.evaluate import evaluate as evaluate_job
+from pipeline.generate import generate as generate_job
+from pipeline.observer import Observer
+from pipeline.recipe import Recipe, parse
+
+FAULTS = ["slow down", "break upload", "lose answer", "break download"]
+PART = 5 << 20  # bytes of a part of an upload, the smallest that S3 takes; s3fs has 50 MB
+MEGABYTE = 1 << 20
+IMAGES = {"patch_nums": [1, 2, 4], "multipliers": [1, 1, 1, 1], "classes": 10}  # 32 x 32, as the reference has them
+READ_ONLY = {"AWS_ACCESS_KEY_ID": READER, "AWS_SECRET_ACCESS_KEY": READER_SECRET}
+REFUSED = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}  # a port that nobody listens on
+
+
+@pytest.fixture
+def folder(s3_server: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty folder in the bucket; downloads are kept in the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda size, chunksize=None: PART)
+
+
+def replaced(uri: str, data: bytes) -> None:
+    with storage.replacing(uri) as file:
+        file.write(data)
+
+
+# ---- files
+
+
+def test_write_read_list_remove(folder: str) -> None:
+    assert storage.listing(folder) == []
+    storage.write_bytes(f"{folder}/b.bin", b"two")
+    storage.write_json(f"{folder}/a.json", {"x": [1]})
+    storage.write_bytes(f"{folder}/inside/c.bin", b"three")
+    assert storage.listing(folder) == ["a.json", "b.bin", "inside"]
+    assert storage.read_json(f"{folder}/a.json") == {"x": [1]}
+    assert storage.exists(f"{folder}/b.bin")
+    with storage.reading(f"{folder}/inside/c.bin") as file:
+        file.seek(2)
+        assert file.read() == b"ree"
+    storage.remove(f"{folder}/b.bin")
+    storage.remove(f"{folder}/b.bin")
+    assert not storage.exists(f"{folder}/b.bin")
+    storage.check_writable(folder, needed=10**15)
+    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone"
+    with pytest.raises(FileNotFoundError, match=f"{folder}/no.json could not be read: there is no such file"):
+        storage.read_json(f"{folder}/no.json")
+
+
+def test_a_listing_of_more_than_a_page(folder: str, s3_server: Relay) -> None:
+    """A page has 1,000 names."""
+    names = [f"shard-{k:05d}.parquet" for k in range(1003)]
+    with client(AWS_ENDPOINT_URL=s3_server.direct):
+        fs, path = storage.filesystem(folder)
+        fs.pipe({f"{path}/{name}": b"" for name in names})
+    with s3_server.counting() as requests:
+        assert storage.listing(folder) == names
+    assert [method for method, _ in requests] == ["GET", "GET"]
+
+
+def test_a_large_file_goes_up_in_parts(folder: str, s3_server: Relay) -> None:
+    data = os.urandom(101 * MEGABYTE)  # from twice its 50 MB on, s3fs cuts
+    storage.write_bytes(f"{folder}/large.bin", b"old")
+    fs, path = storage.filesystem(folder)
+    with client(AWS_ENDPOINT_URL=s3_server.direct):
+        with storage.replacing(f"{folder}/large.bin") as file:
+            file.write(data)
+            file.flush()
+            assert storage.read_bytes(f"{folder}/large.bin") == b"old", "it appears when it is whole"
+        assert storage.read_bytes(f"{folder}/large.bin") == data
+    assert fs.info(f"{path}/large.bin")["ETag"].endswith('-3"'), "three parts"
+    with pytest.raises(RuntimeError, match="halfway"), storage.replacing(f"{folder}/large.bin") as file:
+        raise RuntimeError("halfway")
+    assert fs.info(f"{path}/large.bin")["size"] == len(data)
+
+
+def test_a_file_is_downloaded_once(folder: str, s3_server: Relay, tmp_path: Path) -> None:
+    uri = f"{folder}/weights.bin"
+    storage.write_bytes(uri, b"first")
+    digest = hashlib.sha256(b"first").hexdigest()
+    assert storage.sha256(uri) == digest
+    storage.listing(folder)  # which tells of the same file in other words
+    with s3_server.counting() as requests:
+        assert storage.sha256(uri) == digest
+        assert storage.local(uri).read_bytes() == b"first"
+        assert storage.read_bytes(uri) == b"first"
+    assert [method for method, _ in requests] == ["HEAD", "HEAD", "GET"], "only what is not to be kept was fetched"
+    storage.listing(folder)
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(uri, b"second")  # as another process would
+    assert storage.local(uri).read_bytes() == b"second"
+
+
+# ---- trouble that passes
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_now_and_then_changes_no_byte(folder: str, s3_server: Relay, fault: str) -> None:
+    data = os.urandom(12 * MEGABYTE)
+    with s3_server.failing(every(3, fault)), s3_server.counting() as requests:
+        for _ in range(2):
+            replaced(f"{folder}/large.bin", data)
+            storage.write_bytes(f"{folder}/small.bin", data[:MEGABYTE])
+            assert storage.read_bytes(f"{folder}/small.bin") == data[:MEGABYTE]
+            assert storage.sha256(f"{folder}/large.bin") == hashlib.sha256(data).hexdigest()
+            with storage.reading(f"{folder}/large.bin") as file:
+                assert file.read() == data
+            assert storage.listing(folder) == ["large.bin", "small.bin"]
+            storage.remove(f"{folder}/small.bin")
+            assert not storage.exists(f"{folder}/small.bin")
+    assert len(requests) > 20, "some were sent again"
+
+
+def test_a_large_download_goes_on_where_it_broke_off(folder: str, s3_server: Relay) -> None:
+    """Above 50 MB s3fs would fetch parts side by side, and give up when one of them breaks."""
+    data = os.urandom(MEGABYTE) * 53
+    storage.write_bytes(f"{folder}/weights.bin", data)
+    with s3_server.failing(once("GET", "break download")):
+        assert storage.sha256(f"{folder}/weights.bin") == hashlib.sha256(data).hexdigest()
+    with s3_server.failing(once("GET", "break download")):
+        assert storage.read_bytes(f"{folder}/weights.bin") == data
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_end_of_an_upload_may_get_lost(folder: str, s3_server: Relay) -> None:
+    """The server has joined the parts, nobody hears of it, and it is asked again."""
+    data = os.urandom(12 * MEGABYTE)
+    with s3_server.failing(once("POST", "lose answer", "?uploadId=")):
+        replaced(f"{folder}/large.bin", data)
+    assert storage.read_bytes(f"{folder}/large.bin") == data
+
+
+def once(method: str, fault: str, inside: str = "") -> s3server.Fault:
+    left = [fault]
+    return lambda used, target: left.pop() if left and used == method and inside in target else ""
+
+
+# ---- trouble that stays
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            "slow down",
+            r"could not be written \(.*reduce your request rate.*\); the server is overloaded, so run the same",
+        ),
+        ("break upload", r"could not be written \(.*\); check the address and the credentials\."),
+    ],
+    ids=["slow down", "break upload"],
+)
+def test_endless_trouble_is_one_sentence_and_nothing_is_half_written(
+    folder: str, s3_server: Relay, fault: str, sentence: str
+) -> None:
+    data = os.urandom(12 * MEGABYTE)
+    storage.write_bytes(f"{folder}/old.bin", b"old")
+
+    def puts(method: str, target: str) -> str:
+        return fault if method == "PUT" else ""
+
+    with client(AWS_MAX_ATTEMPTS="1"), s3_server.failing(puts):
+        for write, name in [(replaced, "old.bin"), (replaced, "new.bin"), (storage.write_bytes, "shard.bin")]:
+            with pytest.raises(ValueError, match=sentence) as caught:
+                write(f"{folder}/{name}", data)
+            assert "\n" not in str(caught.value)
+            assert str(caught.value).startswith(f"{folder}/{name} ")
+    assert storage.listing(folder) == ["old.bin"]
+    assert storage.read_bytes(f"{folder}/old.bin") == b"old"
+    fs, path = storage.filesystem(folder)
+    left = fs.call_s3("list_multipart_uploads", Bucket=BUCKET, Prefix=path.partition("/")[2])
+    assert not left.get("Uploads"), "parts without a file cost money"
+
+
+def test_a_broken_download_leaves_nothing_in_the_cache(folder: str, s3_server: Relay, tmp_path: Path) -> None:
+    storage.write_bytes(f"{folder}/weights.bin", os.urandom(MEGABYTE))
+
+    def gets(method: str, target: str) -> str:
+        return "break download" if method == "GET" else ""
+
+    refused = pytest.raises(ValueError, match=r"weights\.bin could not be read")
+    with client(AWS_MAX_ATTEMPTS="1"), s3_server.failing(gets), refused:
+        storage.local(f"{folder}/weights.bin")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Relay, tmp_path: Path) -> None:
+    recipe = tiny.tiny(tmp_path)
+    known = manifest.facts_of(recipe)
+    ids = np.arange(16)
+    drawn = noise.gaussian(1, ids, *manifest.noise_shape(known))
+    rows = pairs.Rows(ids, noise.labels(ids, 3), drawn, np.zeros((16, 14), np.uint16))
+    with client(AWS_MAX_ATTEMPTS="1"), s3_server.failing(every(1, "slow down")):
+        row = generate.commit(pairs.table(known, rows), folder, known)
+    assert "shard-00000.parquet could not be written" in row["error"][0]
+    assert storage.listing(folder) == []
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*args: Any) -> None:
+        raise AssertionError("this was to be refused before any work")
+
+    monkeypatch.setattr(cluster, "connect", work)
+    monkeypatch.setattr(tracking.Run, "start", work)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "permission denied"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "permission denied"),
+        (REFUSED, "Could not connect to the endpoint URL: .*; check the address and the credentials"),
+        (
+            {"AWS_ACCESS_KEY_ID": READER, "AWS_SECRET_ACCESS_KEY": READER_SECRET},
+            "could not be written: permission denied",
+        ),
+    ],
+    ids=["wrong secret", "unknown key", "nobody answers", "read only"],
+)
+def test_what_cannot_work_is_refused_by_every_job(
+    journey: Journey, folder: str, changes: dict[str, str], sentence: str
+) -> None:
+    recipe = journey.recipe
+    for job, part in [(generate_job, "pairs"), (distill, "train"), (evaluate_job, "evaluate")]:
+        elsewhere = replace(recipe, **{part: replace(getattr(recipe, part), uri=f"{folder}/{part}")})
+        with client(**changes), pytest.raises(ValueError, match=sentence) as caught:
+            job(elsewhere)
+        assert "\n" not in str(caught.value)
+    assert storage.listing(folder) == []
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_missing_bucket_is_one_sentence(s3_server: Relay, tmp_path: Path) -> None:
+    recipe = replace(tiny.tiny(tmp_path), run="s3://no-such-bucket/run")
+    refused = pytest.raises(FileNotFoundError, match=r"s3://no-such-bucket/run/pairs/.* there is no such bucket")
+    with s3_server.failing(every(1, "no bucket")), refused:
+        generate_job(recipe)
+
+
+# ---- the three jobs
+
+
+@dataclass
+class Journey:
+    """Where the three jobs were run: on a disk, and on S3 with interruptions and failures on the way."""
+
+    disk: Recipe
+    recipe: Recipe
+    folder: Path
+    ray: str
+    said: str
+    drawn: list[str]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def journey(s3_server: Relay, ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
+    folder, uri, said = tmp_path_factory.mktemp("s3"), f"s3://{BUCKET}/journey", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its list of fonts takes seconds
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(storage, "home", lambda: folder / "home")
+        patch.setitem(tiny.CONFIG, "var", tiny.CONFIG["var"] | IMAGES)
+        disk = tiny.tiny(folder)
+        disk = replace(
+            tiny.with_pairs(disk, count=60, shard_rows=12),
+            train=replace(disk.train, log_every=1, checkpoint_every=2, warmup=0),
+            evaluate=replace(
+                disk.evaluate,
+                count=12,
+                samplers=[{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}],
+            ),
+        )
+        teacher = {}
+        for name in ("tokenizer", "checkpoint"):
+            teacher[name] = f"{uri}/weights/{name}.safetensors"
+            storage.write_bytes(teacher[name], Path(getattr(disk.teacher, name)).read_bytes())
+        recipe = replace(disk, run=f"{uri}/run", teacher=replace(disk.teacher, **teacher))
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            generate_job(disk)
+            distill(disk)
+            drawn = run_with_trouble(recipe, s3_server, patch)
+        yield Journey(disk, recipe, folder, ray_cluster, said.getvalue(), drawn)
+
+
+def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -> list[str]:
+    """Every job is stopped half-way and run again; names of what the second evaluation drew."""
+    committed, log, time_alone, rows = generate._committed, Observer.log, evaluate.time_alone, evaluate._rows
+
+    def one_shard(*args: Any) -> Iterator[dict[str, Any]]:
+        yield next(committed(*args))
+        raise Stopped
+
+    def three_steps(observer: Observer, metrics: dict[str, float]) -> None:
+        log(observer, metrics)
+        if observer.state.step == 3:
+            raise Stopped
+
+    def stop(*args: Any) -> None:
+        raise Stopped
+
+    drawn: list[str] = []
+
+    def noted(plan: Any, todo: list[Any], frequencies: Any) -> Any:
+        drawn.extend(draw.name for draw in todo)
+        return rows(plan, todo, frequencies)
+
+    patch.setattr(generate, "_committed", one_shard)
+    with pytest.raises(Stopped):
+        generate_job(recipe)
+    assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
+    patch.setattr(generate, "_committed", committed)
+    with server.failing(every(4, *FAULTS)):
+        assert "Made" in generate_job(recipe)
+
+    patch.setattr(Observer, "log", three_steps)
+    with pytest.raises(Stopped):
+        distill(recipe)
+    assert storage.listing(f"{recipe.student_uri}/checkpoints") == ["step-00000002.pt"]
+    patch.setattr(Observer, "log", log)
+    with server.failing(every(4, *FAULTS)):
+        distill(recipe)
+
+    patch.setattr(evaluate, "time_alone", stop)
+    with pytest.raises(Stopped):
+        evaluate_job(recipe)
+    patch.setattr(evaluate, "time_alone", time_alone)
+    patch.setattr(evaluate, "_rows", noted)
+    evaluate_job(recipe)
+    return drawn
+
+
+def test_the_pairs_are_those_of_a_disk(journey: Journey) -> None:
+    there, here = journey.recipe.pairs_uri, Path(journey.disk.pairs_uri)
+    names = sorted(path.name for path in here.iterdir())
+    assert storage.listing(there) == names
+    for name in (name for name in names if name.startswith("shard-")):
+        assert storage.read_bytes(f"{there}/{name}") == (here / name).read_bytes()
+    assert manifest.read(there)["made"][0]["rows"] < 60, "what was committed was not made again"
+    assert pairs.verify(there)["shards"] == pairs.verify(str(here))["shards"]
+    assert generate_job(journey.recipe).startswith("Nothing is missing")
+
+
+def test_the_student_is_that_of_a_disk(journey: Journey) -> None:
+    one, other = (
+        load_file(storage.local(f"{r.student_uri}/student.safetensors")) for r in (journey.recipe, journey.disk)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    assert "from step 2 of 6" in journey.said
+    assert storage.listing(f"{journey.recipe.student_uri}/checkpoints") == ["step-00000004.pt", "step-00000006.pt"]
+    assert distill(journey.recipe).startswith("Nothing is missing")
+
+
+def test_the_report_is_on_s3(journey: Journey) -> None:
+    uri = journey.recipe.report_uri
+    assert storage.listing(uri) == ["cache", "report.json", "report.md", "samples.png"]
+    assert len(storage.listing(f"{uri}/cache")) == 3, "two samplers and the real images"
+    assert journey.drawn == [], "what was drawn before the interruption was not drawn again"
+    assert "Nothing is missing" in evaluate_job(journey.recipe)
+
+
+def test_mlflow_stays_on_this_machine(journey: Journey) -> None:
+    assert f"it is {journey.folder}/home/mlflow.db on this machine" in journey.said
+    assert (journey.folder / "home" / "mlflow.db").exists()
+
+
+# ---- secrets
+
+
+def test_the_secret_is_nowhere(journey: Journey) -> None:
+    """In no file of the run, of MLflow, of Ray, in nothing that a job said."""
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    fs, root = storage.filesystem(f"s3://{BUCKET}/journey")
+    contents = {name: fs.cat_file(name) for name in fs.find(root)}
+    for folder in (journey.folder, Path(journey.ray)):
+        paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        contents |= {str(path): path.read_bytes() for path in paths}
+    contents["said"] = journey.said.encode()
+    names = " ".join(contents)
+    for expected in ("pairs/manifest.json", "student/recipe.json", "step-00000006.pt", "home/mlflow.db", "raylet.out"):
+        assert expected in names
+    assert not [name for name, content in contents.items() if SECRET.encode() in content]
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/x", "s3://key:sec/ret+1@bucket/x@y", "gs://k:secret@bucket"])
+def test_credentials_in_a_uri_are_refused(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"pairs\.uri carries a user and a password; take them out") as caught:
+        Recipe(pairs=replace(Recipe().pairs, uri=uri))
+    assert "sec" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"the URI \.\.\.@.* carries a user and a password") as caught:
+        storage.exists(uri)
+    assert "sec" not in str(caught.value)
+    with pytest.raises(SystemExit):
+        parse(None, ["--evaluate.samplers", f"[{{name: FewStep, steps: [1]}}, {{name: '{uri}'}}]"])
+    assert capsys.readouterr().err.startswith("error: evaluate.samplers.1.name carries a user and a password;")
+
+
+def test_a_colon_or_an_at_sign_is_no_password() -> None:
+    for uri in (
+        "s3://bucket/a:b@c",
+        "http://host:80/x@2.pth",
+        "hf://owner/repo@main/x:y",
+        "s3://arn:aws:s3:x:1:ap/k@l",
+    ):
+        storage.check_no_credentials(uri, "this")
