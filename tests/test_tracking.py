@@ -63,6 +63,14 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
     assert list(Path(recipe.run, "mlartifacts").rglob("card.md")), "artifacts belong in the run folder"
 
 
+def test_a_run_carries_the_provenance_of_a_submitted_job(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_CONTEXT", '{"mlflow.source.git.commit": "abc", "job": "other"}')
+    with Run.start(recipe, "pairs") as run:
+        tags = stored(run).data.tags
+    assert (tags["mlflow.source.git.commit"], tags["job"]) == ("abc", "pairs")
+    assert tags["mlflow.user"]
+
+
 def test_a_run_resumes_under_its_id_and_shows_how_it_ended(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), Run.start(recipe, "distill") as first:
         raise RuntimeError
