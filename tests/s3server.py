@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
 BUCKET = "distilled"
@@ -106,7 +107,7 @@ def serve() -> Iterator[Relay]:
         )
     try:
         _wait(process, ports["-s3.port"], Path(folder, "log"))
-        with Relay(ports["-s3.port"]).running() as relay:
+        with Relay(ports["-s3.port"], ports["-filer.port"]).running() as relay:
             yield relay
     finally:
         with suppress(ProcessLookupError):
@@ -159,8 +160,9 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 class Relay:
     """Passes requests on to the server, one a connection, unless ``fault`` names what is to go wrong with one."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, filer: int) -> None:
         self.direct = f"http://127.0.0.1:{port}"
+        self.filer = filer
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault = lambda method, target: ""
         self._port = port
@@ -179,6 +181,16 @@ class Relay:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+    def create(self, uri: str, names: list[str]) -> None:
+        """Many small files by the server's back door, in a tenth of the time."""
+        connection = HTTPConnection("127.0.0.1", self.filer)
+        for name in names:
+            connection.request("PUT", f"{uri.replace('s3://', '/buckets/')}/{name}", body=b"x")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 201, answer.status
+        connection.close()
 
     @contextmanager
     def counting(self) -> Iterator[list[tuple[str, str]]]:
