@@ -424,6 +424,25 @@ def test_mlflow_stays_on_this_machine(journey: Journey) -> None:
     assert (journey.folder / "home" / "mlflow.db").exists()
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_job_that_cannot_write_ends_with_one_sentence_and_goes_on_later(
+    journey: Journey, folder: str, s3_server: Relay
+) -> None:
+    recipe = replace(journey.recipe, train=replace(journey.recipe.train, uri=f"{folder}/student"))
+
+    def saving(method: str, target: str) -> str:
+        return "slow down" if method == "PUT" and "step-00000004.pt" in target else ""
+
+    with (
+        s3_server.failing(saving),
+        pytest.raises(ValueError, match=r"step-00000004\.pt could not be written") as caught,
+    ):
+        distill(recipe)
+    assert "\n" not in str(caught.value)
+    assert storage.listing(f"{folder}/student/checkpoints") == ["step-00000002.pt"]
+    assert "after 6 steps" in distill(recipe)
+
+
 # ---- secrets
 
 
