@@ -370,8 +370,9 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
         generate_job(recipe)
     assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
     patch.setattr(generate, "_committed", committed)
-    with server.failing(every(4, *FAULTS)):
+    with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
+    assert len(requests) >= 24, "each of the four faults came up"
 
     patch.setattr(Observer, "log", three_steps)
     with pytest.raises(Stopped):
