@@ -244,9 +244,10 @@ class Relay:
             if fault == "lose answer":  # the server has done it, and the client cannot know
                 await up_reader.read()
                 return _reset(writer)
-            if fault == "break download":
+            if fault == "break download":  # half a body, if there is one
                 answer = await up_reader.read()
-                writer.write(answer[: answer.index(b"\r\n\r\n") + 4 + len(answer) // 2][: len(answer) - 1])
+                start = answer.index(b"\r\n\r\n") + 4
+                writer.write(answer[: (start + len(answer)) // 2])
                 await writer.drain()
                 return _reset(writer)
             await _copy(up_reader, writer)

@@ -370,8 +370,9 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
         generate_job(recipe)
     assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
     patch.setattr(generate, "_committed", committed)
-    with server.failing(every(4, *FAULTS)):
+    with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
+    assert len(requests) >= 24, "each of the four faults came up"
 
     patch.setattr(Observer, "log", three_steps)
     with pytest.raises(Stopped):
@@ -422,6 +423,25 @@ def test_the_report_is_on_s3(journey: Journey) -> None:
 def test_mlflow_stays_on_this_machine(journey: Journey) -> None:
     assert f"it is {journey.folder}/home/mlflow.db on this machine" in journey.said
     assert (journey.folder / "home" / "mlflow.db").exists()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_job_that_cannot_write_ends_with_one_sentence_and_goes_on_later(
+    journey: Journey, folder: str, s3_server: Relay
+) -> None:
+    recipe = replace(journey.recipe, train=replace(journey.recipe.train, uri=f"{folder}/student"))
+
+    def saving(method: str, target: str) -> str:
+        return "slow down" if method == "PUT" and "step-00000004.pt" in target else ""
+
+    with (
+        s3_server.failing(saving),
+        pytest.raises(ValueError, match=r"step-00000004\.pt could not be written") as caught,
+    ):
+        distill(recipe)
+    assert "\n" not in str(caught.value)
+    assert storage.listing(f"{folder}/student/checkpoints") == ["step-00000002.pt"]
+    assert "after 6 steps" in distill(recipe)
 
 
 # ---- secrets
