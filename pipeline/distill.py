@@ -260,8 +260,9 @@ def describe(plan: Plan) -> str:
         f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
         f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
     ]
-    lines += footprint_of(recipe).lines(training_plan.at_once(settings), "train.micro_batch", cluster_settings.gpus > 0)
     if left:
+        at_once = training_plan.at_once(settings)
+        lines += footprint_of(recipe).lines(at_once, "train.micro_batch", cluster_settings.gpus > 0)
         try:
             seconds = _seconds_per_step(recipe)
         except cluster.NoGpu as error:
@@ -294,6 +295,7 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
     network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
 
     def work(samples: int) -> None:
+        """Two optimiser steps on so many samples."""
         for module in filter(None, (tokenizer, student, network)):
             footprint.hollow(module)
         loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)

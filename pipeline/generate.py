@@ -229,6 +229,8 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
         teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
 
     def upto(steps: int) -> footprint.Footprint:
+        """What the first ``steps`` AR steps need."""
+
         def choose(step: int, log_p: Tensor) -> Tensor:
             return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline import noise, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe, fingerprint, leaves
 
 FORMAT = 1
 SHARD = re.compile(r"shard-(\d{5,})(?:-(\d+))?\.parquet")
@@ -144,16 +144,10 @@ def claim(uri: str, known: Facts, recipe: Recipe) -> None:
 
 def _differences(there: Facts, here: Facts) -> str:
     """The first three settings in which two sets differ."""
-    old, new = _leaves(there), _leaves(here)
+    old, new = leaves(there), leaves(here)
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     parts = [f"{name} is {old.get(name, 'unknown')} there and {new.get(name, 'unknown')} here" for name in names[:3]]
     return ", ".join(parts) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _leaves(sub, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 # ---- completing a set

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -292,8 +292,8 @@ class Recipe:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for name, text in _texts(self.resolved()):
-            storage.check_no_credentials(text, name)  # a recipe is printed, logged and stored
+        for name, value in leaves(self.resolved()).items():
+            storage.check_no_credentials(str(value), name)  # a recipe is printed, logged and stored
         _check(
             self.pairs.seed != self.evaluate.seed,
             f"pairs.seed and evaluate.seed are both {self.pairs.seed}; a student must not be scored on noise it was"
@@ -329,6 +329,13 @@ class Recipe:
 def fingerprint(facts: dict[str, Any]) -> str:
     """SHA-256 over facts (plain JSON values) in a canonical order: equal settings, equal fingerprint."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1e-4}} -> {"train.lr": 1e-4}: nested settings by dotted name; lists stay whole."""
+    if not isinstance(tree, dict) or (name and not tree):
+        return {name: tree}
+    return {k: v for key, sub in tree.items() for k, v in leaves(sub, f"{name}.{key}".lstrip(".")).items()}
 
 
 def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
@@ -388,15 +395,6 @@ def stop(error: Exception, status: int = 2) -> NoReturn:
     """End the program with what is wrong, on one line."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(status)
-
-
-def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every string in nested settings."""
-    if isinstance(tree, str):
-        yield name, tree
-    elif isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _texts(value, f"{name}.{key}".lstrip("."))
 
 
 def _check(good: bool, sentence: str) -> None:

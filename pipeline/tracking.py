@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import storage
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, leaves
 
 Job = Literal["pairs", "distill", "evaluate"]
 PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
@@ -153,15 +153,10 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(tree: dict[str, Any]) -> dict[str, str]:
     """{"train": {"lr": 1e-4}} -> {"train.lr": "0.0001"}: nested settings by dotted name, free of credentials."""
-    out: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            out |= flattened(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = without_credentials(value if isinstance(value, str) else json.dumps(value))
-    return out
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in leaves(tree).items()}
+    return {name: without_credentials(text) for name, text in texts.items()}
 
 
 def _store(recipe: Recipe) -> tuple[str, str | None]:

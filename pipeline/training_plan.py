@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pipeline import compilation, losses, manifest, storage, tracking
+from pipeline import compilation, losses, manifest, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
-from pipeline.recipe import Recipe, TrainSettings, fingerprint
+from pipeline.recipe import Recipe, TrainSettings, fingerprint, leaves
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
 NOT_FACTS = ("uri", "workers", "micro_batch", "compile", "checkpoint_every", "keep", "log_every", "snapshots", "export")
@@ -153,7 +153,7 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
     there = storage.read_json(place)
     if there["fingerprint"] == plan.fingerprint:
         return there
-    old, new = tracking.flattened(there["facts"]), tracking.flattened(plan.facts)
+    old, new = leaves(there["facts"]), leaves(plan.facts)
     name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise ValueError(
         f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"

@@ -133,6 +133,7 @@ class Layer(nn.Module):
         causal: bool = True,
         mask: Tensor | None = None,
     ) -> Tensor:
+        """x [B, g, dim] -> [B, g, dim]; the others as in ``Attention``."""
         x = x + self.attention(self.attention_norm(x), rotations, cache, causal, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
