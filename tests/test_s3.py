@@ -472,7 +472,7 @@ def test_credentials_in_a_uri_are_refused(uri: str, capsys: pytest.CaptureFixtur
     assert "sec" not in str(caught.value)
     with pytest.raises(SystemExit):
         parse(None, ["--evaluate.samplers", f"[{{name: FewStep, steps: [1]}}, {{name: '{uri}'}}]"])
-    assert capsys.readouterr().err.startswith("error: evaluate.samplers.1.name carries a user and a password;")
+    assert capsys.readouterr().err.startswith("error: evaluate.samplers carries a user and a password;")
 
 
 def test_a_colon_or_an_at_sign_is_no_password() -> None:
