@@ -36,7 +36,7 @@ TOKENS = 2_000  # per codebook; one wrong code is 0.05 %
 
 def benchmark(recipe: Recipe) -> str:
     """Markdown: solver errors and costs, then generation and distillation speed, for the recipe's teacher."""
-    gpu = recipe.cluster.gpus > 0
+    gpu = recipe.cluster.runs_on == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ValueError("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
     device = torch.device("cuda" if gpu else "cpu")

@@ -6,12 +6,16 @@ import logging
 import math
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import ray
 from ray.data import DataContext
+from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.recipe import Recipe
@@ -21,6 +25,9 @@ SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write
 # glibc gives every large block back to the kernel and gets it back page by page; keeping 1 GiB saved a fifth of the CPU
 # time of VAR's pairs. It is read when a process starts, so the workers have it and this process has not.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+LOOK = 2.0  # seconds between two looks at the cluster's nodes
+REMIND = 600.0  # seconds after which a job that has no place at all says so again
 
 
 class NoGpu(ValueError):
@@ -40,6 +47,60 @@ def connect(recipe: Recipe) -> None:
             _start_local(recipe)
     _quiet()
     _warn_about_local_folder(recipe)
+
+
+@contextmanager
+def waiting(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
+    """While the body runs, say on stderr what it waits for: how many of its ``replicas`` have a place on the nodes.
+
+    Nothing is said where all of them have one from the start. Places are counted as if the cluster were empty: Ray says
+    nothing of what other jobs hold.
+    """
+    stop = threading.Event()
+
+    def watch() -> None:
+        """Say something whenever the number of places changes, and again while there is none."""
+        said, silent = replicas, 0.0
+        while not stop.is_set():
+            found = min(places(recipe), replicas)
+            if found != said or (not found and silent >= REMIND):
+                tqdm.write(_waiting_for(recipe, found, replicas, what), file=sys.stderr)
+                said, silent = found, 0.0
+            silent += LOOK
+            stop.wait(LOOK)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def places(recipe: Recipe) -> int:
+    """Replicas of the recipe that the nodes of the joined cluster hold together."""
+    needs = {"CPU": recipe.cluster.cpus, "GPU": recipe.cluster.gpus}
+    found = (
+        min(int(node["Resources"].get(name, 0) / need + 1e-9) for name, need in needs.items() if need)
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    return sum(found)
+
+
+def _waiting_for(recipe: Recipe, found: int, replicas: int, what: str) -> str:
+    """One line: how many have a place, what each needs, what the cluster has."""
+    settings, nodes = recipe.cluster, sum(node["Alive"] for node in ray.nodes())
+    if found >= replicas:
+        return f"The cluster has a place for all {replicas} {what}."
+    gpus = f"{settings.gpus:g} GPU and " if settings.gpus else ""
+    has = ray.cluster_resources()
+    return (
+        f"Waiting for nodes: {found} of {replicas} {what} have a place. Each needs {gpus}{settings.cpus:g} CPU on one"
+        f" node; the cluster has {has.get('GPU', 0):g} GPU and {has.get('CPU', 0):g} CPU on {nodes}"
+        f" node{'s' * (nodes != 1)}. `ray status` says what is on its way."
+    )
 
 
 def portable(recipe: Recipe) -> Recipe:

@@ -30,12 +30,12 @@ def compiled(network: nn.Module, dynamic: bool | None = None, backend: Any = "in
         block.compile(fullgraph=True, dynamic=dynamic, backend=backend, recompile_limit=FORMS)
 
 
-def check(setting: str, gpus: float) -> None:
+def check(setting: str, device: str) -> None:
     """ValueError if this machine lacks the compiler that torch.compile calls; ``setting`` is the field to blame.
 
     On a GPU Triton builds its launchers with a C compiler, on a CPU torch builds the kernels themselves in C++.
     """
-    if gpus:
+    if device == "cuda":
         variable, language, usual = "CC", "C", ["gcc", "clang"]
     else:
         variable, language, usual = "CXX", "C++", ["clang++" if sys.platform == "darwin" else "g++"]

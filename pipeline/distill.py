@@ -23,10 +23,11 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.collective import broadcast_from_rank_zero
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,9 +104,11 @@ def fit(plan: Plan, run: tracking.Run) -> None:
 
                 run.image("samples", mosaic(message.grid), message.step)
 
-        if recipe.train.workers:
+        workers = recipe.train.workers
+        if workers:
             cluster.connect(recipe)
-        with (_relay if recipe.train.workers else nullcontext)(receive) as report:
+        places = cluster.waiting(recipe, workers, "training workers") if workers else nullcontext()
+        with (_relay if workers else nullcontext)(receive) as report, places:
             _fit(recipe, {"plan": plan, "report": report, "mlflow_run": run.id})
 
 
@@ -115,7 +118,8 @@ def _relay(receive: Report) -> Iterator[Report]:
 
     So MLflow and the progress line live in the driver alone, whose store no worker has to reach.
     """
-    queue = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def follow() -> None:
         while (message := queue.get()) is not None:
@@ -135,7 +139,8 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
     """Ray Train around ``train``: places the workers, joins them for DDP, replaces a group of which one failed.
 
     It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
-    ``training_state``).
+    ``training_state``). Ray counts failures of a whole run, of which a week on spot nodes has many, so it is asked
+    again as long as the checkpoints advance. RuntimeError where they do not.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
@@ -144,9 +149,30 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
         use_gpu=bool(gpu),
         resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )
-    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
-        run_config = RunConfig(name="train", storage_path=scratch, failure_config=FailureConfig(max_failures=FAILURES))
-        TorchTrainer(train, train_loop_config=config, scaling_config=scaling, run_config=run_config).fit()
+    backend = TorchConfig(backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo")
+    folder, total = config["plan"].at("checkpoints"), config["plan"].total
+    done, before = training_state.steps_done(folder), -1
+    while done > before:
+        before = done
+        try:
+            with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
+                failures = FailureConfig(max_failures=FAILURES)
+                run_config = RunConfig(name="train", storage_path=scratch, failure_config=failures)
+                TorchTrainer(
+                    train,
+                    train_loop_config=config,
+                    torch_config=backend,
+                    scaling_config=scaling,
+                    run_config=run_config,
+                ).fit()
+            return
+        except TrainingFailedError as error:
+            done, reason = training_state.steps_done(folder), str(error).strip().splitlines()[-1]
+            print(f"Lost workers {FAILURES + 1} times; the last checkpoint is of step {done:,}.", flush=True)
+    raise RuntimeError(
+        f"training stopped ({reason}) after step {done:,} of {total:,}; what was learnt until then is in {folder}, and"
+        " the same command goes on from there."
+    )
 
 
 # ---- every worker
@@ -228,7 +254,7 @@ def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
 def _device(recipe: Recipe) -> torch.device:
     """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
     set_products(recipe.train.precision)
-    if recipe.cluster.gpus:
+    if recipe.cluster.runs_on == "cuda":
         return ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
     return torch.device("cpu")
@@ -262,7 +288,7 @@ def describe(plan: Plan) -> str:
     ]
     if left:
         at_once = training_plan.at_once(settings)
-        lines += footprint_of(recipe).lines(at_once, "train.micro_batch", cluster_settings.gpus > 0)
+        lines += footprint_of(recipe).lines(at_once, "train.micro_batch", cluster_settings.runs_on == "cuda")
         try:
             seconds = _seconds_per_step(recipe)
         except cluster.NoGpu as error:
@@ -303,7 +329,7 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 
-    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.gpus else 0)
+    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)
 
 
 def _seconds_per_step(recipe: Recipe) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.replica import Replica, device, outcome
+from pipeline.replica import Replica, outcome
 
 FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
 DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
@@ -46,7 +47,7 @@ def generate(recipe: Recipe) -> str:
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:
-        compilation.check("teacher.compile", recipe.cluster.gpus)
+        compilation.check("teacher.compile", recipe.cluster.runs_on)
     if recipe.pairs.verify:
         return verify(recipe, known)
     complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None
@@ -93,7 +94,7 @@ def _complete(
         "seconds": round(time.monotonic() - start, 3),
         "batch": recipe.pairs.batch,
         "actors": recipe.pairs.actors,
-        "device": device(recipe),
+        "device": recipe.cluster.runs_on,
         "mlflow_run": run.id,
     }
     complete = manifest.finish(uri, known, checked + made, summary)
@@ -107,13 +108,14 @@ def _make(recipe: Recipe, known: Facts, count: int, todo: list[int], total: int,
     """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
     cluster.connect(recipe)
     made: list[Shard] = []
-    failed = 0
-    with Progress(total, "shards", done=total - len(todo)) as progress:
+    failed: set[int] = set()
+    replicas = min(recipe.pairs.actors, len(todo))
+    with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
         for row in _committed(recipe, known, count, todo):
             if row["error"]:
-                failed += 1
+                failed.add(int(row["number"]))
                 progress.say(f"shard {row['number']} failed: {row['error']}")
-                if failed == FAILURES:
+                if len(failed) == FAILURES:
                     break
                 continue
             made.append(Shard(**json.loads(row["shard"])))
@@ -124,6 +126,8 @@ def _make(recipe: Recipe, known: Facts, count: int, todo: list[int], total: int,
             run.metrics(values, step=progress.done)
     if len(made) < len(todo):
         lost = sorted(set(todo) - {shard.number for shard in made})
+        for number in set(lost) - failed if len(failed) < FAILURES else ():
+            print(f"shard {number} failed: its process or its node died {DEATHS + 1} times", file=sys.stderr)
         names = ", ".join(map(str, lost[:FAILURES])) + (", ..." if len(lost) > FAILURES else "")
         raise RuntimeError(
             f"{len(lost)} of {len(todo)} shards were not made ({names}), see above for why; the others are"
@@ -200,7 +204,7 @@ def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
         f"pair set     {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
         f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
         f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
-        *footprint_of(recipe).lines(batch, "pairs.batch", recipe.cluster.gpus > 0),
+        *footprint_of(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
     ]
     try:
         seconds = _on_replica(recipe, known, "measure")
@@ -208,7 +212,7 @@ def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
         return "\n".join([*lines, f"time         not measured: {error}"])
     total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
     lines += [
-        f"one batch    {batch} rows in {duration(seconds)} on one replica ({device(recipe)})",
+        f"one batch    {batch} rows in {duration(seconds)} on one replica ({recipe.cluster.runs_on})",
         f"time         about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
     ]
     if recipe.cluster.gpus:

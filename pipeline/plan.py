@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.recipe.cluster.gpus else "cpu"
+        return self.recipe.cluster.runs_on
 
     @property
     def student(self) -> str:
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe) -> Plan:
     }
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
-            compilation.check(f"{name}.compile", recipe.cluster.gpus)
+            compilation.check(f"{name}.compile", recipe.cluster.runs_on)
     plan = Plan(recipe, layout, listed, len(scoring.ReferenceImages(settings)), facts)
     storage.check_writable(recipe.report_uri)
     if any(sampler.frequencies for sampler in listed):

@@ -255,16 +255,24 @@ class ClusterSettings:
     Attributes:
         gpus: GPUs of one teacher replica, training worker or sampling actor; 0 runs on the CPU.
         cpus: CPU cores of the same.
+        device: what torch calls one of those GPUs. "cpu" rehearses a cluster whose GPUs are made up (``ray start
+            --num-gpus``): the same replicas on the same nodes, computing on the CPU.
         usd_per_gpu_hour: price that --dry_run multiplies the GPU-hours with.
     """
 
     gpus: float = 0
     cpus: float = 1
+    device: Literal["cuda", "cpu"] = "cuda"
     usd_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
         _check(self.gpus >= 0, f"cluster.gpus is {self.gpus}; it must not be negative.")
         _check(self.cpus > 0, f"cluster.cpus is {self.cpus}; it must be above 0.")
+
+    @property
+    def runs_on(self) -> str:
+        """The torch device type of the models: the CPU without a GPU, else ``device``."""
+        return self.device if self.gpus else "cpu"
 
 
 @dataclass(frozen=True)
@@ -301,7 +309,7 @@ class Recipe:
         )
         for name in ("teacher", "train", "evaluate"):
             _check(
-                self.cluster.gpus > 0 or getattr(self, name).precision != "tf32",
+                self.cluster.runs_on == "cuda" or getattr(self, name).precision != "tf32",
                 f"{name}.precision is tf32 and cluster.gpus is {self.cluster.gpus:g}, but only GPUs have TF32 products;"
                 f" set {name}.precision to fp32, or cluster.gpus above 0.",
             )

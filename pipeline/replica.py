@@ -31,7 +31,7 @@ class Replica:
     def __init__(self, recipe: Recipe, known: Facts) -> None:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
         set_products(recipe.teacher.precision)
-        self.recipe, self.known, self.device = recipe, known, device(recipe)
+        self.recipe, self.known, self.device = recipe, known, recipe.cluster.runs_on
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
 
     def __call__(self, task: dict[str, np.ndarray]) -> Any:
@@ -112,8 +112,3 @@ def outcome(number: int, shard: Shard | None = None, error: Exception | None = N
         text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
     line = json.dumps(asdict(shard)) if shard else ""
     return {"number": np.array([number]), "error": np.array([text]), "shard": np.array([line])}
-
-
-def device(recipe: Recipe) -> str:
-    """Where the recipe's models run."""
-    return "cuda" if recipe.cluster.gpus else "cpu"

@@ -116,13 +116,13 @@ def check(recipe: Recipe) -> Plan:
             f"train.export is released, but nobody released students of {recipe.teacher.family}, whose layout the file"
             " could have; use safetensors."
         )
-    if recipe.cluster.gpus and not recipe.train.workers and not torch.cuda.is_available():
+    if recipe.cluster.runs_on == "cuda" and not recipe.train.workers and not torch.cuda.is_available():
         raise ValueError(
             f"cluster.gpus is {recipe.cluster.gpus:g} and train.workers 0, but this machine has no GPU; set"
             " cluster.gpus to 0, or train.workers to the number of GPUs of the cluster."
         )
     if recipe.train.compile:
-        compilation.check("train.compile", recipe.cluster.gpus)
+        compilation.check("train.compile", recipe.cluster.runs_on)
     claimed(plan)
     if not recipe.dry_run:
         there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]

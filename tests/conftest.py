@@ -11,6 +11,7 @@ import pytest
 import s3server
 
 s3server.enter()  # before Ray starts: its workers keep the environment of this moment
+os.environ["DD_TESTS"] = str(os.getpid())  # marks the processes of this session, which its tests may kill
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback and throw-away; never read or write ~/.ray
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION"] = "0"  # asks the dashboard, which is off, every second

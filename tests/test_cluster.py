@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,62 @@ def test_a_run_in_a_submitted_jobs_own_folder_is_warned_of(
     assert "give --run an absolute path" in capsys.readouterr().err
     cluster.connect(Recipe(run="/shared/runs/demo"))
     assert "warning" not in capsys.readouterr().err
+
+
+# ---- waiting for nodes
+
+
+def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "places"),
+    [(0, 1, 11), (0, 2, 4), (1, 1, 3), (1, 4, 1), (0.5, 1, 6), (2, 1, 1), (4, 1, 0)],
+)
+def test_places_are_counted_node_by_node(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, cpus: float, places: int
+) -> None:
+    nodes = [node(3), node(3, 1), node(5, 2), node(64, 8, alive=False)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert cluster.places(Recipe(cluster=ClusterSettings(gpus=gpus, cpus=cpus))) == places
+
+
+def test_who_waits_says_for_what(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [node(2)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": len(nodes) - 1})
+    monkeypatch.setattr(cluster, "LOOK", 0.01)
+    told: list[str] = []
+
+    def following() -> str:
+        """The next line that it says."""
+        deadline = time.monotonic() + 10
+        while not (lines := capsys.readouterr().err):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.01)
+        told.append(lines)
+        return lines
+
+    with cluster.waiting(Recipe(cluster=ClusterSettings(gpus=1)), 2):
+        assert following().startswith(
+            "Waiting for nodes: 0 of 2 replicas have a place. Each needs 1 GPU and 1 CPU on one node; the cluster has 0 GPU"
+            " and 2 CPU on 1 node. `ray status`"
+        )
+        nodes.append(node(2, 1))
+        assert "1 of 2 replicas have a place" in following()
+        nodes.append(node(2, 1))
+        assert following() == "The cluster has a place for all 2 replicas.\n"
+        nodes.pop()
+        assert "on 2 nodes" in following()
+    assert "".join(told).count("\n") == 4, "every change once"
+    with cluster.waiting(Recipe(), 1):
+        time.sleep(0.1)
+    assert not capsys.readouterr().err, "nothing to wait for, nothing to say"
+
+
+def test_a_rehearsal_computes_on_the_cpu() -> None:
+    """GPUs that Ray was told of and that are not there."""
+    assert ClusterSettings(gpus=1).runs_on == "cuda"
+    assert ClusterSettings(gpus=1, device="cpu").runs_on == "cpu"
+    assert ClusterSettings(gpus=0).runs_on == "cpu"

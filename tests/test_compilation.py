@@ -147,17 +147,19 @@ def test_names_copies_and_pickles_stay_plain() -> None:
 # ---- the compiler
 
 
-@pytest.mark.parametrize(("gpus", "variable", "usual"), [(0.0, "CXX", r"C\+\+ compiler"), (1.0, "CC", "C compiler")])
-def test_a_machine_without_a_compiler(gpus: float, variable: str, usual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "variable", "usual"), [("cpu", "CXX", r"C\+\+ compiler"), ("cuda", "CC", "C compiler")]
+)
+def test_a_machine_without_a_compiler(device: str, variable: str, usual: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable, raising=False)
-    compilation.check("train.compile", gpus)
+    compilation.check("train.compile", device)
     monkeypatch.setenv(variable, "no-such-compiler")
     with pytest.raises(ValueError, match=rf"train.compile is true, but .* no {usual} \(no-such-compiler\)"):
-        compilation.check("train.compile", gpus)
+        compilation.check("train.compile", device)
     monkeypatch.delenv(variable)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match=f"install one, name it in {variable}, or set train.compile to false"):
-        compilation.check("train.compile", gpus)
+        compilation.check("train.compile", device)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ SAMPLERS: list[dict[str, Any]] = [
     {"name": "Skip", "n": 1},
     {"name": "OneStepStar", "given_class": True},
 ]
-IMAGES = {"patch_nums": [1, 2, 4], "multipliers": [1, 1, 1, 1], "classes": 10}  # 32 x 32, 21 tokens
 
 
 def changed(recipe: Recipe, **settings: Any) -> Recipe:
@@ -79,9 +78,7 @@ def write_pairs(recipe: Recipe) -> None:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
     """A recipe whose pairs, student and two earlier students are there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.CONFIG, "var", tiny.CONFIG["var"] | IMAGES)
-        made = tiny.tiny(tmp_path_factory.mktemp("evaluate"), "var")
+    made = tiny.tiny(tmp_path_factory.mktemp("evaluate"), "var", **tiny.IMAGES)
     made = changed(made, samplers=SAMPLERS, count=24, batch=10, curve_count=12, grid=5, timing_batches=(1, 2))
     write_pairs(made)
     for name, seed in [

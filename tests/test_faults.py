@@ -5,15 +5,8 @@ Whatever dies and whenever, the same command run again ends with the bytes of a 
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +14,19 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-import yaml
+from faults import finish, kill, scores, shards, start, wait, workers
 from safetensors.torch import load_file
-from tiny import tiny, with_pairs
+from tiny import IMAGES, tiny, with_pairs
 
 from pipeline import manifest, pairs, storage, training_state
 from pipeline.distill import distill
+from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.recipe import Recipe
 
-JOBS = Path(__file__).parents[1] / "jobs"
 SHORT = 1  # kills of a run in the suite
 LONG = 25  # and of one by itself
 KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.faults])])
-PATIENCE = 600  # seconds that a job may take
 
 
 @pytest.fixture(autouse=True)
@@ -42,49 +34,9 @@ def _one_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp()}/mlflow.db")
 
 
-def start(job: str, recipe: Recipe, folder: Path) -> subprocess.Popen[str]:
-    """A job in a process of its own, which joins the session's Ray."""
-    config = folder / "recipe.yaml"
-    config.write_text(yaml.safe_dump(recipe.resolved()))
-    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    command = [sys.executable, str(JOBS / f"{job}.py"), "--config", str(config)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def workers(kind: str) -> list[int]:
-    """Ray's processes on this machine that run ``kind``, by their ids."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if re.match(rb"ray::.*" + kind.encode(), place.read_bytes()):
-                found.append(int(place.parent.name))
-    return found
-
-
-def kill(process: int) -> bool:
-    """Whether it was still there."""
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
-        return True
-    return False
-
-
-def wait(job: subprocess.Popen[str], count: Callable[[], int], wanted: int) -> None:
-    """Until ``count()`` has reached ``wanted`` or the job has ended."""
-    deadline = time.monotonic() + PATIENCE
-    while count() < wanted and job.poll() is None:
-        assert time.monotonic() < deadline, f"{job.args} took longer than {PATIENCE} s"
-        time.sleep(0.01)
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    out, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, out[-3000:]
-    return out
-
-
-def shards(recipe: Recipe) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(recipe.pairs_uri).glob("shard-*")}
+def address() -> str:
+    """Of the session's Ray."""
+    return ray.get_runtime_context().gcs_address
 
 
 def committed(recipe: Recipe) -> int:
@@ -104,7 +56,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(ray_cluster: None, tmp_path:
         round_ += 1
         again = with_pairs(recipe, uri=str(tmp_path / f"set-{round_}"))
         while True:
-            job, have = start("generate_pairs", again, tmp_path), committed(again)
+            job, have = start("generate_pairs", again, tmp_path, address()), committed(again)
             target = chance.choice(["driver", "replica"])
             wanted = have + chance.randrange(target == "replica", 8)  # a replica shows itself by its first shard
             wait(job, partial(committed, again), wanted)
@@ -130,7 +82,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(ray_cluster: None, tmp_path:
 def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path) -> None:
     recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=4, batch=4)
     generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
-    first, second = (start("generate_pairs", recipe, tmp_path) for _ in range(2))
+    first, second = (start("generate_pairs", recipe, tmp_path, address()) for _ in range(2))
     finish(first)
     finish(second)
     assert shards(recipe) == shards(with_pairs(recipe, uri=str(tmp_path / "straight")))
@@ -156,7 +108,7 @@ def test_a_student_survives_kills_of_its_driver(ray_cluster: None, tmp_path: Pat
         place = f"{again.student_uri}/checkpoints"
         while True:
             before = newest_step(place)
-            job = start("distill", again, tmp_path)
+            job = start("distill", again, tmp_path, address())
             wanted = before + chance.randrange(0, total // 2)
             wait(job, partial(newest_step, place), wanted)
             time.sleep(chance.random() * 0.3)
@@ -170,6 +122,47 @@ def test_a_student_survives_kills_of_its_driver(ray_cluster: None, tmp_path: Pat
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert [name for name in storage.listing(place) if name.startswith(storage.TEMPORARY)] == []
     print(f"kills: {done}, students: {round_}")
+
+
+@KILLS
+@pytest.mark.timeout(3000)
+def test_a_report_survives_kills_of_driver_and_actors(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+    """And what a sampler's images gave is never made again once it is there."""
+    kills = min(kills, 8)
+    listed = [{"name": "Autoregressive"}, {"name": "FlowMatched"}, {"name": "Skip", "n": 1}]
+    recipe = tiny(tmp_path, "var", **IMAGES)
+    settings = replace(recipe.evaluate, samplers=listed, count=2000, batch=250, actors=2)
+    recipe = replace(recipe, evaluate=settings)
+    straight = replace(recipe, evaluate=replace(settings, uri=str(tmp_path / "straight")))
+    evaluate(straight)
+    chance, done, round_ = random.Random(kills), {"driver": 0, "actor": 0}, 0
+    while sum(done.values()) < kills:
+        round_ += 1
+        again = replace(recipe, evaluate=replace(settings, uri=str(tmp_path / f"report-{round_}")))
+        cache = Path(again.report_uri, "cache")
+        before: dict[str, int] = {}
+        while True:
+            job, target = start("evaluate", again, tmp_path, address()), chance.choice(sorted(done))
+            wait(job, partial(written, cache), len(before) + chance.randrange(1, 3))
+            time.sleep(chance.random() * 0.5)
+            victims = [job.pid] if target == "driver" else workers("Artist")
+            if sum(done.values()) == kills or job.poll() is not None or not victims:
+                finish(job)
+                break
+            done[target] += kill(chance.choice(victims))
+            if target == "actor":
+                finish(job)
+                break
+            job.communicate()
+            now = {path.name: path.stat().st_mtime_ns for path in cache.iterdir() if not path.name.startswith(".")}
+            assert before.items() <= now.items()
+            before = now
+        assert scores(again) == scores(straight)
+    print(f"kills: {done}, reports: {round_}")
+
+
+def written(folder: Path) -> int:
+    return sum(not path.name.startswith(storage.TEMPORARY) for path in folder.glob("*"))
 
 
 def newest_step(place: str) -> int:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import faulty
 import numpy as np
 import pytest
 import ray
@@ -128,17 +130,60 @@ def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None
     assert "holds 16 pairs" in generate(recipe), "only the manifest was missing"
 
 
-def test_failed_shards_are_named_and_the_others_done(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_failed_shards_are_named_and_a_later_run_makes_only_them(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = with_pairs(tiny(tmp_path, "llamagen"), count=6, shard_rows=1)
-    recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # it cannot draw class 1: shards 1 and 4
-    with pytest.raises(RuntimeError, match=r"2 of 6 shards were not made \(1, 4\)"):
-        generate(recipe)
+    """Two shards raise, one takes its process down every time."""
+    monkeypatch.setattr("pipeline.generate.DEATHS", 1)
+    good = with_pairs(tiny(tmp_path, "llamagen"), count=5, shard_rows=1)
+    recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # class 1: shards 1 and 4; class 2: shard 2
+    faulty.ILL.touch()
+    try:
+        with pytest.raises(RuntimeError, match=r"3 of 5 shards were not made \(1, 2, 4\)"):
+            generate(recipe)
+    finally:
+        faulty.ILL.unlink()
     printed = capsys.readouterr().err
     assert "shard 4 failed: ArithmeticError: this class cannot be drawn (faulty.py:" in printed
-    assert set(contents(recipe.pairs_uri)) == {f"shard-0000{k}.parquet" for k in (0, 2, 3, 5)}
+    assert "shard 2 failed: its process or its node died 2 times" in printed
+    before = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
+    assert set(before) == {"shard-00000.parquet", "shard-00003.parquet"}
     assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert "Made 3 pairs" in generate(recipe)
+    after = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
+    assert len(after) == 5
+    assert before.items() <= after.items(), "what was there was not touched"
+    assert pairs.verify(recipe.pairs_uri)["count"] == 5
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_made(
+    ray_cluster: None, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's file takes the room while the shards are made; without it the same command ends the set."""
+    recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=2, batch=2, uri=str(small_disk / "pairs"))
+    generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
+    ballast = small_disk / "film.mkv"
+    ballast.write_bytes(bytes((1 << 20) - (40 << 10)))
+    with pytest.raises(RuntimeError, match=r"shards were not made .* the same command makes what is missing"):
+        generate(recipe)
+    assert "No space left on device); free some space or choose another folder" in capsys.readouterr().err
+    kept = contents(recipe.pairs_uri)
+    assert 0 < len(kept) < 20
+    ballast.unlink()
+    generate(recipe)
+    assert contents(recipe.pairs_uri) == contents(str(tmp_path / "straight"))
+    assert kept.items() <= contents(recipe.pairs_uri).items()
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ from pipeline.replica import Replica
 FAULTS = ["slow down", "break upload", "lose answer", "break download"]
 PART = 5 << 20  # bytes of a part of an upload, the smallest that S3 takes; s3fs has 50 MB
 MEGABYTE = 1 << 20
-IMAGES = {"patch_nums": [1, 2, 4], "multipliers": [1, 1, 1, 1], "classes": 10}  # 32 x 32, as the reference has them
 READ_ONLY = {"AWS_ACCESS_KEY_ID": READER, "AWS_SECRET_ACCESS_KEY": READER_SECRET}
 REFUSED = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}  # a port that nobody listens on
 
@@ -308,8 +307,7 @@ def journey(s3_server: Relay, ray_cluster: str, tmp_path_factory: pytest.TempPat
         patch.setenv("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # its list of fonts takes seconds
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(storage, "home", lambda: folder / "home")
-        patch.setitem(tiny.CONFIG, "var", tiny.CONFIG["var"] | IMAGES)
-        disk = tiny.tiny(folder)
+        disk = tiny.tiny(folder, **tiny.IMAGES)
         disk = replace(
             tiny.with_pairs(disk, count=60, shard_rows=12),
             train=replace(disk.train, log_every=1, checkpoint_every=2, warmup=0),

@@ -29,15 +29,19 @@ CONFIG: dict[str, dict[str, Any]] = {
     | {"classes": 3, "z_channels": 32}
     | TOKENIZER,
 }
+IMAGES = {"patch_nums": [1, 2, 4], "multipliers": [1, 1, 1, 1], "classes": 10}  # of a VAR whose images the digits score
 OUTPUT = {"var": "head.weight", "llamagen": "output.weight"}
 GUIDANCE = {"var": 1.0, "llamagen": 1.5}
 
 
-def tiny(folder: Path, family: Family = "var", seed: int = 0) -> Recipe:
-    """Write a tiny teacher of ``family`` below ``folder`` and return a recipe that runs with it in seconds."""
+def tiny(folder: Path, family: Family = "var", seed: int = 0, **config: Any) -> Recipe:
+    """Write a tiny teacher of ``family`` below ``folder`` and return a recipe that runs with it in seconds.
+
+    ``config`` are fields that differ from CONFIG's.
+    """
     settings = TeacherSettings(
         family=f"pipeline.models.{family}",
-        config=CONFIG[family],
+        config=CONFIG[family] | config,
         tokenizer=str(folder / f"{family}-tokenizer.safetensors"),
         checkpoint=str(folder / f"{family}-teacher.safetensors"),
         filter=Filter(guidance=GUIDANCE[family]),
