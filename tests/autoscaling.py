@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RAY = str(Path(sys.executable).with_name("ray"))
-HEAD = "f" * 51 + "00000"  # the id that the provider gives the head
+HEAD, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # as the provider calls the head
 PATIENCE = 90  # seconds for the head's start
 STARTED = "Ray runtime started"
 
@@ -45,9 +45,9 @@ def configuration(gcs: str, workers: dict[str, Any], idle: float) -> dict[str, A
         "max_workers": 8,
         "idle_timeout_minutes": idle / 60,
         "upscaling_speed": 1.0,
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": workers, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
         "provider": {
@@ -87,6 +87,7 @@ def cluster(folder: Path, workers: dict[str, Any], idle: float = 6.0) -> Iterato
         "RAY_CLOUD_INSTANCE_ID": HEAD,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         "RAY_TMPDIR": str(folder),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     command = [RAY, "start", "--head", "--block", "--num-cpus=0", "--disable-usage-stats"]
     command += [f"--autoscaling-config={config}", f"--port={port}", f"--node-ip-address={ip}", f"--temp-dir={folder}"]

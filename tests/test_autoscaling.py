@@ -83,7 +83,7 @@ def watched(dashboard: str) -> Iterator[list[int]]:
 def test_nodes_come_for_a_job_and_go(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:
     with watched(dashboard) as seen:
         job = submit(dashboard, tmp_path, "generate_pairs", *REHEARSAL)
-        out, _ = job.communicate(timeout=400)
+        out, _ = job.communicate(timeout=240)
         assert job.returncode == 0, out
         deadline = time.monotonic() + 90
         while seen[-1] and time.monotonic() < deadline:
@@ -117,4 +117,4 @@ def test_a_job_whose_nodes_never_come_says_what_it_waits_for(dashboard: str, rec
     assert stopped.returncode == 0, stopped.stderr
     job.communicate(timeout=60)
     status = subprocess.run([RAY, "job", "status", "--address", dashboard, name], capture_output=True, text=True)
-    assert "STOPPED" in status.stdout + status.stderr
+    assert "stopped" in (status.stdout + status.stderr).lower()

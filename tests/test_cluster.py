@@ -149,8 +149,8 @@ def test_who_waits_says_for_what(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     with cluster.waiting(Recipe(cluster=ClusterSettings(gpus=1)), 2):
         assert following().startswith(
-            "Waiting for nodes: 0 of 2 replicas have a place. Each needs 1 GPU and 1 CPU on one node; the cluster has 0 GPU"
-            " and 2 CPU on 1 node. `ray status`"
+            "Waiting for nodes: 0 of 2 replicas have a place. Each needs 1 GPU and 1 CPU on one node; the cluster has"
+            " 0 GPU and 2 CPU on 1 node. `ray status`"
         )
         nodes.append(node(2, 1))
         assert "1 of 2 replicas have a place" in following()
