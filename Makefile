@@ -33,9 +33,9 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
-# Random kills of drivers, replicas, workers and nodes in all three jobs, many of them, and what came of it.
+# Everything that breaks something: disks, S3, files, and random kills of drivers, workers and nodes in all three jobs.
 test-faults: setup
-	$(BIN)/python -m pytest -m faults -s
+	$(BIN)/python -m pytest -m faults
 
 lint: setup
 	$(BIN)/ruff check .

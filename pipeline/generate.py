@@ -7,11 +7,13 @@ storage. What is committed is never made again; a run that was killed goes on wh
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +35,7 @@ from pipeline.replica import Replica, outcome
 
 FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
 DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
+LEDGER = 60.0  # seconds between two records of what is committed; what a killed driver has not recorded is read again
 TRACED = 16  # AR steps of a raster sequence that a plan traces
 VERIFIED_ROWS = 64  # rows that verify derives again
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
@@ -52,7 +55,8 @@ def generate(recipe: Recipe) -> str:
         return verify(recipe, known)
     complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None
     count = max(recipe.pairs.count, complete["count"] if complete else 0)  # a set never shrinks
-    shards = manifest.present(manifest.committed(uri), count, recipe.pairs.shard_rows)
+    there = manifest.committed(uri)
+    shards = manifest.present(there, count, recipe.pairs.shard_rows)
     todo = [number for number, name in shards.items() if name is None]
     if complete and complete["count"] == count and not todo:
         return f"Nothing is missing: {_described(uri, complete)}."
@@ -64,7 +68,7 @@ def generate(recipe: Recipe) -> str:
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
     with tracking.Run.start(recipe, "pairs") as run:
-        done = _complete(recipe, known, count, shards, run)
+        done = _complete(recipe, known, count, shards, manifest.recorded(uri, known, there), run)
     last = done["made"][-1]
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {_described(uri, done)}."
 
@@ -79,15 +83,22 @@ def _check_weights(recipe: Recipe) -> None:
 
 
 def _complete(
-    recipe: Recipe, known: Facts, count: int, shards: dict[int, str | None], run: tracking.Run
+    recipe: Recipe,
+    known: Facts,
+    count: int,
+    shards: dict[int, str | None],
+    recorded: dict[str, Shard],
+    run: tracking.Run,
 ) -> dict[str, Any]:
-    """Make the missing shards, check those that were there, write the manifest; returns it."""
+    """Make the missing shards, check those that nobody recorded, write the manifest; returns it."""
     uri, start = recipe.pairs_uri, time.monotonic()
     todo = [number for number, name in shards.items() if name is None]
+    kept = [recorded[name] for name in shards.values() if name in recorded]
     # The manifest needs the SHA-256 of what is there: it is read beside the teachers' work, not after it.
     with ThreadPoolExecutor(pairs.CHECKERS) as pool:
-        there = [pool.submit(pairs.inspect_shard, uri, known, name) for name in shards.values() if name]
-        made = _make(recipe, known, count, todo, len(shards), run) if todo else []
+        unknown = [name for name in shards.values() if name and name not in recorded]
+        there = [pool.submit(pairs.inspect_shard, uri, known, name) for name in unknown]
+        made = _make(recipe, known, count, todo, kept, run) if todo else []
         checked = [future.result() for future in there]
     summary = {
         "rows": sum(shard.rows for shard in made),
@@ -97,46 +108,68 @@ def _complete(
         "device": recipe.cluster.runs_on,
         "mlflow_run": run.id,
     }
-    complete = manifest.finish(uri, known, checked + made, summary)
+    complete = manifest.finish(uri, known, kept + checked + made, summary)
     run.dataset("pairs", uri, complete["fingerprint"], "output")
     run.tag("pairs_fingerprint", complete["fingerprint"])
     run.artifact(storage.local(_manifest(uri)))
     return complete
 
 
-def _make(recipe: Recipe, known: Facts, count: int, todo: list[int], total: int, run: tracking.Run) -> list[Shard]:
+def _make(
+    recipe: Recipe, known: Facts, count: int, todo: list[int], kept: list[Shard], run: tracking.Run
+) -> list[Shard]:
     """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
     cluster.connect(recipe)
     made: list[Shard] = []
     failed: set[int] = set()
-    replicas = min(recipe.pairs.actors, len(todo))
-    with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
-        for row in _committed(recipe, known, count, todo):
-            if row["error"]:
-                failed.add(int(row["number"]))
-                progress.say(f"shard {row['number']} failed: {row['error']}")
-                if len(failed) == FAILURES:
-                    break
-                continue
-            made.append(Shard(**json.loads(row["shard"])))
-            rows, size = sum(shard.rows for shard in made), sum(shard.bytes for shard in made)
-            speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
-            progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
-            values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
-            run.metrics(values, step=progress.done)
+    total = math.ceil(count / recipe.pairs.shard_rows)
+    replicas, rows, size, last = min(recipe.pairs.actors, len(todo)), 0, 0, time.monotonic()
+    try:
+        with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
+            for row in commits(recipe, known, count, todo):
+                if row["error"]:
+                    failed.add(int(row["number"]))
+                    progress.say(f"shard {row['number']} failed: {row['error']}")
+                    if len(failed) == FAILURES:
+                        break
+                    continue
+                shard = Shard(**json.loads(row["shard"]))
+                made.append(shard)
+                rows, size = rows + shard.rows, size + shard.bytes
+                speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
+                progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
+                values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
+                run.metrics(values, step=progress.done)
+                if time.monotonic() - last > LEDGER:
+                    _record(recipe, known, kept + made)
+                    last = time.monotonic()
+    finally:
+        if len(made) < len(todo):
+            _record(recipe, known, kept + made)
     if len(made) < len(todo):
-        lost = sorted(set(todo) - {shard.number for shard in made})
-        for number in set(lost) - failed if len(failed) < FAILURES else ():
-            print(f"shard {number} failed: its process or its node died {DEATHS + 1} times", file=sys.stderr)
-        names = ", ".join(map(str, lost[:FAILURES])) + (", ..." if len(lost) > FAILURES else "")
-        raise RuntimeError(
-            f"{len(lost)} of {len(todo)} shards were not made ({names}), see above for why; the others are"
-            f" committed in {recipe.pairs_uri}, and the same command makes what is missing."
-        )
+        raise RuntimeError(_lost(recipe, todo, made, failed))
     return made
 
 
-def _committed(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
+def _record(recipe: Recipe, known: Facts, shards: list[Shard]) -> None:
+    """Write the ledger if it can be written: it only saves the next run some reading."""
+    with suppress(ValueError, FileNotFoundError):
+        manifest.record(recipe.pairs_uri, known, shards)
+
+
+def _lost(recipe: Recipe, todo: list[int], made: list[Shard], failed: set[int]) -> str:
+    """Which shards were not made; those that took their process with them are named on stderr, having had no say."""
+    lost = sorted(set(todo) - {shard.number for shard in made})
+    for number in set(lost) - failed if len(failed) < FAILURES else ():
+        print(f"shard {number} failed: its process or its node died {DEATHS + 1} times", file=sys.stderr)
+    names = ", ".join(map(str, lost[:FAILURES])) + (", ..." if len(lost) > FAILURES else "")
+    return (
+        f"{len(lost)} of {len(todo)} shards were not made ({names}), see above for why; the others are committed in"
+        f" {recipe.pairs_uri}, and the same command makes what is missing."
+    )
+
+
+def commits(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
     """Numbers -> teacher -> Parquet file: {number, error, shard} of every shard as it is committed."""
     size = recipe.pairs.shard_rows
     DataContext.get_current().max_errored_blocks = FAILURES  # of shards whose process died every time
@@ -145,6 +178,7 @@ def _committed(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Ite
         Replica,
         fn_constructor_args=(recipe, known),
         batch_size=1,
+        # One at a time: a shard that takes its actor down would take the retries of one queued behind it, too.
         compute=ActorPoolStrategy(size=min(recipe.pairs.actors, len(todo)), max_tasks_in_flight_per_actor=1),
         num_cpus=recipe.cluster.cpus,
         num_gpus=recipe.cluster.gpus,

@@ -2,6 +2,7 @@
 
     <uri>/recipe.json               written first: claims the folder, holds the facts and their fingerprint
     <uri>/shard-00000.parquet ...   shard k holds the ids from k * shard_rows on; any worker can remake it, bit for bit
+    <uri>/ledger.json               while shards are made: rows and SHA-256 of those that are there, now and then
     <uri>/manifest.json             written last: the set is complete; rows and SHA-256 of every shard
     <uri>/README.md                 dataset card
 
@@ -18,6 +19,7 @@ import importlib.metadata
 import json
 import math
 import re
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -97,12 +99,12 @@ def number_and_rows(name: str, shard_rows: int) -> tuple[int, int]:
     return int(match[1]), int(match[2] or shard_rows)
 
 
-def committed(uri: str) -> set[str]:
-    """Names of the shards in the folder, by one listing."""
-    return {name for name in storage.listing(uri) if SHARD.fullmatch(name)}
+def committed(uri: str) -> dict[str, int]:
+    """Names of the shards in the folder and their bytes, by one listing."""
+    return {name: size for name, size in storage.sizes(uri).items() if SHARD.fullmatch(name)}
 
 
-def present(names: set[str], count: int, shard_rows: int) -> dict[int, str | None]:
+def present(names: Container[str], count: int, shard_rows: int) -> dict[int, str | None]:
     """Number of each shard of ``count`` rows -> the committed file that holds its rows, None where it is missing."""
     out: dict[int, str | None] = {}
     for number in range(math.ceil(count / shard_rows)):
@@ -110,6 +112,30 @@ def present(names: set[str], count: int, shard_rows: int) -> dict[int, str | Non
         short = shard_name(number, min(shard_rows, count - number * shard_rows), shard_rows)
         out[number] = next((name for name in (whole, short) if name in names), None)
     return out
+
+
+# ---- what is known of them
+
+
+def record(uri: str, known: Facts, shards: list[Shard]) -> None:
+    """Write down what was committed, so that a run that goes on need not read it again for its SHA-256."""
+    content = {"fingerprint": fingerprint(known), "shards": [asdict(shard) for shard in shards]}
+    storage.write_json(_ledger(uri), content)
+
+
+def recorded(uri: str, known: Facts, there: dict[str, int]) -> dict[str, Shard]:
+    """The shards of ``there`` (name -> bytes) that a ledger or a manifest knows with as many bytes, by name."""
+    found: dict[str, Shard] = {}
+    for place in (storage.join(uri, "manifest.json"), _ledger(uri)):
+        with suppress(FileNotFoundError):
+            content = storage.read_json(place)
+            if content["fingerprint"] == fingerprint(known):
+                found |= {line["name"]: Shard(**line) for line in content["shards"]}
+    return {name: shard for name, shard in found.items() if there.get(name) == shard.bytes}
+
+
+def _ledger(uri: str) -> str:
+    return storage.join(uri, "ledger.json")
 
 
 # ---- claiming a folder
@@ -172,9 +198,10 @@ def finish(uri: str, known: Facts, shards: list[Shard], made: dict[str, Any]) ->
     }
     storage.write_bytes(storage.join(uri, "README.md"), card(manifest).encode())
     storage.write_json(place, manifest)
+    storage.remove(_ledger(uri))
     storage.sweep(uri)
     listed, whole = {shard.name for shard in shards}, {shard.number for shard in shards}
-    for name in committed(uri) - listed:
+    for name in committed(uri).keys() - listed:
         number, rows = number_and_rows(name, known["shard_rows"])
         if number in whole and rows < known["shard_rows"]:
             storage.remove(storage.join(uri, name))

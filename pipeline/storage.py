@@ -113,14 +113,20 @@ def exists(uri: str) -> bool:
 
 def listing(uri: str) -> list[str]:
     """Names directly inside a folder, sorted; none for a folder that does not exist."""
+    return sorted(sizes(uri))
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Name -> bytes of what is directly inside a folder, from one listing; empty for a folder that does not exist."""
     with _sentences(uri, "listed"):
         fs, path = filesystem(uri)
         try:
-            found = fs.ls(path, detail=False)
+            found = fs.ls(path, detail=True)
         except FileNotFoundError:
-            return []
-    inside = path.rstrip("/") + "/"
-    return sorted(name.rstrip("/").removeprefix(inside) for name in found if name.rstrip("/") != path.rstrip("/"))
+            return {}
+    inside = path.rstrip("/")
+    names = {entry["name"].rstrip("/"): entry["size"] or 0 for entry in found}
+    return {name.removeprefix(f"{inside}/"): size for name, size in names.items() if name != inside}
 
 
 def read_bytes(uri: str) -> bytes:

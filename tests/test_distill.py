@@ -250,6 +250,7 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
+@pytest.mark.faults("student: newest checkpoint damaged")
 @pytest.mark.parametrize("damage", [truncated, flipped, emptied])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     recipe: Recipe,
@@ -285,6 +286,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert [path.name for path in folder.iterdir()] == ["step-00000008.pt"]
 
 
+@pytest.mark.faults("student: every checkpoint damaged")
 def test_when_every_checkpoint_is_damaged_the_user_decides(recipe: Recipe, journal: Journal) -> None:
     folder = Path(recipe.student_uri, "checkpoints")
     folder.mkdir(parents=True)
@@ -398,6 +400,7 @@ def test_two_workers_follow_the_curve_of_one(
         assert torch.allclose(value.double(), other[name].double(), atol=1e-4), name
 
 
+@pytest.mark.faults("student: worker killed")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_worker_that_dies_is_replaced_from_the_checkpoint(
@@ -453,6 +456,7 @@ def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
         distill(foreign)
 
 
+@pytest.mark.faults("student: a gradient that is not finite")
 def test_a_gradient_that_is_not_finite_stops_the_run(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

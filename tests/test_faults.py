@@ -1,4 +1,4 @@
-"""Random kills: pytest tests/test_faults.py; the long form, fifty kills and more, is `make test-faults`.
+"""Random kills: pytest tests/test_faults.py, one of each; `make test-faults` has the long form, fifty and more.
 
 Whatever dies and whenever, the same command run again ends with the bytes of a run that nothing disturbed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from pipeline.recipe import Recipe
 
 SHORT = 1  # kills of a run in the suite
 LONG = 25  # and of one by itself
-KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.faults])])
+KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +44,12 @@ def committed(recipe: Recipe) -> int:
     return len(manifest.committed(recipe.pairs_uri))
 
 
+@pytest.mark.faults("pairs: driver killed", "pairs: replica killed")
 @KILLS
 @pytest.mark.timeout(3000)
-def test_pairs_survive_kills_of_driver_and_replicas(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+def test_pairs_survive_kills_of_driver_and_replicas(
+    ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
+) -> None:
     """A set is begun again whenever one is complete; a job is killed once some random number of shards is there."""
     recipe = with_pairs(tiny(tmp_path), count=79, shard_rows=4, batch=4, actors=2)
     generate(recipe)
@@ -75,10 +79,11 @@ def test_pairs_survive_kills_of_driver_and_replicas(ray_cluster: None, tmp_path:
         assert shards(again) == expected
         assert pairs.verify(again.pairs_uri)["count"] == 79
         assert not [name for name in storage.listing(again.pairs_uri) if name.startswith(storage.TEMPORARY)]
-    print(f"kills: {done}, sets: {round_}")
+    record_property("kills", sum(done.values()))
     assert kills == SHORT or min(done.values()) >= kills // 5
 
 
+@pytest.mark.faults("pairs: two drivers in one folder")
 def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path) -> None:
     recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=4, batch=4)
     generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
@@ -90,9 +95,12 @@ def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path)
     assert not [name for name in storage.listing(recipe.pairs_uri) if name.startswith(storage.TEMPORARY)]
 
 
+@pytest.mark.faults("student: driver killed")
 @KILLS
 @pytest.mark.timeout(3000)
-def test_a_student_survives_kills_of_its_driver(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+def test_a_student_survives_kills_of_its_driver(
+    ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
+) -> None:
     """Killed before its first checkpoint, between two, or in the middle of one."""
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
     generate(recipe)
@@ -121,12 +129,15 @@ def test_a_student_survives_kills_of_its_driver(ray_cluster: None, tmp_path: Pat
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert [name for name in storage.listing(place) if name.startswith(storage.TEMPORARY)] == []
-    print(f"kills: {done}, students: {round_}")
+    record_property("kills", done)
 
 
+@pytest.mark.faults("report: driver killed", "report: actor killed")
 @KILLS
 @pytest.mark.timeout(3000)
-def test_a_report_survives_kills_of_driver_and_actors(ray_cluster: None, tmp_path: Path, kills: int) -> None:
+def test_a_report_survives_kills_of_driver_and_actors(
+    ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
+) -> None:
     """And what a sampler's images gave is never made again once it is there."""
     kills = min(kills, 8)
     listed = [{"name": "Autoregressive"}, {"name": "FlowMatched"}, {"name": "Skip", "n": 1}]
@@ -158,7 +169,7 @@ def test_a_report_survives_kills_of_driver_and_actors(ray_cluster: None, tmp_pat
             assert before.items() <= now.items()
             before = now
         assert scores(again) == scores(straight)
-    print(f"kills: {done}, reports: {round_}")
+    record_property("kills", sum(done.values()))
 
 
 def written(folder: Path) -> int:

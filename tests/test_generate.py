@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import yaml
 from tiny import tiny, with_pairs
 
 from pipeline import cluster, manifest, pairs, storage
+from pipeline import generate as module
 from pipeline.generate import generate
 from pipeline.models import checkpoints
 from pipeline.recipe import ClusterSettings, Recipe
@@ -56,6 +59,7 @@ def start_job(recipe: Recipe, folder: Path, *flags: str, **environment: str) -> 
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.faults("pairs: driver killed")
 def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
     """SIGKILL for the driver half-way; also one replica against two, and a folder per run against each other."""
     recipe = with_pairs(tiny(tmp_path), count=119, shard_rows=4, batch=4)
@@ -115,6 +119,7 @@ def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path
     assert contents(recipe.pairs_uri) == large, "a shard that was deleted is made anew, bit for bit"
 
 
+@pytest.mark.faults("pairs: a truncated shard")
 def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None) -> None:
     recipe = with_pairs(tiny(tmp_path), count=16)
     known = manifest.facts_of(recipe)
@@ -130,6 +135,7 @@ def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None
     assert "holds 16 pairs" in generate(recipe), "only the manifest was missing"
 
 
+@pytest.mark.faults("pairs: a shard that raises", "pairs: a shard that takes its process down")
 def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +162,74 @@ def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     assert pairs.verify(recipe.pairs_uri)["count"] == 5
 
 
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """What Ray's workers do, here; "shards" of the fixture's value is after how many of them the job is stopped."""
+    stop = {"shards": 10**9}
+
+    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
+        replica, size = Replica(recipe, known), recipe.pairs.shard_rows
+        for done, number in enumerate(todo):
+            if done == stop["shards"]:
+                raise Stopped
+            made = pairs.table(known, replica.rows(number, min(size, count - number * size)))
+            row = module.commit(made, recipe.pairs_uri, known)
+            yield {name: column[0] for name, column in row.items()}
+
+    monkeypatch.setattr(module, "commits", commits)
+    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
+    monkeypatch.setattr(cluster, "waiting", lambda recipe, replicas: nullcontext())
+    return stop
+
+
+def test_what_was_recorded_is_not_read_again(
+    tmp_path: Path, one_process: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on reads only what a killed driver had no time to record; a set that grows reads nothing."""
+    read: list[str] = []
+    inspect = pairs.inspect_shard
+
+    def noted(uri: str, known: manifest.Facts, name: str, sha256: str | None = None) -> manifest.Shard:
+        if sha256 is None:  # else it is verify's
+            read.append(name)
+        return inspect(uri, known, name, sha256)
+
+    monkeypatch.setattr(pairs, "inspect_shard", noted)
+    recipe = with_pairs(tiny(tmp_path), count=24, shard_rows=6)
+    one_process["shards"] = 2
+    with pytest.raises(Stopped):
+        generate(recipe)
+    ledger = Path(recipe.pairs_uri, "ledger.json")
+    lines = json.loads(ledger.read_text())
+    assert [shard["name"] for shard in lines["shards"]] == ["shard-00000.parquet", "shard-00001.parquet"]
+    ledger.write_text(json.dumps(lines | {"shards": lines["shards"][:1]}))
+    one_process["shards"] = 99
+    generate(recipe)
+    assert read == ["shard-00001.parquet"]
+    assert not ledger.exists()
+    assert pairs.verify(recipe.pairs_uri)["count"] == 24
+    generate(with_pairs(recipe, count=30))
+    assert len(read) == 1
+    assert pairs.verify(recipe.pairs_uri)["count"] == 30
+
+
+@pytest.mark.faults("pairs: a truncated shard")
+def test_a_record_of_another_size_counts_for_nothing(tmp_path: Path, one_process: dict[str, int]) -> None:
+    recipe = with_pairs(tiny(tmp_path), count=12, shard_rows=6)
+    one_process["shards"] = 1
+    with pytest.raises(Stopped):
+        generate(recipe)
+    place = Path(recipe.pairs_uri, "shard-00000.parquet")
+    place.write_bytes(place.read_bytes()[:-7])
+    one_process["shards"] = 99
+    with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged"):
+        generate(recipe)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
@@ -167,6 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.faults("pairs: disk full")
 def test_a_disk_that_fills_up_costs_nothing_that_was_made(
     ray_cluster: None, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,8 +355,6 @@ def test_the_command_line_ends_with_one_sentence(tmp_path: Path) -> None:
 
 def test_weights_are_checked_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check builds on the meta device: no tensor of the teacher is allocated in the driver."""
-    from pipeline import generate as module
-
     recipe, built = tiny(tmp_path), []
     weights = checkpoints.weights
     monkeypatch.setattr(checkpoints, "weights", lambda net, *rest: built.append(net) or weights(net, *rest))

@@ -66,3 +66,19 @@ def test_the_lowest_modules_know_nothing_of_the_others() -> None:
 
 def test_nobody_imports_the_jobs() -> None:
     assert not [module for module, used in GRAPH.items() if any(u.split(".")[0] == "jobs" for u in used)]
+
+
+def test_nothing_runs_what_it_reads() -> None:
+    """No eval or exec, no shell, no unpickling: recipes, URIs and files are data. (``teacher.unpickle`` is asked for.)"""
+    banned = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "joblib.load"}
+    sources = [*MODULES, *sorted(ROOT.glob("jobs/*.py")), *sorted(ROOT.glob("cluster/*.py"))]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert name not in banned, f"{path.name}:{node.lineno}"
+            assert given.get("shell", "False") == "False", f"{path.name}:{node.lineno}"
+            assert given.get("allow_pickle", "False") == "False", f"{path.name}:{node.lineno}"
+            if name == "torch.load":
+                assert given["weights_only"] in {"True", "not unpickle"}, f"{path.name}:{node.lineno}"

@@ -28,7 +28,7 @@ from tiny import IMAGES, tiny, with_pairs
 from pipeline import manifest, pairs, storage, training_state
 from pipeline.recipe import Recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STORE = 100 << 20  # bytes of a node's object store
 LIVELY = {  # a dead node is noticed after two seconds instead of half a minute
     "health_check_initial_delay_ms": 1000,
@@ -109,7 +109,10 @@ def disturb(
     return done
 
 
-def test_pairs_survive_the_loss_of_nodes(full: Nodes, tmp_path: Path) -> None:
+@pytest.mark.faults("pairs: raylet killed", "pairs: node lost", "pairs: spot node taken away")
+def test_pairs_survive_the_loss_of_nodes(
+    full: Nodes, tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=319, shard_rows=4, batch=4, actors=2)
     recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
     finish(start("generate_pairs", with_pairs(recipe, uri=str(tmp_path / "straight")), tmp_path, full.address))
@@ -122,7 +125,8 @@ def test_pairs_survive_the_loss_of_nodes(full: Nodes, tmp_path: Path) -> None:
         out = finish(job)
     finally:
         faulty.SLOW.unlink()
-    print(out, lost)
+    print(out)
+    record_property("kills", lost.total())
     assert min(lost[kind] for kind in KINDS) >= 2
     assert shards(recipe) == expected
     assert pairs.verify(recipe.pairs_uri)["count"] == 319
@@ -138,7 +142,10 @@ def trained(recipe: Recipe, **changes: Any) -> Recipe:
     return replace(recipe, train=replace(recipe.train, **changes))
 
 
-def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(full: Nodes, tmp_path: Path) -> None:
+@pytest.mark.faults("student: nodes of workers lost", "student: another number of workers")
+def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
+    full: Nodes, tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
     """Two workers lose nodes and the driver is killed, one goes on and loses its node, the driver alone ends it."""
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
     finish(start("generate_pairs", recipe, tmp_path, full.address))
@@ -153,7 +160,8 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(full:
             kill(job.pid)
             told += job.communicate()[0]
     told += finish(job)
-    print(told, lost)
+    print(told)
+    record_property("kills", lost.total() + 2)
     assert lost.total() == 3
     assert told.count("Resuming") == 2
     expected, found = (
@@ -163,6 +171,7 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(full:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.faults("report: node lost")
 def test_a_report_survives_the_loss_of_a_node(full: Nodes, tmp_path: Path) -> None:
     listed = [{"name": "Autoregressive"}, {"name": "FlowMatched"}]
     recipe = tiny(tmp_path, "var", **IMAGES)

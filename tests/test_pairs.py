@@ -214,7 +214,7 @@ def test_growth_replaces_the_short_shard_last(recipe: Recipe) -> None:
     grown = manifest.finish(uri, known, [*shards[:2], whole], {"rows": 16, "seconds": 1.0, "device": "cpu"})
     assert grown["count"] == 48
     assert [run["rows"] for run in grown["made"]] == [40, 16]
-    assert manifest.committed(uri) == {f"shard-0000{k}.parquet" for k in range(3)}
+    assert manifest.committed(uri).keys() == {f"shard-0000{k}.parquet" for k in range(3)}
     assert pairs.verify(uri) == grown
 
 

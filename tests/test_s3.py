@@ -132,6 +132,7 @@ def test_a_file_is_downloaded_once(folder: str, s3_server: Relay, tmp_path: Path
 # ---- trouble that passes
 
 
+@pytest.mark.faults("S3: slow-downs, broken transfers, lost answers")
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_fails_now_and_then_changes_no_byte(folder: str, s3_server: Relay, fault: str) -> None:
@@ -160,6 +161,7 @@ def test_a_large_download_goes_on_where_it_broke_off(folder: str, s3_server: Rel
         assert storage.read_bytes(f"{folder}/weights.bin") == data
 
 
+@pytest.mark.faults("S3: a lost end of an upload")
 @pytest.mark.usefixtures("small_parts")
 def test_the_end_of_an_upload_may_get_lost(folder: str, s3_server: Relay) -> None:
     """The server has joined the parts, nobody hears of it, and it is asked again."""
@@ -177,6 +179,7 @@ def once(method: str, fault: str, inside: str = "") -> s3server.Fault:
 # ---- trouble that stays
 
 
+@pytest.mark.faults("S3: overloaded for good")
 @pytest.mark.usefixtures("small_parts", "impatient")
 @pytest.mark.parametrize(
     ("fault", "sentence"),
@@ -224,6 +227,7 @@ def test_a_broken_download_leaves_nothing_in_the_cache(folder: str, s3_server: R
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.faults("S3: overloaded for good")
 @pytest.mark.usefixtures("impatient")
 def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Relay, tmp_path: Path) -> None:
     recipe = tiny.tiny(tmp_path)
@@ -246,6 +250,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking.Run, "start", work)
 
 
+@pytest.mark.faults("S3: wrong credentials, nobody answers, read only")
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("changes", "sentence"),
@@ -341,7 +346,7 @@ def make_pairs(recipe: Recipe) -> None:
 
 def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -> list[str]:
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
-    committed, log, rows = generate._committed, Observer.log, evaluate._rows
+    committed, log, rows = generate.commits, Observer.log, evaluate._rows
 
     def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[dict[str, Any]]:
         """What Ray's workers do, here: they take seconds to start."""
@@ -363,11 +368,11 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
         drawn.extend(draw.name for draw in todo)
         return rows(plan, todo, frequencies)
 
-    patch.setattr(generate, "_committed", one_shard)
+    patch.setattr(generate, "commits", one_shard)
     with pytest.raises(Stopped):
         generate_job(recipe)
     assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
-    patch.setattr(generate, "_committed", committed)
+    patch.setattr(generate, "commits", committed)
     with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
     assert len(requests) >= 24, "each of the four faults came up"
@@ -389,6 +394,7 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     return drawn
 
 
+@pytest.mark.faults("S3: all three jobs stopped half-way, on a server that fails")
 def test_the_pairs_are_those_of_a_disk(journey: Journey) -> None:
     there, here = journey.recipe.pairs_uri, Path(journey.disk.pairs_uri)
     names = sorted(path.name for path in here.iterdir())
@@ -423,6 +429,7 @@ def test_mlflow_stays_on_this_machine(journey: Journey) -> None:
     assert (journey.folder / "home" / "mlflow.db").exists()
 
 
+@pytest.mark.faults("student: a checkpoint that cannot be written")
 @pytest.mark.usefixtures("impatient")
 def test_a_job_that_cannot_write_ends_with_one_sentence_and_goes_on_later(
     journey: Journey, folder: str, s3_server: Relay

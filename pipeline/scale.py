@@ -1,0 +1,121 @@
+"""What the machinery around a teacher takes at full size: a pair set made by a stand-in that costs nothing.
+
+Rows a second, the driver's memory, the files, a run that has nearly nothing left to do, and how well replicas add up.
+A real teacher's seconds come on top (``--dry_run`` of generate_pairs measures them).
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pipeline import cluster, generate, manifest, storage
+from pipeline.models import checkpoints, standin
+from pipeline.progress import Progress, duration
+from pipeline.recipe import Recipe
+
+PART = 10  # the first of two runs makes one part in so many; both show whether memory grows with the rows
+LOST = 2  # shards that the run that goes on has to make
+ACTORS = (1, 2, 4)
+SHARDS = 15  # of each replica that is asked how well it adds up
+ROWS, SECONDS = 64, 4.0  # of one such shard, which is one batch; a real one takes minutes
+
+
+def scale(recipe: Recipe) -> str:
+    """Markdown: the pair set of the recipe at a part of ``pairs.count`` and at all of it, and 1, 2 and 4 replicas.
+
+    The sets lie in <run>/scale. Raises ValueError for one that is there already: it would be measured half made.
+    """
+    recipe = cluster.portable(recipe)
+    folder = storage.join(recipe.run, "scale")
+    if storage.listing(folder):
+        raise ValueError(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")
+    layout = checkpoints.config(recipe.teacher).layout
+    lines = [
+        f"# Scale of {recipe.name}",
+        "",
+        f"{layout.length} tokens of {layout.code_dim} dimensions, noise {recipe.pairs.noise}; a teacher that costs"
+        f" nothing; {recipe.pairs.actors} actors of {recipe.cluster.cpus:g} CPU.",
+        "",
+        *_full(recipe, folder),
+        "",
+        *_efficiency(recipe, folder),
+    ]
+    return "\n".join(lines)
+
+
+def _full(recipe: Recipe, folder: str) -> list[str]:
+    """A part of the set, all of it, and the run that goes on when two shards are missing."""
+    recipe = standin.of(recipe, folder)
+    recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=storage.join(folder, "pairs")))
+    out = ["| rows | made | seconds | rows/s | driver's memory, peak |", "|---:|---:|---:|---:|---:|"]
+    for count in (recipe.pairs.count // PART, recipe.pairs.count):
+        part = replace(recipe, pairs=replace(recipe.pairs, count=count))
+        generate.generate(part)
+        out.append(_row(part))
+    uri, found = recipe.pairs_uri, manifest.read(recipe.pairs_uri)
+    lost = random.Random(0).sample(found["shards"], min(LOST, len(found["shards"])))
+    for shard in lost:
+        storage.remove(storage.join(uri, shard["name"]))
+    start = time.monotonic()
+    generate.generate(recipe)
+    resumed = time.monotonic() - start
+    out.append(_row(recipe))
+    start = time.monotonic()
+    names = len(manifest.committed(uri))
+    listing = time.monotonic() - start
+    size = found["bytes"] / len(found["shards"])
+    return [
+        *out,
+        "",
+        f"* {names:,} files of {size / 1e6:,.1f} MB, {found['bytes'] / 1e9:,.2f} GB; {found['bytes'] / names:,.0f}"
+        f" bytes a file, {found['bytes'] / found['count']:,.0f} bytes a row.",
+        f"* One listing of them: {1000 * listing:,.0f} ms.",
+        f"* With {len(lost)} shards lost, the same command took {duration(resumed)}, start of Ray's actors included.",
+    ]
+
+
+def _row(recipe: Recipe) -> str:
+    """The last run of a set as a row of the table."""
+    found = manifest.read(recipe.pairs_uri)
+    made, peak = found["made"][-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    speed = made["rows"] / made["seconds"]
+    return f"| {found['count']:,} | {made['rows']:,} | {made['seconds']:,.0f} | {speed:,.0f} | {peak:,.0f} MiB |"
+
+
+def _efficiency(recipe: Recipe, folder: str) -> list[str]:
+    """Pools of teachers that sleep a second a shard, so that cores do not limit."""
+    out = [
+        f"Teachers that sleep {SECONDS:g} s a shard of {ROWS} rows, {SHARDS} shards each, so that cores do not limit:",
+        "",
+        "| actors | until the first shard, s | then, s | shards/s | efficiency |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for actors in ACTORS:
+        place = storage.join(folder, f"actors-{actors}")
+        sleepers = standin.of(recipe, place, SECONDS)
+        shards = actors * SHARDS
+        pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
+        sleepers = replace(sleepers, run=place, pairs=replace(pairs, count=shards * ROWS, noise="derived"))
+        start, times = time.monotonic(), list(_commits(sleepers, shards))
+        first, last = times[0] - start, times[-1] - times[0]
+        # The first wave is done when the clock starts: a pool that loses nothing takes SHARDS - 1 more.
+        share = (shards - actors) * SECONDS / (actors * last)
+        out.append(f"| {actors} | {first:.1f} | {last:.1f} | {(shards - 1) / last:.2f} | {share:.3f} |")
+    return out
+
+
+def _commits(recipe: Recipe, shards: int) -> Iterator[float]:
+    """The moments at which the shards of a new set were committed; RuntimeError if one failed."""
+    known = manifest.facts_of(recipe)
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    cluster.connect(recipe)
+    with Progress(shards, "shards") as progress:
+        for row in generate.commits(recipe, known, recipe.pairs.count, list(range(shards))):
+            if row["error"]:
+                raise RuntimeError(f"shard {row['number']} failed: {row['error']}; see Ray's logs.")
+            progress.update()
+            yield time.monotonic()
