@@ -69,7 +69,7 @@ def test_nobody_imports_the_jobs() -> None:
 
 
 def test_nothing_runs_what_it_reads() -> None:
-    """No eval or exec, no shell, no unpickling: recipes, URIs and files are data. (``teacher.unpickle`` is asked for.)"""
+    """No eval, no shell, no unpickling: recipes, URIs and files are data. ``teacher.unpickle`` is asked for."""
     banned = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.load", "joblib.load"}
     sources = [*MODULES, *sorted(ROOT.glob("jobs/*.py")), *sorted(ROOT.glob("cluster/*.py"))]
     for path in sources:
