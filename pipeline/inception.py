@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,20 +48,21 @@ class Inception(nn.Module):
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and nobody writes
             state = {name: torch.from_numpy(array) for name, array in weights.items()}
         nn.Module.load_state_dict(body, state, assign=True)
-        layers = dict(body.named_children())  # in the order in which an image passes them
-        self.fc = layers.pop("fc")
+        layers: dict[str, Any] = dict(body.named_children())  # in the order in which an image passes them
+        self.head: Tensor = layers.pop("fc").weight
         self.layers = nn.ModuleDict(layers)
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, spatial = PREPROCESS[self.flavour](pixels), None
+        layer: Any
         for name, layer in self.layers.items():
             if name == "Mixed_6d" and self.flavour == "torch-fidelity":
                 spatial = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
             x = layer(x)
         features = x.flatten(1)
         # Row by row: a product of matrices rounds a row differently in batches of other sizes.
-        logits = torch.stack([self.fc.weight.mv(row) for row in features])
+        logits = torch.stack([self.head.mv(row) for row in features])
         return features, logits, spatial
 
 
@@ -93,8 +95,8 @@ def check(uri: str) -> str:
         return FORMULA
     if not storage.exists(uri):
         raise FileNotFoundError(
-            f"evaluate.inception {uri} is not there; fetch weights-inception-2015-12-05-6726825d.pth of torch-fidelity's"
-            f" release v0.2.0, or set it to {FORMULA} for a rehearsal whose numbers are no FID."
+            f"evaluate.inception {uri} is not there; fetch weights-inception-2015-12-05-6726825d.pth of the"
+            f" torch-fidelity release v0.2.0, or set it to {FORMULA} for a rehearsal whose numbers are no FID."
         )
     return _checked(storage.sha256(uri), uri)
 

@@ -183,23 +183,24 @@ def frechet_error(features: np.ndarray, total: Moments, reference: Gaussian) -> 
     The jackknife (Quenouille, Tukey) over ten groups of consecutive rows, each left out in turn: the spread of the ten
     distances gives the error, and, as the bias of the distance goes with 1/N, the line through N and 0.9 N gives the
     limit (FID-infinity, Chong & Forsyth 2020). Unlike a line through the distances of the first N/2 .. N rows, it
-    weighs all rows alike, which halves the variance. ``total`` are the moments of all rows, so that one group at a time
-    is in memory. The reference is taken as it is: its own finite size shifts both. None below 2 D rows, where covariances
-    are close to singular and the bias is no line.
+    weighs all rows alike, which halves the variance. ``total`` are the moments of all rows, so that one group is in
+    memory at a time. The reference is taken as it is: its own finite size shifts both. None below 2 D rows, where
+    covariances are close to singular and the bias is no line.
     """
     n = len(features)
     if n < 2 * features.shape[1] or n < 2 * GROUPS:
         return None
-    root, distances, sizes = factor(reference[1]), [], []
+    root, found, sizes = factor(reference[1]), [], []
     for group in np.array_split(features, GROUPS):
         part = Moments(features.shape[1])
         part.add(group)
         rest = total.without(part)
-        distances.append(frechet(reference, rest.gaussian(), root))
+        found.append(frechet(reference, rest.gaussian(), root))
         sizes.append(1 / rest.n)
-    error = np.sqrt((GROUPS - 1) / GROUPS * np.square(distances - np.mean(distances)).sum())
+    distances = np.array(found)
+    error = np.sqrt((GROUPS - 1) / GROUPS * np.square(distances - distances.mean()).sum())
     whole = frechet(reference, total.gaussian(), root)
-    slope = (np.mean(distances) - whole) / (np.mean(sizes) - 1 / n)
+    slope = (distances.mean() - whole) / (np.mean(sizes) - 1 / n)
     return float(error), float(whole - slope / n)
 
 

@@ -87,7 +87,8 @@ class Array:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.shape = uri, (0, 0, 0, 3)
+        self.uri = uri
+        self.shape: tuple[int, ...] = (0, 0, 0, 3)
         with zipfile.ZipFile(storage.local(uri)) as archive:
             if "arr_0.npy" in archive.namelist():
                 with archive.open("arr_0.npy") as file:

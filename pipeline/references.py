@@ -114,7 +114,9 @@ def packed(found: References) -> bytes:
     if found.spatial:
         arrays |= {"mu_s": found.spatial[0], "sigma_s": found.spatial[1]}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, flavour=np.array(found.flavour), weights=np.array(found.weights), count=found.count)
+    np.savez(
+        buffer, **arrays, flavour=np.array(found.flavour), weights=np.array(found.weights), count=np.array(found.count)
+    )
     return buffer.getvalue()
 
 
@@ -127,7 +129,7 @@ def _npz(uri: str) -> dict[str, np.ndarray]:
 
 
 def _pth(uri: str) -> dict[str, np.ndarray]:
-    """The arrays of a file of ``torch.save``; nothing in it is run. numpy 1 and 2 spell their constructor differently."""
+    """The arrays of a file of ``torch.save``; nothing in it is run. numpy 1 and 2 spell one name differently."""
     construct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     harmless = [
         construct,

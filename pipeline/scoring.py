@@ -80,7 +80,7 @@ def meaning(settings: EvaluateSettings) -> str:
             f" {settings.flavour}. It is not FID: a rehearsal, which compares with nothing"
         )
     known = {
-        "torch-fidelity": "comparable with ADM, VAR and LlamaGen; the Distilled Decoding paper's FIDs are pytorch-fid's",
+        "torch-fidelity": "comparable with ADM, VAR and LlamaGen; the Distilled Decoding paper's are pytorch-fid's",
         "pytorch-fid": "as in the Distilled Decoding paper; ADM, VAR and LlamaGen report torch-fidelity's",
     }
     return (
