@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ def _group_sizes(uri: str) -> list[int]:
             table = pq.ParquetFile(file)
             kind = next((str(field.type) for field in table.schema_arrow if field.name == "image"), None)
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    except OSError as error:
+    except pa.ArrowException as error:
         raise ValueError(f"evaluate.reference {uri} is no Parquet file ({error}); write it again.") from None
     if kind is None or "binary" not in kind:
         raise ValueError(
