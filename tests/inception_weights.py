@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from pipeline import inception
+from pipeline.inception import formula
 
 if find_spec("torch_fidelity") is None:
     pytest.skip("torch-fidelity is not installed: pip install torch-fidelity", allow_module_level=True)
@@ -16,4 +16,4 @@ if find_spec("torch_fidelity") is None:
 
 @cache
 def weights() -> dict[str, np.ndarray]:
-    return inception.formula()
+    return formula()
