@@ -18,7 +18,7 @@ from ray.data import DataContext
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.recipe import Recipe
+from pipeline.recipe import FORMULA, Recipe
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
 
@@ -126,7 +126,7 @@ def portable(recipe: Recipe) -> Recipe:
             evaluate,
             uri=optional(evaluate.uri),
             student=optional(evaluate.student),
-            inception=optional(evaluate.inception),
+            inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
             reference=optional(evaluate.reference),
         ),
     )

@@ -1,9 +1,10 @@
 """Draw, score and time every sampler that a recipe lists, then write the report.
 
-A fixed pool of Ray Data actors draws fixed ranges of sample ids and returns float64 statistics; the driver
-merges them in the order of the ids, so neither the number of actors nor who finishes first changes a digit. A
-finished sampler's statistics stay in <report>/cache under a fingerprint of all that shaped them, and a rerun
-draws only what is missing. Speed is measured afterwards, in one process with the pool gone.
+A fixed pool of Ray Data actors draws fixed ranges of sample ids and returns float64 statistics; the driver merges them
+in the order of the ids, so neither the number of actors nor who finishes first changes a digit. A finished sampler's
+statistics stay in <report>/cache under a fingerprint of all that shaped them, and a rerun draws only what is missing.
+Inception's weights travel to the actors as shared arrays, never as a module. Speed is measured afterwards, in one
+process with the pool gone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,57 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from pipeline import cluster, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
+from pipeline import (
+    cluster,
+    noise,
+    pairs,
+    references,
+    report,
+    sample_files,
+    sampler_list,
+    scoring,
+    speed,
+    storage,
+    tally,
+    tracking,
+)
 from pipeline.compilation import compiled
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.plan import Draw, Plan, describe, prepare
 from pipeline.precision import set_products
 from pipeline.progress import Progress
+from pipeline.real_images import RealImages
 from pipeline.recipe import Recipe
+from pipeline.references import References
 from pipeline.samplers import Autoregressive, Models, OneStepStar
-from pipeline.summary import summarise
-from pipeline.tally import Statistics
+from pipeline.summary import compared_with, summarise
+from pipeline.tally import Seen, Statistics, glance
 
 # ---- the workers
 
 
 class Artist:
-    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time."""
+    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
 
-    def __init__(self, plan: Plan, draws: list[Draw], frequencies: np.ndarray | None) -> None:
+    ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        draws: list[Draw],
+        frequencies: np.ndarray | None,
+        weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
+    ) -> None:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         set_products("fp32")  # of what scores; the models set their own
         self.plan, self.draws = plan, draws
         self.models = load(plan, frequencies)
-        self.network = scoring.features(plan.recipe.evaluate, plan.device)
-        self.real = scoring.ReferenceImages(plan.recipe.evaluate)
+        arrays = None if weights is None else ray.get(weights)
+        self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
+        self.samples = plan.samples()
+        self.real: RealImages | None = None  # opened by the actor that scores them
         self.loaded = ""  # the student in self.models
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -63,17 +90,24 @@ class Artist:
         """Draw and score the images of one unit of work."""
         started, settings, layout = time.perf_counter(), self.plan.recipe.evaluate, self.plan.layout
         out = Statistics.empty(self.network, layout.classes, layout.image_size, draw.count)
-        places = draw.places(item)
-        for start in range(places.start, places.stop, settings.batch):
-            part = np.arange(start, min(start + settings.batch, places.stop))
-            images, labels = self.images(draw, part)
-            out.add(images, labels, self.network, part, draw.keep, settings.grid)
+        places, seen, labels = np.array(draw.places(item)), [], []
+        for start in range(0, len(places), settings.batch):
+            images, known = self.images(draw, places[start : start + settings.batch])
+            seen.append(Seen.of(images, self.network))
+            labels += [] if known is None else [known]
+        rows, known = Seen.joined(seen), np.concatenate(labels) if labels else None
+        keep = tally.spread(places, draw.keep, draw.count)
+        out.add(rows, known, self.network.names_labels, places, keep, settings.grid)
+        if draw in self.samples:
+            sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
         out.seconds = time.perf_counter() - started
         return out
 
     def images(self, draw: Draw, places: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
         """Images [B, 3, H, W] at ``places`` of a draw, and their labels where they are known."""
         if draw.sampler is None:
+            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.layout.image_size)
+            assert self.real is not None
             images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
             return images.to(self.plan.device), labels
         if draw.student and draw.student != self.loaded:
@@ -102,43 +136,80 @@ def load_student(plan: Plan, uri: str, models: Models) -> Student:
     return student
 
 
-def collect(plan: Plan, frequencies: np.ndarray | None) -> dict[Draw, Statistics]:
+class Shelf(Mapping[Draw, Statistics]):
+    """The statistics of the finished draws of a plan, read when asked for: one may hold half a gigabyte."""
+
+    def __init__(self, plan: Plan, draws: list[Draw]) -> None:
+        self.plan, self.draws = plan, draws
+
+    def __getitem__(self, draw: Draw) -> Statistics:
+        return Statistics.unpack(storage.read_bytes(self.plan.cache(draw)))
+
+    def __iter__(self) -> Iterator[Draw]:
+        return iter(self.draws)
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def glance(self, draw: Draw) -> tuple[float, np.ndarray]:
+        """(seconds, images of the grid)."""
+        with storage.reading(self.plan.cache(draw)) as file:
+            return glance(file)
+
+
+def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     """The statistics of all draws: out of the cache, or drawn now and put there."""
     draws = plan.draws()
-    out = {draw: found for draw in draws if (found := _cached(plan, draw))}
-    todo = [draw for draw in draws if draw not in out]
+    finished = [draw for draw in draws if storage.exists(plan.cache(draw)) and _saved(plan, draw)]
+    todo = [draw for draw in draws if draw not in finished]
     if not todo:
-        return out
-    total, done = (sum(draw.items for draw in some) for some in (draws, out))
+        return Shelf(plan, draws)
+    total, done = (sum(draw.items for draw in some) for some in (draws, finished))
+    growing: dict[Draw, Statistics] = {}
     parts = dict.fromkeys(range(len(todo)), 0)
     with Progress(total, "parts", done=done) as progress:
         for i, part in in_order(_rows(plan, todo, frequencies)):
             draw = todo[i]
             if parts[i]:
-                out[draw].merge(part)
+                growing[draw].merge(part)
             else:
-                out[draw] = part
+                growing[draw] = part
             parts[i] += 1
             if parts[i] == draw.items:
-                storage.write_bytes(plan.cache(draw), out[draw].pack())
+                _finish(plan, draw, growing.pop(draw))
             progress.update(note=draw.name)
-    return out
+    return Shelf(plan, draws)
+
+
+def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
+    """Put a whole draw away: its images, if they are wanted, and then its statistics, which say that it is done."""
+    if draw in plan.samples():
+        sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
+    storage.write_bytes(plan.cache(draw), statistics.pack())
+
+
+def _saved(plan: Plan, draw: Draw) -> bool:
+    """Whether a draw's images are in their file, if the recipe wants them there."""
+    wanted = plan.samples().get(draw)
+    return wanted is None or sample_files.holds(wanted, plan.key(draw))
 
 
 def _rows(plan: Plan, todo: list[Draw], frequencies: np.ndarray | None) -> Iterable[dict[str, Any]]:
     """The parts of all draws as the actors finish them: {draw, item, statistics}."""
+    weights = scoring.weights(plan.recipe.evaluate)
+    shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
     settings = plan.recipe.cluster
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         Artist,
-        fn_constructor_args=(plan, todo, frequencies),
+        fn_constructor_args=(plan, todo, frequencies, shared),
         batch_size=1,
         compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
         max_task_retries=2,
     )
-    return dataset.iter_rows()
+    yield from dataset.iter_rows()
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
@@ -151,11 +222,6 @@ def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]
         while (i, following[i]) in waiting:
             yield i, Statistics.unpack(waiting.pop((i, following[i])))
             following[i] += 1
-
-
-def _cached(plan: Plan, draw: Draw) -> Statistics | None:
-    uri = plan.cache(draw)
-    return Statistics.unpack(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
@@ -207,7 +273,8 @@ def evaluate(recipe: Recipe) -> str:
         statistics = collect(plan, frequencies)
         print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
         timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
-        results = summarise(plan, statistics, timing)
+        seconds = sum(statistics.glance(draw)[0] for draw in statistics)
+        results = summarise(plan, statistics, timing, seconds)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
     return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
@@ -226,21 +293,21 @@ def _finished(plan: Plan) -> str | None:
     if not storage.exists(uri):
         return None
     results = storage.read_json(uri)
-    if results.get("fingerprint") != plan.fingerprint():
+    if results.get("fingerprint") != plan.fingerprint() or not all(_saved(plan, draw) for draw in plan.draws()):
         return None
     advice = "delete it to measure speed again"
     return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; {advice}."
 
 
-def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics]) -> dict[str, bytes]:
+def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, bytes]:
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
-    drawn = [statistics[draw].images for draw in plan.table()]
+    _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
     names = sampler_list.names(plan.samplers)
-    files = {"samples.png": report.samples(names, [np.concatenate(parts) for parts in drawn], labels)}
+    files = {"samples.png": report.samples(names, [statistics.glance(draw)[1] for draw in plan.table()], labels)}
     if results["curve"]:
         files["curve.png"] = report.curve(results)
     files["report.md"] = report.markdown(results).encode()
@@ -248,6 +315,16 @@ def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics
     for name, data in files.items():
         storage.write_bytes(storage.join(plan.recipe.report_uri, name), data)
     return files
+
+
+def _write_reference(plan: Plan, statistics: Shelf) -> None:
+    """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them."""
+    settings = plan.recipe.evaluate
+    if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
+        return
+    found, weights = compared_with(plan, statistics), plan.facts["features"]["inception"]
+    made = References(found.gaussian, found.spatial, settings.flavour, True, weights, plan.real)
+    storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
 
 
 def _frequencies(plan: Plan) -> np.ndarray | None:

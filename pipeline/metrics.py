@@ -1,5 +1,5 @@
-"""What is measured of images: Fréchet distance, Inception Score, precision and recall, variance within
-classes.
+"""What is measured of images: Fréchet distance, its error and its limit, KID, Inception Score, precision and
+recall, variance within classes.
 
 Means and covariances are float64 and streaming (Chan et al. 1979): parts made anywhere merge into what one
 pass over all images would have found. Everything here is numbers in, numbers out.
@@ -12,8 +12,11 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
+Gaussian = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
 BUFFER = 1024  # rows collected before they enter a covariance: smaller updates cost ten times as much
 COMPONENTS = 50  # principal components of the pixel distance
+GROUPS = 10  # of consecutive ids, left out in turn for the error of a distance
+SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1_000, 2020  # of KID: torch-fidelity's
 
 
 # ---- streaming statistics
@@ -59,7 +62,18 @@ class Moments:
         self.mean = self.mean + step * (n / total)
         self.n = total
 
-    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+    def without(self, part: Moments) -> Moments:
+        """The moments of the rows that are not in ``part``, which this has seen: the inverse of ``merge``."""
+        self.flush()
+        part.flush()
+        rest = Moments(len(self.mean))
+        rest.n = self.n - part.n
+        rest.mean = self.mean + (self.mean - part.mean) * (part.n / rest.n)
+        step = part.mean - rest.mean
+        rest.m2 = self.m2 - part.m2 - np.outer(step, step) * (rest.n * part.n / self.n)
+        return rest
+
+    def gaussian(self) -> Gaussian:
         """Mean [D] and unbiased covariance [D, D]."""
         self.flush()
         if self.n < 2:
@@ -131,27 +145,96 @@ class InceptionScore:
         """The mean of the blocks' scores; a short last block counts as much as the others, as in ADM's
         evaluator.
         """
+        return float(self.scores().mean())
+
+    def scores(self) -> np.ndarray:
+        """The score of each block."""
         seen = self.n > 0
         q = self.p[seen] / self.n[seen][:, None]
         entropy = (q * np.log(np.maximum(q, np.finfo(np.float64).tiny))).sum(1)
-        return float(np.exp(self.p_log_p[seen] / self.n[seen] - entropy).mean())
+        return np.exp(self.p_log_p[seen] / self.n[seen] - entropy)
 
 
 # ---- distances
 
 
-def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+def frechet(a: Gaussian, b: Gaussian, root: np.ndarray | None = None) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two (mean [D], covariance [D, D]).
 
     The root's trace is the sum of the square roots of the eigenvalues of F' S_b F, where S_a = F F':
-    symmetric matrices throughout, hence real, and right for singular covariances. A result like -1e-7 is
-    rounding.
+    symmetric matrices throughout, hence real, and right for singular covariances. ``root`` is F, for who has it.
+    A result like -1e-7 is rounding.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(np.maximum(values, 0))
+    root = factor(cov_a) if root is None else root
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root.T @ cov_b @ root), 0)).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def factor(cov: np.ndarray) -> np.ndarray:
+    """F with F F' = ``cov``, which may be singular."""
+    values, vectors = np.linalg.eigh(cov)
+    return vectors * np.sqrt(np.maximum(values, 0))
+
+
+def frechet_error(features: np.ndarray, total: Moments, reference: Gaussian) -> tuple[float, float] | None:
+    """Standard error of the Fréchet distance of features [N, D] to ``reference``, and its limit for N to infinity.
+
+    The jackknife (Quenouille, Tukey) over ten groups of consecutive rows, each left out in turn: the spread of the ten
+    distances gives the error, and, as the bias of the distance goes with 1/N, the line through N and 0.9 N gives the
+    limit (FID-infinity, Chong & Forsyth 2020). Unlike a line through the distances of the first N/2 .. N rows, it
+    weighs all rows alike, which halves the variance. ``total`` are the moments of all rows, so that one group is in
+    memory at a time. The reference is taken as it is: its own finite size shifts both. None below 2 D rows, where
+    covariances are close to singular and the bias is no line.
+    """
+    n = len(features)
+    if n < 2 * features.shape[1] or n < 2 * GROUPS:
+        return None
+    root, found, sizes = factor(reference[1]), [], []
+    for group in np.array_split(features, GROUPS):
+        part = Moments(features.shape[1])
+        part.add(group)
+        rest = total.without(part)
+        found.append(frechet(reference, rest.gaussian(), root))
+        sizes.append(1 / rest.n)
+    distances = np.array(found)
+    error = np.sqrt((GROUPS - 1) / GROUPS * np.square(distances - distances.mean()).sum())
+    whole = frechet(reference, total.gaussian(), root)
+    slope = (distances.mean() - whole) / (np.mean(sizes) - 1 / n)
+    return float(error), float(whole - slope / n)
+
+
+def kid(
+    generated: np.ndarray,
+    real: np.ndarray,
+    subsets: int = SUBSETS,
+    size: int = SUBSET_SIZE,
+    seed: int = SUBSET_SEED,
+) -> tuple[float, float]:
+    """Kernel Inception Distance (Binkowski et al. 2018) of features [N, D] and [M, D]: mean and deviation over subsets.
+
+    Subsets are drawn as torch-fidelity draws them, smaller ones where a set is smaller than ``size``.
+    """
+    size, rng = min(size, len(generated), len(real)), np.random.RandomState(seed)
+    found = []
+    for _ in range(subsets):
+        x = generated[rng.choice(len(generated), size, replace=False)]
+        y = real[rng.choice(len(real), size, replace=False)]
+        found.append(mmd2(x.astype(np.float64), y.astype(np.float64)))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def mmd2(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy of rows [N, D] and [M, D] for the kernel (x.y / D + 1)^3."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: np.ndarray) -> float:
+        k = kernel(a, a)
+        return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
 def pixel_frechet(a: Moments, reference: Moments) -> float:
@@ -176,7 +259,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block:
             f"precision and recall need more than {k} images a set; they have {len(generated)} and {len(real)}."
         )
     centre = real.mean(0)  # squared distances from products lose digits far from the origin
-    fake, true = torch.from_numpy(generated - centre).float(), torch.from_numpy(real - centre).float()
+    fake, true = (torch.from_numpy(rows - centre).float() for rows in (generated, real))
     fake_radius, true_radius = _radii(fake, k, block), _radii(true, k, block)
     inside_real = torch.zeros(len(fake), dtype=torch.bool)
     inside_fake = torch.zeros(len(true), dtype=torch.bool)
@@ -191,15 +274,18 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3, block:
 
 def _radii(x: Tensor, k: int, block: int) -> Tensor:
     """Squared distance [N] to the k-th nearest neighbour; the smallest distance of all is the point to
-    itself.
+    itself. A pair of blocks is looked at once, for the rows of both.
     """
-    out = []
-    for rows in x.split(block):
-        best = torch.full((len(rows), k + 1), torch.inf)
-        for columns in x.split(block):
-            best = torch.cat([best, _squared(rows, columns)], 1).topk(k + 1, largest=False).values
-        out.append(best.amax(1))
-    return torch.cat(out)
+    best = torch.full((len(x), k + 1), torch.inf)
+    for i in range(0, len(x), block):
+        rows = slice(i, i + block)
+        for j in range(i, len(x), block):
+            columns = slice(j, j + block)
+            distance = _squared(x[rows], x[columns])
+            best[rows] = torch.cat([best[rows], distance], 1).topk(k + 1, largest=False).values
+            if j > i:
+                best[columns] = torch.cat([best[columns], distance.T], 1).topk(k + 1, largest=False).values
+    return best.amax(1)
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:

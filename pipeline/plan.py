@@ -12,30 +12,31 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import compilation, manifest, sampler_list, scoring, storage
+from pipeline import compilation, manifest, sample_files, sampler_list, scoring, storage
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.progress import duration
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
-ITEM = 1_000  # images of one unit of work; divides metrics.SCORE_BLOCK
-KEEP = 512 << 20  # bytes of features that are kept for precision and recall
-FORMAT = 1  # of the cached statistics
+ITEM = 1_000  # images of one unit of work; divides tally.SCORE_BLOCK
+KEEP = 512 << 20  # bytes of a sampler's features that are kept: precision, recall, KID and standard errors need them
+REAL_KEPT = 10_000  # real images whose features are, evenly spread: as many as ADM's reference holds
+FORMAT = 2  # of the cached statistics
 SNAPSHOT = re.compile(r"step-(\d+)\.safetensors")  # students exported along the way
 
 
 @dataclass(frozen=True)
 class Draw:
     """Images that are scored as one set: ``count`` samples from id ``first``, or as many real images
-    (sampler None).
+    (sampler None). ``keep`` is how many images' features are kept.
     """
 
     sampler: Sampler | None
     count: int
     first: int = 0
     student: str = ""
-    keep: bool = False
+    keep: int = 0
 
     @property
     def name(self) -> str:
@@ -83,11 +84,12 @@ class Plan:
 
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
-        keep = self.real > 0 and self.recipe.evaluate.count * self.facts["dim"] * 4 <= KEEP
+        count = self.recipe.evaluate.count
+        keep = count if count * self.facts["dim"] * 4 <= KEEP else 0
         return [self._draw(sampler, keep=keep) for sampler in self.samplers]
 
     def reference(self) -> Draw:
-        return Draw(None, self.real, keep=True)
+        return Draw(None, self.real, keep=min(self.real, REAL_KEPT))
 
     def second(self) -> Draw | None:
         """Another draw of the AR teacher, the yardstick for the flow-matched one; None unless both are
@@ -126,7 +128,9 @@ class Plan:
         evaluate = self.recipe.evaluate
         facts: dict[str, Any] = {"format": FORMAT, "features": self.facts["features"], "grid": evaluate.grid}
         facts |= {"count": draw.count, "first": draw.first, "keep": draw.keep}
-        if draw.sampler is not None:
+        if draw.sampler is None:
+            facts["reference"] = self.facts["reference"]
+        else:
             facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
             facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
             facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
@@ -141,12 +145,21 @@ class Plan:
     def fingerprint(self) -> str:
         """Fingerprint of the whole report; compiled networks are timed anew, not drawn with again."""
         timing = [list(self.recipe.evaluate.timing_batches), self.recipe.teacher.compile, self.recipe.evaluate.compile]
-        return fingerprint({"draws": [self.key(draw) for draw in self.draws()], "timing": timing})
+        drawn = {"draws": [self.key(draw) for draw in self.draws()], "reference": self.facts["reference"]}
+        return fingerprint(drawn | {"timing": timing})
+
+    def samples(self) -> dict[Draw, str]:
+        """The .npz of images that each sampler leaves, where the recipe wants them."""
+        if not self.recipe.evaluate.npz:
+            return {}
+        names = map(sample_files.file_name, sampler_list.names(self.samplers))
+        folder = storage.join(self.recipe.report_uri, "samples")
+        return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
 
     def cache(self, draw: Draw) -> str:
         return storage.join(self.recipe.report_uri, "cache", f"{self.key(draw)[:24]}.npz")
 
-    def _draw(self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: bool = False) -> Draw:
+    def _draw(self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: int = 0) -> Draw:
         uri = (student or self.student) if sampler.student else ""
         return Draw(sampler, count or self.recipe.evaluate.count, first, uri, keep)
 
@@ -170,13 +183,15 @@ def prepare(recipe: Recipe) -> Plan:
         "precision": recipe.teacher.precision,
         "teacher": checkpoints.checksums(recipe.teacher),
         "features": features,
+        "reference": scoring.check_reference(settings, layout.image_size),
         "dim": scoring.DIMENSIONS[settings.features],
     }
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
             compilation.check(f"{name}.compile", recipe.cluster.runs_on)
-    plan = Plan(recipe, layout, listed, len(scoring.ReferenceImages(settings)), facts)
-    storage.check_writable(recipe.report_uri)
+    plan = Plan(recipe, layout, listed, facts["reference"]["images"], facts)
+    pixels = settings.count * 3 * layout.image_size**2  # of a sampler, in parts and again in one file
+    storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
     if any(sampler.frequencies for sampler in listed):
         expected = fingerprint(manifest.facts(recipe, layout, facts["teacher"]))
         found = manifest.read(recipe.pairs_uri, expected)

@@ -22,6 +22,8 @@ from pipeline import storage
 from pipeline.flow import Solver
 from pipeline.precision import Precision
 
+Flavour = Literal["torch-fidelity", "pytorch-fid"]
+FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 
 
@@ -208,8 +210,15 @@ class EvaluateSettings:
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}.
         student: URI of the student's weights; default <run>/student/student.safetensors.
         features: which network scores: digits, or inception (FID).
-        inception: URI of the Inception weights (features: inception).
-        reference: URI of the reference statistics (features: inception).
+        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score) or pytorch-fid (as the
+            paper's FID). Their numbers do not compare.
+        inception: URI of the Inception weights, or formula: random ones, for rehearsals without the file (features:
+            inception).
+        reference: what samples are compared with (features: inception). URI of statistics: ADM's .npz, pytorch-fid's
+            .npz, the authors' statistic.pth, or the reference.npz of an earlier report. Or of real images, whose
+            statistics are then made here: a folder of them, Parquet with a column image, an .npz with arr_0 alone.
+        reference_flavour: the flavour of statistics that do not say it themselves.
+        npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
         compile: torch.compile the student's blocks. Changes float rounding only.
@@ -226,8 +235,11 @@ class EvaluateSettings:
     samplers: list[dict[str, Any]] = field(default_factory=list)
     student: str | None = None
     features: Literal["digits", "inception"] = "digits"
+    flavour: Flavour = "torch-fidelity"
     inception: str | None = None
     reference: str | None = None
+    reference_flavour: Flavour | None = None
+    npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False
     batch: int = 250

@@ -55,7 +55,7 @@ def table(results: dict[str, Any]) -> str:
         ("precision", "precision", "{:.3f}"),
         ("recall", "recall", "{:.3f}"),
     ]
-    if title == "FID":
+    if title != "FD":
         columns.insert(7, ("IS", "inception_score", "{:.1f}"))
     rows = [
         row
@@ -114,9 +114,7 @@ def _legend(results: dict[str, Any]) -> str:
         "Fréchet distance of 64 features of the digits scorer to the 5,000 real digits. It is not FID and"
         " compares with nothing outside this recipe"
         if title == "FD"
-        else "Fréchet distance of torch-fidelity's Inception features to the reference file, comparable with"
-        " ADM, VAR and LlamaGen; the Distilled Decoding paper used pytorch-fid, which scales and"
-        " resizes images a little differently"
+        else results["meaning"]
     )
     lines = [
         f"* **{title}**: {network}.",

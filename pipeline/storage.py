@@ -129,6 +129,28 @@ def sizes(uri: str) -> dict[str, int]:
     return {name.removeprefix(f"{inside}/"): size for name, size in names.items() if name != inside}
 
 
+def is_folder(uri: str) -> bool:
+    with _sentences(uri, "looked up"):
+        fs, path = filesystem(uri)
+        return bool(fs.isdir(path))
+
+
+def below(uri: str) -> dict[str, str]:
+    """Every file in a folder and its folders: {path inside it: a mark that changes with the file}, sorted.
+
+    The mark is size and ETag or time of change, so that a million files need not be read to be told apart.
+    """
+    with _sentences(uri, "listed"):
+        fs, path = filesystem(uri)
+        found = fs.find(path, detail=True)
+    inside = path.rstrip("/") + "/"
+    stamps = ("ETag", "etag", "mtime", "LastModified", "updated")
+    return {
+        name.removeprefix(inside): f"{info['size']} {next((info[key] for key in stamps if info.get(key)), '')}"
+        for name, info in sorted(found.items())
+    }
+
+
 def read_bytes(uri: str) -> bytes:
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)

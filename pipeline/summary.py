@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline import sampler_list, scoring
-from pipeline.metrics import frechet, pixel_frechet, precision_recall
+from pipeline import metrics, references, sampler_list, scoring
+from pipeline.metrics import Gaussian, frechet, pixel_frechet, precision_recall
 from pipeline.plan import Draw, Plan
+from pipeline.recipe import FORMULA, EvaluateSettings
 from pipeline.samplers import Autoregressive
 from pipeline.speed import Speed
-from pipeline.tally import Statistics
+from pipeline.tally import SCORE_BLOCK, Statistics
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
+NEIGHBOURS = 3  # of precision and recall
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reference:
-    """What images are compared with: feature mean and covariance, and the real images' statistics where
-    there are any.
+    """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
+    and the spatial features' mean and covariance where they are known.
     """
 
-    gaussian: tuple[np.ndarray, np.ndarray]
+    gaussian: Gaussian
     real: Statistics | None
+    spatial: Gaussian | None = None
 
 
-def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
-    """Everything the report says, as JSON values."""
+def summarise(
+    plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Everything the report says, as JSON values; ``seconds`` are those of all actors.
+
+    ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
+    """
     settings, names = plan.recipe.evaluate, sampler_list.names(plan.samplers)
-    reference = _reference(plan, statistics)
-    entries = [
+    reference = compared_with(plan, statistics)
+    entries = (
         Entry(
             name,
             type(sampler).__name__,
@@ -57,32 +65,40 @@ def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, 
             timing["speeds"][sampler],
         )
         for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
-    ]
-    by_kind = {entry.kind: entry.statistics for entry in entries}
-    second = plan.second()
+    )
     found = {
         "name": plan.recipe.name,
-        "title": "FD" if settings.features == "digits" else "FID",
+        "title": scoring.title(settings),
+        "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
         "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms),
-        "agreement": agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
-        if second
-        else None,
+        "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
-        "made": _made(plan, statistics, timing),
+        "made": _made(plan, timing, seconds),
     }
     return json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
 
 
-def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> Reference:
-    settings = plan.recipe.evaluate
+def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
+    """The reference of a recipe: statistics out of its file, or those of the real images."""
     real = statistics[plan.reference()] if plan.real else None
-    if settings.features == "digits" and real:
-        return Reference(real.moments.gaussian(), real)
-    return Reference(scoring.reference_gaussian(settings.reference or ""), real)
+    if plan.facts["reference"]["statistics"] == "made here":
+        assert real is not None
+        return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None)
+    found = references.read(plan.recipe.evaluate.reference or "")
+    assert found is not None
+    return Reference(found.pooled, real, found.spatial)
 
 
-def _curve(plan: Plan, statistics: dict[Draw, Statistics], reference: Reference) -> dict[str, Any] | None:
+def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> dict[str, float] | None:
+    second = plan.second()
+    if second is None:
+        return None
+    first = {type(draw.sampler).__name__: draw for draw in plan.table()}
+    return agreement(*(statistics[draw] for draw in (first["FlowMatched"], first["Autoregressive"], second)))
+
+
+def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Reference) -> dict[str, Any] | None:
     draws = plan.curve()
     if not draws:
         return None
@@ -100,9 +116,11 @@ def _curve(plan: Plan, statistics: dict[Draw, Statistics], reference: Reference)
     }
 
 
-def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
+def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
+    inception = settings.features == "inception"
+    kept = [draw.keep for draw in (plan.table()[0], plan.reference())]
     return {
         "count": settings.count,
         "seed": settings.seed,
@@ -116,20 +134,34 @@ def _made(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]
         "student": _student(plan) if plan.students else None,
         "pairs": plan.facts.get("pairs"),
         "features": settings.features,
+        "flavour": settings.flavour if inception else None,
+        "weights": _weights(settings) if inception else None,
         "dimensions": plan.facts["dim"],
         "features SHA-256": plan.facts["features"],
+        "reference": {"uri": settings.reference if inception else "the digits"} | plan.facts["reference"],
         "real images": plan.real,
+        "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids"},
+        "KID": {"subsets": metrics.SUBSETS, "images of a subset": min(metrics.SUBSET_SIZE, *kept)}
+        | {"kernel": "(x.y / D + 1)^3", "seed": metrics.SUBSET_SEED}
+        if min(kept)
+        else None,
+        "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]} if min(kept) else None,
+        "standard error and limit": f"jackknife over {metrics.GROUPS} groups of sample ids" if kept[0] else None,
         "sampling": {
             "device": plan.device,
             "actors": settings.actors,
             "batch": settings.batch,
-            "seconds of all actors": round(sum(found.seconds for found in statistics.values()), 1),
+            "seconds of all actors": round(seconds, 1),
         },
         "timing": {key: timing[key] for key in ("device", "threads")}
         | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "fingerprint": plan.fingerprint(),
     }
+
+
+def _weights(settings: EvaluateSettings) -> str:
+    return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
 def _student(plan: Plan) -> dict[str, Any]:
@@ -142,15 +174,15 @@ def _student(plan: Plan) -> dict[str, Any]:
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
-def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
+def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
     """One dictionary per row, real images first; None where a number does not exist.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one;
     ``baseline_ms`` is the AR teacher's time per image at batch 1.
     """
-    teachers = [entry for kind in ("Autoregressive", "FlowMatched") for entry in entries if entry.kind == kind]
     rows = [_row(entry, reference, baseline_ms) for entry in entries]
-    teacher = next((row for row in rows if teachers and row["name"] == teachers[0].name), None)
+    by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
+    teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
         rows.insert(0, _quality(reference.real) | {"name": "real images", "count": reference.real.moments.n})
     for row in rows:
@@ -174,14 +206,13 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
         "count": statistics.moments.n,
         "score": score(statistics, reference),
         "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
-        "precision": None,
-        "recall": None,
+        "sfid": None,
         "seconds": statistics.seconds,
         "speeds": [asdict(speed) for speed in entry.speeds],
     }
-    if real and real.features and statistics.features:
-        both = precision_recall(np.concatenate(statistics.features), np.concatenate(real.features))
-        row["precision"], row["recall"] = both
+    if reference.spatial and statistics.spatial:
+        row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
+    row |= _of_rows(statistics, reference)
     if entry.speeds:
         best = min(entry.speeds, key=lambda speed: speed.ms)
         row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
@@ -189,11 +220,29 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
     return row | _quality(statistics)
 
 
+def _of_rows(statistics: Statistics, reference: Reference) -> dict[str, float | None]:
+    """What needs the images' features themselves, not their sums alone."""
+    names = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
+    out: dict[str, float | None] = dict.fromkeys(names)
+    if not statistics.features:
+        return out
+    mine = np.concatenate(statistics.features)
+    if found := metrics.frechet_error(mine, statistics.moments, reference.gaussian):
+        out["score_std"], out["score_inf"] = found
+    if reference.real and reference.real.features:
+        theirs = np.concatenate(reference.real.features)
+        if min(len(mine), len(theirs)) > NEIGHBOURS:
+            out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
+        out["kid"], out["kid_std"] = metrics.kid(mine, theirs)
+    return out
+
+
 def _quality(statistics: Statistics) -> dict[str, Any]:
     """What needs no reference."""
-    labelled = statistics.labelled
+    labelled, scores = statistics.labelled, statistics.score.scores()
     return {
         "inception_score": statistics.score.value(),
+        "inception_score_std": float(scores.std()) if len(scores) > 1 else None,
         "accuracy": statistics.right / labelled if labelled else None,
         "variance": statistics.variance.value(),
     }

@@ -1,14 +1,16 @@
-"""All that the report needs of one sampler's images, batch by batch, in a form that travels and merges.
+"""All that the report needs of one sampler's images, part by part, in a form that travels and merges.
 
-Images are rounded as a PNG would round them before anything looks at them.
+Images are rounded as a PNG would round them before anything looks at them. A part is summed up at once, however it was
+batched, so that batches change no sum.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,19 +25,47 @@ SCORE_BLOCK = 5_000  # images of one Inception Score, in the order of their ids,
 THUMBNAIL = 32  # pixel statistics are those of grey thumbnails of at most this side
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the networks saw of uint8 images [B, 3, H, W]: arrays with a row per image, float32."""
+
+    pixels: np.ndarray
+    features: np.ndarray
+    logits: np.ndarray
+    spatial: np.ndarray | None
+    thumbnails: np.ndarray
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, images: Tensor, network: Features) -> Seen:
+        """Images [B, 3, H, W] in [-1, 1], rounded."""
+        pixels = to_uint8(images)
+        features, logits, spatial = network(pixels)
+        deep = None if spatial is None else _rows(spatial)
+        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """The rows of all parts."""
+        columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
+        rows: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
+        return cls(*rows)
+
+
 @dataclass
 class Statistics:
     """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
     ids.
 
     ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
-    ``features`` (for precision and recall) and ``images`` (for the grid) hold the kept rows.
+    ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows.
     """
 
     moments: Moments
     pixels: Moments
     variance: ClassVariance
     score: InceptionScore
+    spatial: Moments | None = None
     right: int = 0
     labelled: int = 0
     seconds: float = 0.0
@@ -52,6 +82,7 @@ class Statistics:
             Moments(pixels),
             ClassVariance(classes, pixels),
             InceptionScore(blocks, network.classes),
+            Moments(network.spatial) if network.spatial else None,
         )
 
     def merge(self, other: Statistics) -> None:
@@ -60,6 +91,8 @@ class Statistics:
         self.pixels.merge(other.pixels)
         self.variance.merge(other.variance)
         self.score.merge(other.score)
+        if self.spatial and other.spatial:
+            self.spatial.merge(other.spatial)
         self.right += other.right
         self.labelled += other.labelled
         self.seconds += other.seconds
@@ -68,12 +101,15 @@ class Statistics:
 
     def pack(self) -> bytes:
         """As an npz file; nothing in it is pickled."""
-        self.moments.flush()
-        self.pixels.flush()
+        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial")}
+        for moments in (self.moments, self.pixels, self.spatial):
+            if moments:
+                moments.flush()
         arrays: dict[str, Any] = {
             f"{name}.{key}": value
-            for name in ("moments", "pixels", "variance", "score")
-            for key, value in vars(getattr(self, name)).items()
+            for name, sum_ in sums.items()
+            if sum_
+            for key, value in vars(sum_).items()
             if not key.startswith("_")
         }
         arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
@@ -95,6 +131,7 @@ class Statistics:
             Moments(pixels),
             ClassVariance(len(arrays["variance.n"]), pixels),
             InceptionScore(*arrays["score.p"].shape),
+            Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
         )
         for key, value in arrays.items():
             if "." in key:
@@ -106,36 +143,43 @@ class Statistics:
         out.images = [arrays["images"]] if "images" in arrays else []
         return out
 
-    @torch.no_grad()
     def add(
-        self,
-        images: Tensor,
-        labels: np.ndarray | None,
-        network: Features,
-        place: np.ndarray,
-        keep: bool,
-        grid: int,
+        self, seen: Seen, labels: np.ndarray | None, names_labels: bool, place: np.ndarray, keep: np.ndarray, grid: int
     ) -> None:
-        """Score a batch: images [B, 3, H, W] in [-1, 1]; ``place`` [B] counts the sampler's images from 0.
+        """Take in rows of images; ``place`` [B] counts the sampler's images from 0.
 
-        Labels may be unknown (None). ``keep`` keeps the features, and the first ``grid`` images of all are
-        kept.
+        Labels may be unknown (None); ``names_labels`` says whether the network's classes are labels. Features are kept
+        of the rows in ``keep`` [B], and the first ``grid`` images of all are.
         """
-        pixels = to_uint8(images)
-        features, logits = (out.float().cpu().numpy() for out in network(pixels))
-        small = thumbnails(pixels)
-        self.moments.add(features)
-        self.pixels.add(small)
-        self.score.add(logits, place // SCORE_BLOCK)
+        self.moments.add(seen.features)
+        self.pixels.add(seen.thumbnails)
+        self.score.add(seen.logits, place // SCORE_BLOCK)
+        if self.spatial and seen.spatial is not None:
+            self.spatial.add(seen.spatial)
         if labels is not None:
-            self.variance.add(small, labels)
-            if network.names_labels:
-                self.right += int((logits.argmax(1) == labels).sum())
+            self.variance.add(seen.thumbnails, labels)
+            if names_labels:
+                self.right += int((seen.logits.argmax(1) == labels).sum())
                 self.labelled += len(labels)
-        if keep:
-            self.features.append(features)
+        if keep.any():
+            self.features.append(seen.features[keep])
         if (place < grid).any():
-            self.images.append(pixels.cpu().numpy()[place < grid])
+            self.images.append(seen.pixels[place < grid])
+
+
+def _rows(out: Tensor) -> np.ndarray:
+    return out.float().cpu().numpy()
+
+
+def glance(file: IO[bytes]) -> tuple[float, np.ndarray]:
+    """(seconds, images of the grid) out of packed statistics, without reading the rest."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return float(arrays["counts"][2]), arrays["images"]
+
+
+def spread(place: np.ndarray, keep: int, count: int) -> np.ndarray:
+    """Which of the images at ``place`` [B] are among ``keep`` out of ``count``, evenly spread over all."""
+    return (place + 1) * keep // count > place * keep // count
 
 
 def thumbnails(pixels: Tensor) -> np.ndarray:

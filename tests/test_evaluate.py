@@ -156,6 +156,8 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         assert row["speedup"] > 0
         assert 0 <= row["precision"] <= 1
         assert 0 <= row["recall"] <= 1
+        assert row["kid"] > 0
+        assert row["score_std"] is None, "of fewer images than twice the features"
     assert results["rows"][0]["accuracy"] > 0.97
 
 
@@ -293,6 +295,72 @@ def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
     assert len({base.key(draw) for draw in base.draws()}) == len(base.draws())
     assert base.second() is not None
     assert base.key(base.second()) != base.key(by_name["teacher, AR"])
+
+
+def test_flavour_and_weights_are_in_every_key_and_the_reference_in_that_of_real_images(recipe: Recipe) -> None:
+    base = plan.prepare(recipe)
+
+    def like(**facts: Any) -> plan.Plan:
+        return dataclasses.replace(base, facts=base.facts | facts)
+
+    network = {"inception": "a", "flavour": "torch-fidelity"}
+    kinds = [base, like(features=network), like(features=network | {"flavour": "pytorch-fid"})]
+    kinds += [like(features=network | {"inception": "formula"})]
+    other = like(reference={"SHA-256": "b"})
+    for draw in base.draws():
+        assert len({made.key(draw) for made in kinds}) == 4
+        assert (other.key(draw) == base.key(draw)) is (draw.sampler is not None)
+    assert other.fingerprint() != base.fingerprint()
+
+
+def test_features_are_kept_as_memory_allows(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = plan.prepare(recipe)
+    assert {draw.keep for draw in base.table()} == {24}
+    assert base.reference().keep == 5_000
+    assert {draw.keep for draws in base.curve().values() for draw in draws} == {0}
+    monkeypatch.setattr(plan, "KEEP", 24 * 64 * 4 - 1)
+    monkeypatch.setattr(plan, "REAL_KEPT", 1_000)
+    assert {draw.keep for draw in base.table()} == {0}
+    assert base.reference().keep == 1_000
+
+
+def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished report whose images are wanted afterwards, then one of them lost."""
+    shutil.copytree(finished[0].report_uri, tmp_path / "report")
+    listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    recipe = changed(finished[0], uri=str(tmp_path / "report"), npz=True, samplers=listed, curve_count=0)
+    monkeypatch.setattr(plan, "ITEM", 10)
+    made, drawn = plan.prepare(recipe), []
+
+    def here(plan: Any, todo: list[plan.Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
+        drawn.append([draw.name for draw in todo])
+        artist = Artist(plan, todo, None)
+        for i, draw in enumerate(todo):
+            for item in reversed(range(draw.items)):
+                yield {k: v[0] for k, v in artist({"draw": np.array([i]), "item": np.array([item])}).items()}
+
+    monkeypatch.setattr(evaluate, "_rows", here)
+    shelf = evaluate.collect(made, None)
+    assert drawn == [["teacher, AR", "DD 1 step"]], "whose statistics were there, but no images"
+    samples = tmp_path / "report" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == ["DD_1_step.npz", "teacher_AR.npz"]
+    with np.load(samples / "DD_1_step.npz") as file:
+        images = file["arr_0"]
+    assert images.shape == (24, 32, 32, 3)
+    grid = np.concatenate(shelf[made.table()[1]].images)
+    assert np.array_equal(images[:5].transpose(0, 3, 1, 2), grid)
+    evaluate.collect(made, None)
+    assert len(drawn) == 1, "nothing is missing"
+    before = (samples / "DD_1_step.npz").read_bytes()
+    (samples / "DD_1_step.npz").unlink()
+    assert evaluate._finished(made) is None
+    evaluate.collect(made, None)
+    assert drawn[1] == ["DD 1 step"]
+    with np.load(samples / "DD_1_step.npz") as file:
+        assert np.array_equal(file["arr_0"], images)
+    assert len((samples / "DD_1_step.npz").read_bytes()) == len(before)
 
 
 def test_a_students_precision_is_in_its_draws_alone_and_compiling_in_none(recipe: Recipe) -> None:

@@ -12,7 +12,8 @@ HOMES = {  # package -> the modules that may import it
     "mlflow": {"tracking"},
     "jsonargparse": {"recipe"},
     "lpips": {"losses"},
-    "torch_fidelity": {"metrics", "scoring"},
+    "torch_fidelity": {"inception"},
+    "PIL": {"real_images"},
     "matplotlib": {"report"},
     "mlxtend": {"digits"},
 }

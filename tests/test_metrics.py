@@ -17,6 +17,9 @@ from pipeline.metrics import (
     InceptionScore,
     Moments,
     frechet,
+    frechet_error,
+    kid,
+    mmd2,
     pixel_frechet,
     precision_recall,
 )
@@ -83,6 +86,8 @@ def test_inception_score_has_the_golden_value(block: int, key: str) -> None:
         rows = np.arange(i, min(i + 32, 200))
         score.add(golden_logits()[rows], rows // block)
     assert score.value() == pytest.approx(GOLDEN[key], abs=1e-10)
+    if block == 50:
+        assert score.scores().std() == pytest.approx(GOLDEN["inception_score_std_blocks_of_50"], abs=1e-10)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -161,3 +166,69 @@ def test_pixel_distance_is_that_of_the_leading_components() -> None:
     floor = pixel_frechet(moments(other), moments(real))
     other[:, 7] += 5.0
     assert pixel_frechet(moments(other), moments(real)) == pytest.approx(25.0 + floor, rel=0.1)
+
+
+# ---- KID
+
+
+def test_kid_has_the_golden_values() -> None:
+    assert kid(GENERATED, REAL, subsets=10, size=100) == pytest.approx(GOLDEN["kid_10_subsets_of_100"], abs=1e-12)
+    x, y = GENERATED.astype(np.float64), REAL.astype(np.float64)
+    assert mmd2(x, y) == pytest.approx(GOLDEN["kid_all_rows"], abs=1e-12)
+    assert mmd2(x[:160], y) == pytest.approx(GOLDEN["kid_first_160_of_both"], abs=1e-12)
+
+
+def test_kid_of_few_images_takes_smaller_subsets() -> None:
+    mean, deviation = kid(GENERATED[:20], REAL[:20], subsets=3)
+    assert mean == pytest.approx(mmd2(GENERATED[:20].astype(np.float64), REAL[:20].astype(np.float64)), abs=1e-12)
+    assert deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_of_one_distribution_is_unbiased() -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 400, 8)).astype(np.float32)
+    mean, deviation = kid(rows[0], rows[1], subsets=50, size=200)
+    assert abs(mean) < deviation
+
+
+# ---- the error and the limit of a distance
+
+
+def test_a_part_taken_out_leaves_the_rest() -> None:
+    rows = GENERATED.astype(np.float64)
+    rest = moments(rows).without(moments(rows[40:90]))
+    expected = np.concatenate([rows[:40], rows[90:]])
+    assert rest.n == 150
+    np.testing.assert_allclose(rest.gaussian()[0], expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(rest.gaussian()[1], np.cov(expected.T), atol=1e-14)
+
+
+def test_error_and_limit_equal_a_slow_jackknife() -> None:
+    """Ten distances without a tenth of the rows each, two passes every time."""
+    reference = (REAL.mean(0, dtype=np.float64), np.cov(REAL.astype(np.float64).T))
+    distances = []
+    for group in np.array_split(np.arange(200), 10):
+        rest = np.delete(GENERATED.astype(np.float64), group, axis=0)
+        distances.append(frechet((rest.mean(0), np.cov(rest.T)), reference))
+    whole = frechet((GENERATED.mean(0, dtype=np.float64), np.cov(GENERATED.astype(np.float64).T)), reference)
+    found = frechet_error(GENERATED, moments(GENERATED), reference)
+    assert found is not None
+    assert found[0] == pytest.approx(np.sqrt(9 * np.var(distances)), rel=1e-8)
+    assert found[1] == pytest.approx(10 * whole - 9 * np.mean(distances), rel=1e-8)
+
+
+def test_error_and_limit_are_those_of_many_draws() -> None:
+    """200 draws of 600 rows: their spread, and a limit that has lost the bias of finite sets."""
+    rng, dim, reference = np.random.default_rng(0), 12, (np.zeros(12), np.eye(12))
+    drawn = rng.normal(0.1, 1.1, (200, 600, dim))
+    scores = [frechet(moments(rows, 600).gaussian(), reference) for rows in drawn]
+    found = np.array([frechet_error(rows, moments(rows, 600), reference) for rows in drawn])
+    true = dim * (0.1**2 + 0.1**2)
+    assert found[:, 0].mean() == pytest.approx(np.std(scores), rel=0.15)
+    assert np.mean(scores) - true > 0.05
+    assert found[:, 1].mean() == pytest.approx(true, abs=0.01)
+
+
+def test_too_few_rows_have_no_error() -> None:
+    reference = (np.zeros(16), np.eye(16))
+    assert frechet_error(GENERATED[:31], moments(GENERATED[:31]), reference) is None
+    assert frechet_error(GENERATED[:32], moments(GENERATED[:32]), reference) is not None

@@ -6,25 +6,25 @@ python -m pytest tests/test_scoring.py
 from __future__ import annotations
 
 import hashlib
-import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import digits, scoring
+from pipeline import digits, inception, scoring, storage
 from pipeline.models.convnet import to_uint8
-from pipeline.recipe import EvaluateSettings
-
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "eval.json").read_text())
+from pipeline.recipe import DEFAULT, EvaluateSettings, parse
 
 
 def test_real_digits_are_recognised() -> None:
-    images = scoring.ReferenceImages(EvaluateSettings())
+    images = scoring.real(EvaluateSettings(), 32)
+    assert images is not None
     pixels, labels = images[100:164]
     assert len(images) == len(digits.images_and_labels()[0])
-    _, logits = scoring.features(EvaluateSettings(), "cpu")(to_uint8(pixels))
+    _, logits, _ = scoring.features(EvaluateSettings(), "cpu")(to_uint8(pixels))
     assert labels is not None
     assert (logits.argmax(1).numpy() == labels).sum() >= 62
 
@@ -37,94 +37,77 @@ def test_digits_features_refuse_other_images() -> None:
     assert set(scoring.check(EvaluateSettings(), 32, 10)) == {"scorer"}
 
 
-def inception_settings(folder: Path, **arrays: np.ndarray) -> EvaluateSettings:
+def inception_settings(folder: Path, **changes: Any) -> EvaluateSettings:
+    """Of weights that are not the official ones, and ADM's layout of a reference."""
     (folder / "inception.pth").write_bytes(b"weights")
-    np.savez(folder / "reference.npz", **arrays)
-    return EvaluateSettings(
-        features="inception", inception=str(folder / "inception.pth"), reference=str(folder / "reference.npz")
-    )
+    np.savez(folder / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    given = {"inception": str(folder / "inception.pth"), "reference": str(folder / "adm.npz")} | changes
+    return EvaluateSettings(features="inception", **given)
 
 
-def test_reference_file_gives_mean_and_covariance(tmp_path: Path) -> None:
-    mean, covariance = np.arange(2048, dtype=np.float32), np.eye(2048, dtype=np.float32)
-    settings = inception_settings(tmp_path, mu=mean, sigma=covariance)
-    found = scoring.reference_gaussian(settings.reference or "")
-    assert np.array_equal(found[0], mean)
-    assert found[1].dtype == np.float64
-    assert len(scoring.ReferenceImages(settings)) == 0
+def test_what_is_made_of_whose_features_has_a_name() -> None:
+    settings = EvaluateSettings(features="inception", inception="i.pth", reference="r.npz")
+    assert scoring.title(EvaluateSettings()) == "FD"
+    assert scoring.title(settings) == "FID (torch-fidelity)"
+    assert scoring.title(replace(settings, flavour="pytorch-fid")) == "FID (pytorch-fid)"
+    random = replace(settings, inception="formula")
+    assert scoring.title(random) == "FD of a random Inception (not FID)"
+    meanings = [scoring.meaning(one) for one in (settings, replace(settings, flavour="pytorch-fid"), random)]
+    assert "preprocessed as torch-fidelity does, comparable with ADM" in meanings[0]
+    assert "preprocessed as pytorch-fid does, as in the Distilled Decoding paper" in meanings[1]
+    assert "It is not FID: a rehearsal" in meanings[2]
 
 
-def test_reference_images_are_read_row_by_row(tmp_path: Path) -> None:
-    stored = np.random.default_rng(0).integers(0, 256, (7, 5, 5, 3), dtype=np.uint8)
-    images = scoring.ReferenceImages(inception_settings(tmp_path, arr_0=stored))
-    assert len(images) == 7
-    found, labels = images[2:6]
-    assert labels is None
-    assert np.array_equal(to_uint8(found).permute(0, 2, 3, 1).numpy(), stored[2:6])
-    assert len(images[5:9][0]) == 2
-
-
-@pytest.mark.parametrize(
-    ("arrays", "sentence"),
-    [
-        ({"m": np.zeros(3)}, "is no npz file with mu and sigma"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3)}, r"has mu of shape \(3,\)"),
-    ],
-)
-def test_a_wrong_reference_is_one_sentence(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str) -> None:
-    settings = inception_settings(tmp_path, **arrays)
-    with pytest.raises(ValueError, match=sentence):
-        scoring.reference_gaussian(settings.reference or "")
-
-
-def test_wrong_inception_weights_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = inception_settings(tmp_path, mu=np.zeros(2048), sigma=np.eye(2048))
-    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: object())
+def test_the_network_is_told_apart_by_weights_and_flavour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = inception_settings(tmp_path)
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match=r"has SHA-256 .*, not 6726825d0af5"):
         scoring.check(settings, 256, 1000)
-    monkeypatch.setattr(scoring, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert set(scoring.check(settings, 256, 1000)) == {"inception", "reference"}
-    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'distilled-decoding\[fid\]'"):
-        scoring.check(settings, 256, 1000)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(inception, "SHA256", digest)
+    assert scoring.check(settings, 256, 1000) == {"inception": digest, "flavour": "torch-fidelity"}
+    other = replace(settings, flavour="pytorch-fid", inception="formula")
+    assert scoring.check(other, 256, 1000) == {"inception": "formula", "flavour": "pytorch-fid"}
 
 
-def test_inception_features_have_the_golden_values(tmp_path: Path) -> None:
-    """torch-fidelity's network under weights from a formula: right outputs, right preprocessing, no
-    download.
-    """
-    from pipeline import torchvision_ops  # noqa: F401  isort: skip  before torch_fidelity imports torchvision
+def test_a_reference_says_who_made_its_statistics(tmp_path: Path) -> None:
+    settings = inception_settings(tmp_path)
+    facts = scoring.check_reference(settings, 4)
+    digest = storage.sha256(settings.reference or "")
+    assert facts == {"SHA-256": digest, "images": 2, "statistics": "read", "count": None, "sFID": False}
+    images = scoring.real(settings, 4)
+    assert images is not None
+    assert len(images) == 2
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 4, 4, 3), dtype=np.uint8))
+    facts = scoring.check_reference(replace(settings, reference=str(tmp_path / "images.npz")), 4)
+    assert (facts["images"], facts["statistics"]) == (3, "made here")
+    assert scoring.check_reference(EvaluateSettings(), 32) == {"images": 5000, "statistics": "made here"}
 
-    torch_fidelity = pytest.importorskip("torch_fidelity")
 
-    def made(name: str, shape: torch.Size, rng: np.random.RandomState) -> np.ndarray:
-        normal, fan_in = rng.standard_normal, int(np.prod(shape[1:]))
-        if name.endswith("conv.weight"):
-            return normal(shape) * np.sqrt(2 / fan_in)
-        if name == "fc.weight":
-            return normal(shape) / np.sqrt(2048)
-        if name.endswith("bn.weight"):
-            return 1 + 0.1 * normal(shape)
-        if name.endswith("running_var"):
-            return 0.5 + rng.random_sample(shape)
-        return np.zeros(shape) if name.endswith("num_batches_tracked") else 0.1 * normal(shape)
+def test_a_reference_that_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
+    settings = inception_settings(tmp_path)
+    with pytest.raises(ValueError, match="holds images of 4x4 pixels and the teacher makes 8x8"):
+        scoring.check_reference(settings, 8)
+    with pytest.raises(ValueError, match=r"is of flavour torch-fidelity and evaluate.flavour is pytorch-fid"):
+        scoring.check_reference(replace(settings, flavour="pytorch-fid"), 4)
+    with pytest.raises(FileNotFoundError, match=r"evaluate.reference .*none.npz is not there"):
+        scoring.check_reference(replace(settings, reference=str(tmp_path / "none.npz")), 4)
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 4, 4, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="holds 1 images; a covariance needs 2 or more"):
+        scoring.check_reference(replace(settings, reference=str(tmp_path / "one.npz")), 4)
 
-    class Blank(torch_fidelity.FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:  # the constructor insists on loading
-            return None
 
-    torch.save({}, tmp_path / "inception.pth")
-    shapes = Blank("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "inception.pth")).state_dict()
-    weights = {
-        name: torch.from_numpy(np.asarray(made(name, shapes[name].shape, np.random.RandomState(1000 + i)))).to(
-            shapes[name]
-        )
-        for i, name in enumerate(sorted(shapes))
-    }
-    torch.save(weights, tmp_path / "inception.pth")
-    settings = EvaluateSettings(features="inception", inception=str(tmp_path / "inception.pth"), reference="unused")
-    pixels = torch.from_numpy(np.random.RandomState(7).randint(0, 256, (2, 3, 64, 64)).astype(np.uint8))
-    features, logits = scoring.features(settings, "cpu")(pixels)
-    golden = GOLDEN["inception_formula_weights"]
-    np.testing.assert_allclose(features[:, :6], golden["torch_fidelity_2048_first6_at_64"], atol=2e-4)
-    np.testing.assert_allclose(logits[:, :4], golden["torch_fidelity_logits_unbiased_first4_at_64"], atol=2e-4)
+@pytest.mark.parametrize("name", sorted(path.name for path in DEFAULT.parent.glob("*.yaml")))
+def test_every_shipped_recipe_has_the_flavour_of_its_reference(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the authors' file in its place, as their fid_score writes it."""
+    below = name.replace("-released", "")
+    files = [f"--config={DEFAULT.parent / file}" for file in dict.fromkeys([below, name])]
+    settings = parse(None, files).evaluate
+    if settings.features == "inception":
+        assert (settings.reference or "").endswith("statistic.pth")
+        monkeypatch.setattr(inception, "FEATURES", 4)
+        torch.save({"m": np.zeros(4, dtype=np.float32), "s": np.eye(4)}, tmp_path / "statistic.pth")
+        settings = replace(settings, reference=str(tmp_path / "statistic.pth"))
+    assert scoring.check_reference(settings, 256)["statistics"] in ("read", "made here")

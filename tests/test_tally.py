@@ -5,6 +5,9 @@ python -m pytest tests/test_tally.py
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from pipeline import scoring
 from pipeline.metrics import Moments, pixel_frechet
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import EvaluateSettings
-from pipeline.tally import Statistics, thumbnails
+from pipeline.tally import Seen, Statistics, glance, spread, thumbnails
 
 
 def some_images(count: int, seed: int = 0) -> torch.Tensor:
@@ -30,7 +33,7 @@ def statistics_of(images: torch.Tensor, labels: np.ndarray, parts: list[int], ba
         part = Statistics.empty(network, 10, 32, len(images))
         for i in range(start, start + size, batch):
             rows = np.arange(i, min(i + batch, start + size))
-            part.add(images[rows], labels[rows], network, rows, True, 4)
+            part.add(Seen.of(images[rows], network), labels[rows], True, rows, np.full(len(rows), True), 4)
         part = Statistics.unpack(part.pack())
         out = part if out is None else merged(out, part)
         start += size
@@ -72,13 +75,46 @@ def test_scored_pixels_are_those_of_a_png() -> None:
 def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
     network = scoring.features(EvaluateSettings(), "cpu")
     statistics = Statistics.empty(network, 10, 32, 4)
-    statistics.add(some_images(4), None, network, np.arange(4), False, 0)
+    statistics.add(Seen.of(some_images(4), network), None, True, np.arange(4), np.full(4, False), 0)
     assert (statistics.labelled, statistics.variance.value(), statistics.features, statistics.images) == (
         0,
         None,
         [],
         [],
     )
+
+
+def test_a_glance_reads_seconds_and_grid_alone() -> None:
+    statistics = statistics_of(some_images(6), np.arange(6), [6], 6)
+    statistics.seconds = 1.5
+    seconds, images = glance(io.BytesIO(statistics.pack()))
+    assert seconds == 1.5
+    assert np.array_equal(images, to_uint8(some_images(6)[:4]).numpy())
+
+
+@pytest.mark.parametrize(("keep", "count"), [(0, 7), (3, 7), (7, 7), (10_000, 50_000)])
+def test_kept_rows_are_spread_evenly_however_they_are_cut(keep: int, count: int) -> None:
+    whole = spread(np.arange(count), keep, count)
+    assert whole.sum() == keep
+    assert np.array_equal(
+        whole, np.concatenate([spread(part, keep, count) for part in np.array_split(np.arange(count), 3)])
+    )
+    if keep:
+        assert np.ptp(np.diff(np.flatnonzero(whole))) <= 1
+
+
+def test_spatial_features_are_summed_and_travel() -> None:
+    plain = scoring.features(EvaluateSettings(), "cpu")
+    network = replace(plain, spatial=5, network=lambda pixels: (*plain(pixels)[:2], pixels.flatten(1)[:, 7:12].float()))
+    images, parts = some_images(9), []
+    for rows in (np.arange(4), np.arange(4, 9)):
+        part = Statistics.empty(network, 10, 32, 9)
+        part.add(Seen.of(images[rows], network), None, True, rows, np.full(len(rows), False), 0)
+        parts.append(Statistics.unpack(part.pack()))
+    whole = merged(*parts).spatial
+    assert whole is not None
+    expected = to_uint8(images).flatten(1)[:, 7:12].double().numpy()
+    np.testing.assert_allclose(whole.gaussian()[1], np.cov(expected.T), rtol=1e-12)
 
 
 def test_thumbnails_are_grey_and_small() -> None:
