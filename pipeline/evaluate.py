@@ -205,8 +205,10 @@ def evaluate(recipe: Recipe) -> str:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
+        timing: dict[str, Any] = {"speeds": {}, "device": None, "threads": None}
+        if batches := recipe.evaluate.timing_batches:
+            print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
+            timing = time_alone(plan, frequencies, batches, recipe.evaluate.actors)
         results = summarise(plan, statistics, timing)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
@@ -268,6 +270,7 @@ def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
             run.artifact(Path(folder, name))
+    run.tag("report_fingerprint", results["fingerprint"])
     for key, value in plan.facts["teacher"].items():
         run.tag(f"teacher_{key}", value)
     if plan.students:

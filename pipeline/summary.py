@@ -54,7 +54,7 @@ def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, 
             dataclasses.asdict(sampler),
             sampler.steps_label(plan.layout),
             statistics[draw],
-            timing["speeds"][sampler],
+            timing["speeds"].get(sampler, []),
         )
         for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
     ]
@@ -64,7 +64,7 @@ def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, 
         "name": plan.recipe.name,
         "title": "FD" if settings.features == "digits" else "FID",
         "fingerprint": plan.fingerprint(),
-        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms),
+        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms if timing["speeds"] else None),
         "agreement": agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
         if second
         else None,
@@ -142,11 +142,11 @@ def _student(plan: Plan) -> dict[str, Any]:
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
-def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
+def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float | None) -> list[dict[str, Any]]:
     """One dictionary per row, real images first; None where a number does not exist.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one;
-    ``baseline_ms`` is the AR teacher's time per image at batch 1.
+    ``baseline_ms`` is the AR teacher's time per image at batch 1, None where no speed was measured.
     """
     teachers = [entry for kind in ("Autoregressive", "FlowMatched") for entry in entries if entry.kind == kind]
     rows = [_row(entry, reference, baseline_ms) for entry in entries]
@@ -165,7 +165,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, Any]:
+def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[str, Any]:
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
@@ -182,7 +182,7 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
     if real and real.features and statistics.features:
         both = precision_recall(np.concatenate(statistics.features), np.concatenate(real.features))
         row["precision"], row["recall"] = both
-    if entry.speeds:
+    if entry.speeds and baseline_ms is not None:
         best = min(entry.speeds, key=lambda speed: speed.ms)
         row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
         row |= {"best_ms": best.ms, "best_batch": best.batch}

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.recipe import Recipe, leaves
 
-Job = Literal["pairs", "distill", "evaluate"]
+Job = Literal["pairs", "distill", "evaluate", "ablate"]
 PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
 SETTINGS = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
@@ -130,6 +130,19 @@ class Run:
             return next((run.info.run_id for run in found if run.info.run_id != self.id), None)
 
         return self._attempt(search)
+
+    def adopt(self, run_id: str, **tags: str) -> None:
+        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one."""
+
+        def link() -> None:
+            mine, other = (self._client.get_run(one) for one in (self.id, run_id))
+            links = {mine.data.tags["job"]: self.id} | tags
+            if other.info.start_time >= mine.info.start_time:
+                links["mlflow.parentRunId"] = self.id
+            for key, value in links.items():
+                self._client.set_tag(run_id, key, value)
+
+        self._attempt(link)
 
     def _attempt(self, call: Callable[[], Any]) -> Any:
         if time.monotonic() < self._quiet_until:
