@@ -147,7 +147,7 @@ def _base(recipe: Recipe) -> Variant:
             "ablate.axes is empty, so there is nothing to vary; list fields with their values, e.g."
             " {train.start_steps: [[1, 11], [1, 31]]}, as jobs/recipes/ablate-digits.yaml does."
         )
-    settings = replace(recipe.evaluate, samplers=[], student=None, curve_count=0, uri=None)
+    settings = replace(recipe.evaluate, samplers=[], student=None, register=None, curve_count=0, uri=None)
     return Variant(
         "", None, replace(recipe, evaluate=settings, dry_run=False), [{"steps": [1]} | entry for entry in few]
     )
@@ -270,7 +270,9 @@ def _teacher(recipe: Recipe) -> Recipe | None:
     """The recipe that scores the AR teacher, what the students are compared with; None where none is listed."""
     listed = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
     uri = storage.join(recipe.ablation_uri, "reports", "teacher")
-    settings = replace(recipe.evaluate, samplers=listed, uri=uri, student=None, curve_count=0, timing_batches=())
+    settings = replace(
+        recipe.evaluate, samplers=listed, uri=uri, student=None, register=None, curve_count=0, timing_batches=()
+    )
     return replace(recipe, evaluate=settings, dry_run=False) if listed else None
 
 

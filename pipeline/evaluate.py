@@ -25,7 +25,7 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from pipeline import cluster, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
+from pipeline import cluster, model_registry, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
 from pipeline.compilation import compiled
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
@@ -195,12 +195,13 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
-    recipe = cluster.portable(recipe)
-    plan = prepare(recipe)
+    recipe, registered = model_registry.fetched(cluster.portable(recipe))
+    plan = dataclasses.replace(prepare(recipe), registered=registered)
+    model_registry.check(recipe)
     if recipe.dry_run:
         return _dry_run(plan)
-    if finished := _finished(plan):
-        return finished
+    if results := _finished(plan):
+        return f"{report.table(results)}\n\n{_nothing_missing(plan, results)}"
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
@@ -212,7 +213,8 @@ def evaluate(recipe: Recipe) -> str:
         results = summarise(plan, statistics, timing)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
-    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
+        said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
+    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}. {said}".rstrip()
 
 
 def _dry_run(plan: Plan) -> str:
@@ -222,16 +224,26 @@ def _dry_run(plan: Plan) -> str:
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 
 
-def _finished(plan: Plan) -> str | None:
-    """The table of a report that is there already and was made from the same plan."""
+def _finished(plan: Plan) -> dict[str, Any] | None:
+    """The results of a report that is there already and was made from the same plan."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
     if not storage.exists(uri):
         return None
     results = storage.read_json(uri)
-    if results.get("fingerprint") != plan.fingerprint():
-        return None
-    advice = "delete it to measure speed again"
-    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; {advice}."
+    return results if results.get("fingerprint") == plan.fingerprint() else None
+
+
+def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
+    """That the report is there; its student is registered now if it should be and is not."""
+    uri = storage.join(plan.recipe.report_uri, "report.json")
+    said = f"Nothing is missing: {uri} holds this report; delete it to measure speed again."
+    if not plan.recipe.evaluate.register:
+        return said
+    if known := model_registry.registered(plan.recipe, results):
+        return f"{said} {known}"
+    with tracking.Run.start(plan.recipe, "evaluate") as run:
+        _log(run, plan, results, {})
+        return f"{said} {model_registry.register(run, plan.recipe, results)}"
 
 
 def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics]) -> dict[str, bytes]:

@@ -210,7 +210,11 @@ class EvaluateSettings:
         count: samples per sampler.
         seed: of the evaluation's noise; never the pairs'.
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}.
-        student: URI of the student's weights; default <run>/student/student.safetensors.
+        student: URI of the student's weights, or models:/NAME@best or models:/NAME/3 out of MLflow's model registry;
+            default <run>/student/student.safetensors.
+        register: name in MLflow's model registry under which the student becomes a version once its report is written.
+            The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
+            that holds it, at the same count, features and number of steps.
         features: which network scores: digits, or inception (FID).
         inception: URI of the Inception weights (features: inception).
         reference: URI of the reference statistics (features: inception).
@@ -229,6 +233,7 @@ class EvaluateSettings:
     seed: int = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)
     student: str | None = None
+    register: str | None = None
     features: Literal["digits", "inception"] = "digits"
     inception: str | None = None
     reference: str | None = None
@@ -243,6 +248,11 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "actors", "grid"):
             _check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.register is not None:
+            _check(
+                bool(self.register.strip()) and not set(self.register) & set("/:@'"),
+                f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
+            )
         _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
         if self.features == "inception":
             for name in ("inception", "reference"):

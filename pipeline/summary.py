@@ -138,6 +138,7 @@ def _student(plan: Plan) -> dict[str, Any]:
     """
     own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
+    found |= {"registry": plan.registered} if plan.registered else {}
     here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
     return here | {"precision": plan.recipe.evaluate.precision} | found
 

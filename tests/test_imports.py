@@ -9,11 +9,11 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
-    "mlflow": {"tracking"},
+    "mlflow": {"tracking", "model_registry"},
     "jsonargparse": {"recipe"},
     "lpips": {"losses"},
     "torch_fidelity": {"metrics", "scoring"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "ablation_report"},
     "mlxtend": {"digits"},
 }
 FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
