@@ -15,13 +15,14 @@ Knows recipes, files and fingerprints, and nothing of Ray: ``ablate`` carries a 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 from pipeline import manifest, sampler_list, scoring, storage, training_plan
 from pipeline.manifest import Facts
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint, leaves, with_settings
+from pipeline.samplers import FewStep
 
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training
 SECTIONS = ("teacher.", "pairs.", "train.")
@@ -33,14 +34,19 @@ SHORT = 12  # hexadecimal digits of a fingerprint that name a folder
 class Variant:
     """The base with ``axis`` set to ``value``; the base itself has no axis.
 
-    ``samplers`` holds the entry of evaluate.samplers for each column of the table: the base's few-step samplers, with
-    what the variant makes of them.
+    ``samplers`` holds one sampler for each column of the table: the base's few-step samplers, with what the variant
+    makes of them.
     """
 
     axis: str
     value: Any
     recipe: Recipe
-    samplers: list[dict[str, Any]]
+    samplers: list[FewStep]
+
+    @property
+    def makes(self) -> tuple[Any, ...]:
+        """Equal for two variants of the same settings, whatever axis they are on."""
+        return self.recipe.teacher, self.recipe.pairs, self.recipe.train, self.samplers
 
     @property
     def label(self) -> str:
@@ -108,11 +114,10 @@ def build(recipe: Recipe) -> Plan:
     for axis, values in recipe.ablate.axes.items():
         for value in values:
             variant = _varied(base, axis, value)
-            known = [(other.recipe, other.samplers) for other in variants]
-            if (variant.recipe, variant.samplers) not in known:
-                variants.append(variant)
-                known.append((variant.recipe, variant.samplers))
-            rows.append((axis, value, known.index((variant.recipe, variant.samplers))))
+            same = (i for i, other in enumerate(variants) if other.makes == variant.makes)
+            i = next(same, len(variants))
+            variants += [variant] if i == len(variants) else []
+            rows.append((axis, value, i))
     _check_folders(variants)
     trials = _trials(recipe, variants)
     _check_changes(variants, trials)
@@ -136,7 +141,7 @@ def text(value: Any) -> str:
 
 def _base(recipe: Recipe) -> Variant:
     """The recipe as it is, scored on its few-step samplers alone."""
-    few = [entry for entry in recipe.evaluate.samplers if isinstance(entry, dict) and entry.get("name") == "FewStep"]
+    few = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "FewStep"]
     if not few:
         raise ValueError(
             "evaluate.samplers lists no FewStep, and an ablation compares few-step samplers; list one, e.g."
@@ -147,40 +152,47 @@ def _base(recipe: Recipe) -> Variant:
             "ablate.axes is empty, so there is nothing to vary; list fields with their values, e.g."
             " {train.start_steps: [[1, 11], [1, 31]]}, as jobs/recipes/ablate-digits.yaml does."
         )
-    settings = replace(recipe.evaluate, samplers=[], student=None, register=None, curve_count=0, uri=None)
-    return Variant(
-        "", None, replace(recipe, evaluate=settings, dry_run=False), [{"steps": [1]} | entry for entry in few]
-    )
+    settings = replace(recipe.evaluate, samplers=few, student=None, register=None, curve_count=0, uri=None)
+    base = replace(recipe, evaluate=settings, dry_run=False)
+    return Variant("", None, base, _samplers(base, recipe.train.start_steps))
 
 
 def _varied(base: Variant, axis: str, value: Any) -> Variant:
     """The base with one setting changed, its samplers following; ValueError for what is no setting of a student."""
-    if axis == SPLIT:
-        return Variant(axis, value, base.recipe, [entry | {"split": value} for entry in base.samplers])
     own = [name for name in leaves(value, axis) if name in OWN]
-    if own or not f"{axis}.".startswith(SECTIONS):
+    if own or (axis != SPLIT and not f"{axis}.".startswith(SECTIONS)):
         raise ValueError(
             f"ablate.axes has {own[0] if own else axis}, which cannot be varied; use fields of teacher, pairs and train"
             f" other than {', '.join(OWN)}, or {SPLIT}."
         )
     try:
-        recipe = with_settings(base.recipe, {axis: value})
+        if axis == SPLIT:
+            entries = [entry | {"split": value} for entry in base.recipe.evaluate.samplers]
+            recipe = replace(base.recipe, evaluate=replace(base.recipe.evaluate, samplers=entries))
+        else:
+            recipe = with_settings(base.recipe, {axis: value})
+        return Variant(axis, value, recipe, _samplers(recipe, base.recipe.train.start_steps))
     except ValueError as error:
         raise ValueError(f"ablate.axes varies {axis}, and {text(value)} is refused: {error}") from None
-    before, after = base.recipe.train.start_steps, recipe.train.start_steps
-    moved = [
-        entry | {"steps": list(after)} if tuple(entry["steps"]) == before and len(before) > 1 else entry
-        for entry in base.samplers
-    ]
-    return Variant(axis, value, recipe, moved)
+
+
+def _samplers(recipe: Recipe, before: tuple[int, ...]) -> list[FewStep]:
+    """The few-step samplers of a variant; what stood at the base's start steps ``before`` follows the variant's.
+
+    The sampler of one step stays: every student starts there.
+    """
+    layout, out = checkpoints.config(recipe.teacher).layout, []
+    for entry in recipe.evaluate.samplers:
+        moves = len(before) > 1 and tuple(entry.get("steps", (1,))) == before
+        moved = entry | {"steps": list(recipe.train.start_steps)} if moves else entry
+        out += sampler_list.build([moved], layout, recipe.train.split)
+    return cast(list[FewStep], out)
 
 
 def _columns(variants: list[Variant]) -> list[str]:
     """What the table calls each few-step sampler; one that follows train.start_steps has no steps in its name."""
-    base = variants[0]
-    layout = checkpoints.config(base.recipe.teacher).layout
-    names = sampler_list.names(sampler_list.build(base.samplers, layout, base.recipe.train.split))
-    moves = [len({json.dumps(variant.samplers[i]["steps"]) for variant in variants}) > 1 for i in range(len(names))]
+    names = sampler_list.names(variants[0].samplers)
+    moves = [len({variant.samplers[i].steps for variant in variants}) > 1 for i in range(len(names))]
     return ["DD at its start steps" if moving else name for name, moving in zip(names, moves, strict=True)]
 
 
@@ -220,7 +232,7 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
         known = facts(varied)
         pairs, student = fingerprint(known), _student(varied, known)
         # Two columns may become one sampler, e.g. when train.start_steps is [1].
-        samplers = [entry for i, entry in enumerate(variant.samplers) if entry not in variant.samplers[:i]]
+        samplers = [{"name": "FewStep"} | asdict(sampler) for sampler in dict.fromkeys(variant.samplers)]
         uri = storage.join(recipe.ablation_uri, "reports", variant.folder, f"seed-{seed}")
         varied = replace(
             varied,
@@ -245,7 +257,6 @@ def _check(recipe: Recipe, known: Facts, variant: Variant) -> None:
     layout = checkpoints.config(recipe.teacher).layout
     try:
         training_plan.check(replace(recipe, dry_run=True), known)
-        sampler_list.build(recipe.evaluate.samplers, layout, recipe.train.split)
         scoring.check(recipe.evaluate, layout.image_size, layout.classes)
     except ValueError as error:
         if not variant.axis:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline import pairs, sampler_list, storage
+from pipeline import pairs, storage
 from pipeline.ablation_plan import SPLIT, Plan, Variant, text
 from pipeline.models import checkpoints
 from pipeline.recipe import leaves
@@ -62,14 +62,9 @@ def _numbers(plan: Plan, i: int, scored: dict[str, dict[str, Any]]) -> dict[str,
     trials = []
     for trial in plan.trials[i]:
         found = scored.get(trial.name)
-        by_sampler = (
-            {json.dumps(row["sampler"], sort_keys=True): row["score"] for row in found["rows"] if row.get("sampler")}
-            if found
-            else {}
-        )
-        layout = checkpoints.config(trial.recipe.teacher).layout
-        for column, entry in zip(scores, plan.variants[i].samplers, strict=True):
-            (sampler,) = sampler_list.build([entry], layout, trial.recipe.train.split)
+        rows = [row for row in found["rows"] if "sampler" in row] if found else []
+        by_sampler = {json.dumps(row["sampler"], sort_keys=True): row["score"] for row in rows}
+        for column, sampler in zip(scores, plan.variants[i].samplers, strict=True):
             key = json.dumps({"name": "FewStep"} | asdict(sampler), sort_keys=True)
             column.append(by_sampler.get(key))
         here = {"seed": trial.seed, "student": trial.recipe.student_uri, "report": trial.recipe.report_uri}
@@ -89,7 +84,7 @@ def _numbers(plan: Plan, i: int, scored: dict[str, dict[str, Any]]) -> dict[str,
 def _base_value(base: Variant, axis: str, values: Sequence[Any]) -> Any:
     """What the base has in the place of an axis's values; of a section, the settings that they name."""
     if axis == SPLIT:
-        return base.samplers[0].get("split", base.recipe.train.split)
+        return base.samplers[0].split
     tree: Any = base.recipe.resolved()
     for key in axis.split("."):
         tree = tree[key]
