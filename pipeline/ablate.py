@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ablation_plan, ablation_report, cluster, manifest, storage, tracking
-from pipeline.ablation_plan import Plan, Trial
+from pipeline.ablation_plan import TEACHER, Plan, Trial
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
@@ -42,8 +42,9 @@ def ablate(recipe: Recipe) -> str:
     where = f"The ablation is {plan.at('ablation.md')}."
     if lost:
         raise RuntimeError(
-            f"{len(lost)} of {sum(map(len, plan.trials))} students or reports were not made ({'; '.join(lost)}), see"
-            f" above for why; {plan.at('ablation.md')} holds the others, and the same command makes what is missing."
+            f"{len(lost)} of {sum(map(len, plan.trials)) + bool(plan.teacher)} reports were not made"
+            f" ({'; '.join(lost)}), see above for why; {plan.at('ablation.md')} holds the others, and the same command"
+            " makes what is missing."
         )
     return f"{ablation_report.table(results)}\n\n{where}"
 
@@ -56,7 +57,7 @@ def _earlier(plan: Plan) -> str | None:
 
 
 def _work(plan: Plan) -> list[str]:
-    """Run the jobs: pair sets, then students, then reports; names of the trials that failed."""
+    """Run the jobs: pair sets, then students, then reports; names of the reports that are missing."""
     trials = [trial for some in plan.trials for trial in some]
     students = plan.students
     total = len(plan.sets) + len(students) + len(trials) + bool(plan.teacher)
@@ -81,9 +82,9 @@ def _work(plan: Plan) -> list[str]:
     for key, trial in students.items():
         if trial.pairs in failed or not run(distill, trial.recipe, f"student of {trial.name}"):
             failed.add(key)
-    if plan.teacher:
-        run(evaluate, plan.teacher, "images of the teacher")
     lost = []
+    if plan.teacher and not run(evaluate, plan.teacher, "images of the teacher"):
+        lost.append(TEACHER)
     for trial in trials:
         if trial.student in failed or not run(evaluate, trial.recipe, f"images of {trial.name}"):
             lost.append(trial.name)
@@ -91,13 +92,12 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _scored(plan: Plan, lost: list[str]) -> dict[str, dict[str, Any]]:
-    """The report of each trial that was not lost, by its name, and the teacher's as "teacher"."""
+    """The report of each trial that was not lost, by its name, and the teacher's."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     uris = {trial.name: trial.recipe.report_uri for trial in trials}
-    if plan.teacher:
-        uris["teacher"] = plan.teacher.report_uri
-    found = {name: storage.join(uri, "report.json") for name, uri in uris.items()}
-    return {name: storage.read_json(uri) for name, uri in found.items() if storage.exists(uri)}
+    if plan.teacher and TEACHER not in lost:
+        uris[TEACHER] = plan.teacher.report_uri
+    return {name: storage.read_json(storage.join(uri, "report.json")) for name, uri in uris.items()}
 
 
 def _write(plan: Plan, results: dict[str, Any], run: tracking.Run) -> None:

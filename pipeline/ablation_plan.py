@@ -27,6 +27,7 @@ from pipeline.samplers import FewStep
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training
 SECTIONS = ("teacher.", "pairs.", "train.")
 OWN = ("pairs.uri", "pairs.verify", "train.uri", "train.seed")  # set by the ablation itself, or no setting of a result
+TEACHER = "teacher"  # the report that is no trial's
 SHORT = 12  # hexadecimal digits of a fingerprint that name a folder
 
 
@@ -280,7 +281,7 @@ def _check_changes(variants: list[Variant], trials: list[list[Trial]]) -> None:
 def _teacher(recipe: Recipe) -> Recipe | None:
     """The recipe that scores the AR teacher, what the students are compared with; None where none is listed."""
     listed = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
-    uri = storage.join(recipe.ablation_uri, "reports", "teacher")
+    uri = storage.join(recipe.ablation_uri, "reports", TEACHER)
     settings = replace(
         recipe.evaluate, samplers=listed, uri=uri, student=None, register=None, curve_count=0, timing_batches=()
     )

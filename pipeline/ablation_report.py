@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline import pairs, storage
-from pipeline.ablation_plan import SPLIT, Plan, Variant, text
+from pipeline.ablation_plan import SPLIT, TEACHER, Plan, Variant, text
 from pipeline.models import checkpoints
 from pipeline.recipe import leaves
 from pipeline.report import metric_name
@@ -42,10 +42,10 @@ def summarise(plan: Plan, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if 0 not in [i for _, i in listed]:
             listed.insert(0, (_base_value(plan.variants[0], axis, [value for value, _ in listed]), 0))
         rows += [{"axis": axis, "value": value, "base": i == 0} | variants[i] for value, i in listed]
-    teacher = next((row["score"] for row in scored.get("teacher", {"rows": []})["rows"] if "sampler" in row), None)
+    teacher = next((row["score"] for row in scored.get(TEACHER, {"rows": []})["rows"] if "sampler" in row), None)
     found = {
         "name": plan.recipe.name,
-        "title": reports[0]["title"] if reports else None,
+        "title": reports[0]["title"] if reports else "distance",
         "count": plan.recipe.evaluate.count,
         "evaluation_seed": plan.recipe.evaluate.seed,
         "seeds": list(plan.recipe.ablate.seeds),

@@ -379,7 +379,7 @@ def test_a_training_that_fails_is_named_and_the_others_are_made(
     monkeypatch.setattr(manifest, "read", lambda *args: {"made": []})
     monkeypatch.setattr(checkpoints, "metadata", lambda uri: {"mlflow_run": "gone"})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(RuntimeError, match=r"1 of 3 students or reports were not made \(train.lr 9.0, seed 3\)"):
+    with pytest.raises(RuntimeError, match=r"1 of 4 reports were not made \(train.lr 9.0, seed 3\)"):
         ablate(with_axes(recipe, {"train.lr": [1e-3, 9.0]}, 3))
     heard = capsys.readouterr()
     assert "student of train.lr 9.0, seed 3 failed: the gradient of step 3 is not finite\n" in heard.err
