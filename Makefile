@@ -5,7 +5,7 @@ RECIPE ?= jobs/recipes/digits-llamagen.yaml
 DEMO := --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/demo.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo full test test-slow test-faults lint format assets bench ui clean
+.PHONY: setup demo full ablate test test-slow test-faults lint format assets bench ui clean
 
 setup: .venv/ready
 
@@ -26,6 +26,10 @@ full: setup
 	$(BIN)/python jobs/generate_pairs.py --config $(RECIPE)
 	$(BIN)/python jobs/distill.py --config $(RECIPE)
 	$(BIN)/python jobs/evaluate.py --config $(RECIPE)
+
+# One setting at a time around the digits: two training seeds of ten recipes, one table.
+ablate: setup
+	$(BIN)/python jobs/ablate.py --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/ablate-digits.yaml
 
 test: setup
 	$(BIN)/python -m pytest

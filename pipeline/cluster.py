@@ -106,11 +106,11 @@ def _waiting_for(recipe: Recipe, found: int, replicas: int, what: str) -> str:
 def portable(recipe: Recipe) -> Recipe:
     """The same recipe with paths that mean the same in every process, whatever its working directory.
 
-    package:// stays: each node has its own installed copy.
+    package:// stays: each node has its own installed copy. So does models:/, which MLflow resolves.
     """
 
     def fixed(uri: str) -> str:
-        return uri if not uri or uri.startswith("package://") else storage.resolve(uri)
+        return uri if not uri or uri.startswith(("package://", "models:/")) else storage.resolve(uri)
 
     def optional(uri: str | None) -> str | None:
         return fixed(uri) if uri else uri

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline import (
     cluster,
+    model_registry,
     noise,
     pairs,
     references,
@@ -261,23 +262,27 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
-    recipe = cluster.portable(recipe)
-    plan = prepare(recipe)
+    recipe, registered = model_registry.fetched(cluster.portable(recipe))
+    plan = dataclasses.replace(prepare(recipe), registered=registered)
+    model_registry.check(recipe)
     if recipe.dry_run:
         return _dry_run(plan)
-    if finished := _finished(plan):
-        return finished
+    if results := _finished(plan):
+        return f"{report.table(results)}\n\n{_nothing_missing(plan, results)}"
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
+        timing: dict[str, Any] = {"speeds": {}, "device": None, "threads": None}
+        if batches := recipe.evaluate.timing_batches:
+            print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
+            timing = time_alone(plan, frequencies, batches, recipe.evaluate.actors)
         seconds = sum(statistics.glance(draw)[0] for draw in statistics)
         results = summarise(plan, statistics, timing, seconds)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
-    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
+        said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
+    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}. {said}".rstrip()
 
 
 def _dry_run(plan: Plan) -> str:
@@ -287,16 +292,27 @@ def _dry_run(plan: Plan) -> str:
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 
 
-def _finished(plan: Plan) -> str | None:
-    """The table of a report that is there already and was made from the same plan."""
+def _finished(plan: Plan) -> dict[str, Any] | None:
+    """The results of a report that is there already and was made from the same plan."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
     if not storage.exists(uri):
         return None
     results = storage.read_json(uri)
-    if results.get("fingerprint") != plan.fingerprint() or not all(_saved(plan, draw) for draw in plan.draws()):
-        return None
-    advice = "delete it to measure speed again"
-    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; {advice}."
+    same = results.get("fingerprint") == plan.fingerprint() and all(_saved(plan, draw) for draw in plan.draws())
+    return results if same else None
+
+
+def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
+    """That the report is there; its student is registered now if it should be and is not."""
+    uri = storage.join(plan.recipe.report_uri, "report.json")
+    said = f"Nothing is missing: {uri} holds this report; delete it to measure speed again."
+    if not plan.recipe.evaluate.register:
+        return said
+    if known := model_registry.registered(plan.recipe, results):
+        return f"{said} {known}"
+    with tracking.Run.start(plan.recipe, "evaluate") as run:
+        _log(run, plan, results, {})
+        return f"{said} {model_registry.register(run, plan.recipe, results)}"
 
 
 def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, bytes]:
@@ -345,6 +361,7 @@ def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
             run.artifact(Path(folder, name))
+    run.tag("report_fingerprint", results["fingerprint"])
     for key, value in plan.facts["teacher"].items():
         run.tag(f"teacher_{key}", value)
     if plan.students:

@@ -19,10 +19,12 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from pipeline import noise, storage
 from pipeline.models import checkpoints
@@ -71,6 +73,8 @@ def facts(recipe: Recipe, layout: Layout, checksums: dict[str, str]) -> Facts:
         "layout": asdict(layout),
         **{name: pairs[name] for name in ("seed", "solver", "noise", "shard_rows")},
     }
+    if recipe.pairs.dtype != "float16":  # not named where it is: the sets from before there was a choice stay valid
+        found["dtype"] = recipe.pairs.dtype
     return json.loads(json.dumps(found))  # tuples become lists, as they are when read back
 
 
@@ -82,6 +86,20 @@ def facts_of(recipe: Recipe) -> Facts:
 def noise_shape(known: Facts) -> tuple[int, int]:
     """(n, C): tokens of an image and dimensions of a code."""
     return sum(known["layout"]["groups"]), known["layout"]["code_dim"]
+
+
+def noise_dtype(known: Facts) -> noise.Dtype:
+    """What the noise of a set is rounded to."""
+    return known.get("dtype", "float16")
+
+
+def gaussian(known: Facts, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The noise of a set's samples ``ids``, as its teacher sees it: [len(ids), n, C] of its dtype."""
+    return noise.gaussian(known["seed"], ids, *noise_shape(known), noise_dtype(known))
+
+
+def _noise_digest(known: Facts) -> str:
+    return noise.digest(known["seed"], *noise_shape(known), noise_dtype(known))
 
 
 # ---- which shards there are
@@ -191,7 +209,7 @@ def finish(uri: str, known: Facts, shards: list[Shard], made: dict[str, Any]) ->
         "fingerprint": fingerprint(known),
         "count": sum(shard.rows for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
-        "noise_digest": noise.digest(known["seed"], *noise_shape(known)),
+        "noise_digest": _noise_digest(known),
         "facts": known,
         "made": [*before, made | {"versions": versions}],
         "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.number)],
@@ -225,7 +243,7 @@ def read(uri: str, expected: str | None = None) -> dict[str, Any]:
             f"{uri} holds the pair set {manifest['fingerprint'][:12]} but this recipe describes {expected[:12]}; run"
             " generate_pairs with this recipe, or set pairs.uri."
         )
-    if noise.digest(known["seed"], *noise_shape(known)) != manifest["noise_digest"]:
+    if _noise_digest(known) != manifest["noise_digest"]:
         made_with = {name: manifest["made"][-1]["versions"][name] for name in ("numpy", "scipy")}
         raise ValueError(
             f"this machine makes other noise from seed {known['seed']} than the one that made {uri}; install the"
@@ -238,14 +256,15 @@ def card(manifest: dict[str, Any]) -> str:
     """The dataset card, with the front matter that the Hugging Face Hub reads."""
     known, made = manifest["facts"], manifest["made"][-1]
     teacher, layout, filters = known["teacher"], known["layout"], known["teacher"]["filter"]
-    length, dim = noise_shape(known)
-    call = f"pipeline.noise.gaussian({known['seed']}, sample_ids, {length}, {dim})"
+    (length, dim), dtype = noise_shape(known), noise_dtype(known)
+    other = "" if dtype == "float16" else f', "{dtype}"'
+    call = f"pipeline.noise.gaussian({known['seed']}, sample_ids, {length}, {dim}{other})"
     if known["noise"] == "stored":
-        noise_row = f"| noise | float16 [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
+        noise_row = f"| noise | {dtype} [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
         origin = f"The noise comes from `{call}`."
     else:
         noise_row = ""
-        origin = f"The noise, float16 [{length}, {dim}], is not stored: `{call}` makes it."
+        origin = f"The noise, {dtype} [{length}, {dim}], is not stored: `{call}` makes it."
     return f"""---
 pretty_name: Noise-token pairs ({teacher["family"].rpartition(".")[2]})
 tags: [distilled-decoding, image-generation, autoregressive]

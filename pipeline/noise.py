@@ -2,16 +2,20 @@
 
 Philox-4x64 in counter mode, keyed by (seed, sample id), gives the bits (numpy fixes the raw stream of its ``Philox``
 across versions); an inverse CDF turns them into normals. Nothing depends on batch, worker or device. Normals are
-rounded to float16 before anybody uses them, so what a pair set stores is exactly what the teacher saw.
+rounded to float16 (a pair set may ask for float32) before anybody uses them, so what the set stores is exactly what the
+teacher saw.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from scipy.special import ndtri
+
+Dtype = Literal["float16", "float32"]
 
 GAUSSIAN, UNIFORM, CHOICE = 1, 2, 3  # the streams of one sample live in different counters
 
@@ -32,10 +36,10 @@ def _open_unit(bits: np.ndarray) -> np.ndarray:
     return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def gaussian(seed: int, ids: Sequence[int] | np.ndarray, length: int, dim: int) -> np.ndarray:
-    """Noise sequences X_1 ~ N(0, I): float16 [len(ids), length, dim]."""
+def gaussian(seed: int, ids: Sequence[int] | np.ndarray, length: int, dim: int, dtype: Dtype = "float16") -> np.ndarray:
+    """Noise sequences X_1 ~ N(0, I), rounded to ``dtype``: [len(ids), length, dim]."""
     normal = ndtri(_open_unit(_bits(seed, ids, GAUSSIAN, length * dim)))
-    return normal.astype(np.float16).reshape(-1, length, dim)
+    return normal.astype(dtype).reshape(-1, length, dim)
 
 
 def uniform(seed: int, ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
@@ -54,6 +58,7 @@ def labels(ids: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
     return (np.asarray(ids, dtype=np.uint64) % np.uint64(classes)).astype(np.int64)
 
 
-def digest(seed: int, length: int, dim: int, rows: int = 4) -> str:
+def digest(seed: int, length: int, dim: int, dtype: Dtype = "float16", rows: int = 4) -> str:
     """SHA-256 of the first rows' noise: two machines that agree on it make the same noise."""
-    return hashlib.sha256(gaussian(seed, range(rows), length, dim).astype("<f2").tobytes()).hexdigest()
+    drawn = gaussian(seed, range(rows), length, dim, dtype)
+    return hashlib.sha256(drawn.astype(drawn.dtype.newbyteorder("<")).tobytes()).hexdigest()

@@ -1,9 +1,9 @@
 """The rows of a pair set: Parquet shards and their checks.
 
 ``manifest`` owns the folder around them, ``pair_stream`` reads them for training. The columns are sample_id uint64,
-label int32, noise float16 [n, C] (left out and derived again when ``pairs.noise`` is derived) and tokens uint16 [n],
-in canonical Arrow types that pandas, DuckDB and others read. b is rows, n the tokens of an image, C the dimension of a
-code, V the vocabulary.
+label int32, noise [n, C], float16 unless ``pairs.dtype`` says float32 (left out and derived again when ``pairs.noise``
+is derived), and tokens uint16 [n], in canonical Arrow types that pandas, DuckDB and others read. b is rows, n the
+tokens of an image, C the dimension of a code, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHECKERS = 8  # threads that check shards: reading, SHA-256 and Parquet release 
 
 
 class Rows(NamedTuple):
-    """Rows as stored: ids and labels int64 [b], noise float16 [b, n, C] or None if derived, tokens uint16 [b, n]."""
+    """Rows as stored: ids and labels int64 [b], noise [b, n, C] or None if derived, tokens uint16 [b, n]."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -49,14 +49,16 @@ def schema(known: Facts) -> pa.Schema:
     length, dim = manifest.noise_shape(known)
     columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
     if known["noise"] == "stored":
-        columns.append(pa.field("noise", pa.fixed_shape_tensor(pa.float16(), [length, dim])))
+        kind = pa.from_numpy_dtype(manifest.noise_dtype(known))
+        columns.append(pa.field("noise", pa.fixed_shape_tensor(kind, [length, dim])))
     return pa.schema([*columns, pa.field("tokens", pa.fixed_shape_tensor(pa.uint16(), [length]))])
 
 
 def row_bytes(known: Facts) -> int:
     """Bytes of a row in memory, and at most about as many on disk."""
     length, dim = manifest.noise_shape(known)
-    return 12 + 2 * length + (2 * length * dim if known["noise"] == "stored" else 0)
+    size = np.dtype(manifest.noise_dtype(known)).itemsize
+    return 12 + 2 * length + (size * length * dim if known["noise"] == "stored" else 0)
 
 
 def table(known: Facts, rows: Rows) -> pa.Table:
@@ -154,10 +156,8 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def noise_of(known: Facts, rows: Rows) -> np.ndarray:
-    """Stored noise, or noise made again from the ids: float16 [b, n, C]."""
-    if rows.noise is not None:
-        return rows.noise
-    return noise.gaussian(known["seed"], rows.ids, *manifest.noise_shape(known))
+    """Stored noise, or noise made again from the ids: [b, n, C] of the set's dtype."""
+    return manifest.gaussian(known, rows.ids) if rows.noise is None else rows.noise
 
 
 # ---- a whole set
@@ -171,6 +171,14 @@ def verify(uri: str) -> dict[str, Any]:
         for _ in pool.map(inspect_shard, *zip(*args, strict=True)):
             pass
     return found
+
+
+def first_tokens(uri: str, count: int) -> np.ndarray:
+    """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
+    found = manifest.read(uri)
+    size = found["facts"]["shard_rows"]
+    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
+    return np.concatenate([load_shard(uri, found["facts"], name).tokens for name in names])[:count]
 
 
 def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:

@@ -68,6 +68,7 @@ class Plan:
     students: dict[str, str] = field(default_factory=dict)
     snapshots: dict[int, str] = field(default_factory=dict)
     exported: dict[str, Any] = field(default_factory=dict)
+    registered: str = ""  # the student's version in the model registry, where the recipe names one
 
     @property
     def mask(self) -> str:

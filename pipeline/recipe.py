@@ -20,6 +20,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.flow import Solver
+from pipeline.noise import Dtype
 from pipeline.precision import Precision
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
@@ -90,7 +91,9 @@ class PairSettings:
         count: rows in all. Outside the fingerprint: raise it to grow a set.
         seed: with the sample id, determines noise and label.
         shard_rows: rows of one Parquet shard, the unit of work, of commit and of resume.
-        noise: stored in the shards as float16, or derived again from (seed, sample id) by the reader.
+        noise: stored in the shards, or derived again from (seed, sample id) by the reader.
+        dtype: what the noise is rounded to before the teacher sees it, and stored as: float16, or float32, twice as
+            large. The noise of an evaluation is always rounded to float16, so that all students are scored on the same.
         solver: how the flow-matching ODE is solved.
         batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
         actors: teacher replicas. Fixed, and the cluster scales to it.
@@ -102,6 +105,7 @@ class PairSettings:
     seed: int = 1
     shard_rows: int = 1_000
     noise: Literal["stored", "derived"] = "stored"
+    dtype: Dtype = "float16"
     solver: Solver = field(default_factory=Solver)
     batch: int = 250
     actors: int = 2
@@ -208,7 +212,11 @@ class EvaluateSettings:
         count: samples per sampler.
         seed: of the evaluation's noise; never the pairs'.
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}.
-        student: URI of the student's weights; default <run>/student/student.safetensors.
+        student: URI of the student's weights, or models:/NAME@best or models:/NAME/3 out of MLflow's model registry;
+            default <run>/student/student.safetensors.
+        register: name in MLflow's model registry under which the student becomes a version once its report is written.
+            The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
+            that holds it, at the same count, features and number of steps.
         features: which network scores: digits, or inception (FID).
         flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score) or pytorch-fid (as the
             paper's FID). Their numbers do not compare.
@@ -226,7 +234,7 @@ class EvaluateSettings:
         actors: sampling actors.
         grid: columns of the sample grid, one noise each.
         curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
-        timing_batches: batch sizes whose speed is measured; 1 is always measured.
+        timing_batches: batch sizes whose speed is measured, 1 always among them; none are with an empty list.
     """
 
     uri: str | None = None
@@ -234,6 +242,7 @@ class EvaluateSettings:
     seed: int = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)
     student: str | None = None
+    register: str | None = None
     features: Literal["digits", "inception"] = "digits"
     flavour: Flavour = "torch-fidelity"
     inception: str | None = None
@@ -251,6 +260,11 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         for name in ("batch", "actors", "grid"):
             _check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.register is not None:
+            _check(
+                bool(self.register.strip()) and not set(self.register) & set("/:@'"),
+                f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
+            )
         _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
         if self.features == "inception":
             for name in ("inception", "reference"):
@@ -288,6 +302,33 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True)
+class AblationSettings:
+    """What ``jobs/ablate.py`` varies, one thing at a time around the rest of the recipe.
+
+    Attributes:
+        uri: folder of the table and of all that only the ablation needs; default <run>/ablation.
+        seeds: every variant is trained once with each of them as ``train.seed``. Pairs and evaluation keep their own
+            seeds: all students are compared on the same noise, and the spread is that of training.
+        axes: {dotted name: values}. The name is that of a field (train.lpips), or of a section (train, pairs.solver),
+            whose values are then mappings that lie over it, e.g. {split: 32, lpips: 1.0}; evaluate.samplers.split is
+            the split of all few-step samplers, which needs no training. Another train.start_steps takes the few-step
+            samplers that stood at the base's start steps with it.
+    """
+
+    uri: str | None = None
+    seeds: tuple[int, ...] = (3, 13)
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seeds = list(self.seeds)
+        _check(
+            bool(seeds) and len(set(seeds)) == len(seeds), f"ablate.seeds is {seeds}; list one seed or more, each once."
+        )
+        for name, values in self.axes.items():
+            _check(bool(values), f"ablate.axes lists no values of {name}; list one or more, or leave the axis out.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment.
 
@@ -299,6 +340,7 @@ class Recipe:
         train: distillation.
         evaluate: sampling and scoring.
         cluster: resources.
+        ablate: what the ablation varies; the three jobs take no notice of it.
         dry_run: print the resolved recipe and the plan, run nothing.
     """
 
@@ -309,6 +351,7 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    ablate: AblationSettings = field(default_factory=AblationSettings)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -340,6 +383,11 @@ class Recipe:
     def report_uri(self) -> str:
         """Folder of the report."""
         return self.evaluate.uri or f"{self.run}/report"
+
+    @property
+    def ablation_uri(self) -> str:
+        """Folder of the ablation."""
+        return self.ablate.uri or f"{self.run}/ablation"
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain nested dicts, as it is printed, logged and stored."""
@@ -385,6 +433,31 @@ def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
         return Recipe(**settings)
     except (ArgumentError, ValueError) as error:
         stop(error)
+
+
+def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with other values of the dotted fields, or of the whole sections, in ``settings``.
+
+    As strict as ``parse``, and raises ValueError, one sentence, where that would end the program.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    tree = recipe.resolved()
+    for name, value in settings.items():
+        *sections, last = name.split(".")
+        inside = tree
+        for key in sections:
+            inside = inside[key] if isinstance(inside.get(key), dict) else {}
+        if last not in inside:
+            raise ValueError(f"a recipe has no field {name}; see pipeline/recipe.py for those that there are.")
+        _check_sections(value, inside[last], name)
+        inside[last] = inside[last] | value if isinstance(inside[last], dict) else value
+    try:
+        return Recipe(**parser.instantiate_classes(parser.parse_object(tree)))
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _check_sections(given: Any, known: Any, name: str) -> None:

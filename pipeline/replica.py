@@ -62,14 +62,14 @@ class Replica:
     def make(self, ids: np.ndarray) -> Rows:
         """Alg. 1 for the given samples, together."""
         labels = noise.labels(ids, self.teacher.layout.classes)
-        drawn = noise.gaussian(self.known["seed"], ids, *manifest.noise_shape(self.known))
+        drawn = manifest.gaussian(self.known, ids)
         tokens = self._generate(labels, drawn)
         return Rows(ids, labels, drawn, tokens.cpu().numpy().astype(np.uint16))
 
     def agreement(self, rows: Rows) -> float:
         """Share of the stored codes that flow matching finds again, each given the stored codes before it."""
         stored = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.device)
-        drawn = noise.gaussian(self.known["seed"], rows.ids, *manifest.noise_shape(self.known))
+        drawn = manifest.gaussian(self.known, rows.ids)
         found: list[Tensor] = []
         self._generate(rows.labels, drawn, stored, found)
         return (torch.cat(found, dim=1) == stored).float().mean().item()

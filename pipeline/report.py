@@ -101,7 +101,8 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", _agreement(results)]
-    parts += ["## Speed", _speed(results)]
+    if made["timing"]["device"]:
+        parts += ["## Speed", _speed(results)]
     if results["curve"]:
         parts += ["## Over training", "![distance over training](curve.png)", _curve_table(results)]
     parts += ["## How these numbers were made", _made(made)]
@@ -124,7 +125,9 @@ def _legend(results: dict[str, Any]) -> str:
         " diverse than the teacher.",
         "* **precision, recall**: Kynkäänniemi et al. 2019, k = 3; both depend on the number of images.",
         f"* **ms/image**: decoding included, on {made['timing']['device']}, {made['timing']['threads']}"
-        " torch thread(s); the best batch in brackets. **Speed-up** is over the AR teacher at batch 1.",
+        " torch thread(s); the best batch in brackets. **Speed-up** is over the AR teacher at batch 1."
+        if made["timing"]["device"]
+        else "* **Speed** was not measured: evaluate.timing_batches is empty.",
         "* **#Step**: network evaluations per image.",
     ]
     if made["count"] <= made["dimensions"]:

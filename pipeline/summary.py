@@ -62,7 +62,7 @@ def summarise(
             dataclasses.asdict(sampler),
             sampler.steps_label(plan.layout),
             statistics[draw],
-            timing["speeds"][sampler],
+            timing["speeds"].get(sampler, []),
         )
         for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
     )
@@ -71,7 +71,7 @@ def summarise(
         "title": scoring.title(settings),
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
-        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms),
+        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms if timing["speeds"] else None),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "made": _made(plan, timing, seconds),
@@ -170,15 +170,16 @@ def _student(plan: Plan) -> dict[str, Any]:
     """
     own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
+    found |= {"registry": plan.registered} if plan.registered else {}
     here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
-def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
+def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float | None) -> list[dict[str, Any]]:
     """One dictionary per row, real images first; None where a number does not exist.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one;
-    ``baseline_ms`` is the AR teacher's time per image at batch 1.
+    ``baseline_ms`` is the AR teacher's time per image at batch 1, None where no speed was measured.
     """
     rows = [_row(entry, reference, baseline_ms) for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
@@ -197,7 +198,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, Any]:
+def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[str, Any]:
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
@@ -213,7 +214,7 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     row |= _of_rows(statistics, reference)
-    if entry.speeds:
+    if entry.speeds and baseline_ms is not None:
         best = min(entry.speeds, key=lambda speed: speed.ms)
         row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
         row |= {"best_ms": best.ms, "best_batch": best.batch}

@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal
@@ -22,18 +23,19 @@ import numpy as np
 from pipeline import storage
 from pipeline.recipe import Recipe, leaves
 
-Job = Literal["pairs", "distill", "evaluate"]
+Job = Literal["pairs", "distill", "evaluate", "ablate"]
 PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
 SETTINGS = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default of 7 blocks for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
 
-def _mlflow() -> ModuleType:
+def loaded() -> ModuleType:
     """MLflow, imported when first needed (1.5 s) and made quiet; the user's environment variables win."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -62,18 +64,12 @@ class Run:
         with artifacts beside it; in ~/distilled-decoding, which is said aloud, where ``run`` is remote. Raises
         ValueError, one sentence, for a store that cannot be reached.
         """
-        uri, artifacts = _store(recipe)
-        mlflow = _mlflow()
-        try:
-            client = mlflow.MlflowClient(tracking_uri=uri)
+        uri, artifacts = store(recipe)
+        with usable(uri):
+            client = loaded().MlflowClient(tracking_uri=uri)
             run_id = _reopened(client, resume_id) if resume_id else None
             if run_id is None:
                 run_id = _created(client, recipe, job, artifacts)
-        except Exception as error:
-            raise ValueError(
-                f"the MLflow store {without_credentials(uri)} cannot be used ({_first_line(error)}); start"
-                " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
-            ) from error
         return cls(uri, run_id, client)
 
     def __enter__(self) -> Run:
@@ -131,6 +127,24 @@ class Run:
 
         return self._attempt(search)
 
+    @property
+    def client(self) -> Any:
+        """MLflow's own, for what raises when it fails."""
+        return self._client
+
+    def adopt(self, run_id: str, **tags: str) -> None:
+        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one."""
+
+        def link() -> None:
+            mine, other = (self._client.get_run(one) for one in (self.id, run_id))
+            links = {mine.data.tags["job"]: self.id} | tags
+            if other.info.start_time >= mine.info.start_time:
+                links["mlflow.parentRunId"] = self.id
+            for key, value in links.items():
+                self._client.set_tag(run_id, key, value)
+
+        self._attempt(link)
+
     def _attempt(self, call: Callable[[], Any]) -> Any:
         if time.monotonic() < self._quiet_until:
             return None
@@ -141,11 +155,23 @@ class Run:
             if not self._warned:
                 print(
                     f"MLflow at {without_credentials(self.uri)} does not take this run's data"
-                    f" ({_first_line(error)}); the job goes on and tries again now and then.",
+                    f" ({first_line(error)}); the job goes on and tries again now and then.",
                     file=sys.stderr,
                 )
                 self._warned = True
             return None
+
+
+@contextmanager
+def usable(uri: str) -> Iterator[None]:
+    """Whatever is raised about the store at ``uri``, as a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the MLflow store {without_credentials(uri)} cannot be used ({first_line(error)}); start"
+            " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
+        ) from error
 
 
 def without_credentials(text: str) -> str:
@@ -159,7 +185,7 @@ def flattened(tree: dict[str, Any]) -> dict[str, str]:
     return {name: without_credentials(text) for name, text in texts.items()}
 
 
-def _store(recipe: Recipe) -> tuple[str, str | None]:
+def store(recipe: Recipe) -> tuple[str, str | None]:
     """(tracking URI, place of a new experiment's artifacts or None where the server decides)."""
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:  # beside a local database; left to itself, MLflow would put files into the working directory
@@ -206,6 +232,6 @@ def _reopened(client: Any, run_id: str) -> str | None:
     return run_id
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = without_credentials(str(error)).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -91,13 +91,13 @@ class Plan:
         }
 
 
-def check(recipe: Recipe) -> Plan:
+def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
 
-    A dry run may plan for pairs that are not there yet.
+    A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
     """
     losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
-    known = manifest.facts_of(recipe)
+    known = known or manifest.facts_of(recipe)
     manifest.check_claim(recipe.pairs_uri, known)
     plan = Plan(
         recipe=recipe,

@@ -493,6 +493,20 @@ def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.
     assert [(e, a + b) for (e, a), (_, b) in zip(*halves, strict=True)] == whole
 
 
+def test_a_part_of_a_larger_set_trains_like_a_set_of_that_size(recipe: Recipe) -> None:
+    pairs_of = replace(recipe.pairs, count=24, uri=f"{recipe.run}/24")
+    alone = replace(recipe, pairs=pairs_of)
+    make_pairs(alone)
+    plans = [training_plan.check(one) for one in (replace(recipe, pairs=replace(pairs_of, uri=None)), alone)]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    assert plans[0].facts != training_plan.check(recipe).facts
+    batches = [list(training_data.batches(plan, training_data.stream(plan), 0, 0, 1)) for plan in plans]
+    assert len(batches[0]) == 4
+    for (_, part), (_, whole) in zip(*batches, strict=True):
+        assert part.ids.max() < 16, "beside 8 that are held out"
+        assert all(torch.equal(x, y) for x, y in zip(part, whole, strict=True))
+
+
 def test_held_out_rows_are_those_the_stream_leaves_out(recipe: Recipe) -> None:
     plan = training_plan.check(recipe)
     assert training_data.held_out(plan).ids.tolist() == list(range(32, 40))

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
-    "mlflow": {"tracking"},
+    "mlflow": {"tracking", "model_registry"},
     "jsonargparse": {"recipe"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "ablation_report"},
     "mlxtend": {"digits"},
 }
 FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
@@ -81,5 +81,5 @@ def test_nothing_runs_what_it_reads() -> None:
             assert name not in banned, f"{path.name}:{node.lineno}"
             assert given.get("shell", "False") == "False", f"{path.name}:{node.lineno}"
             assert given.get("allow_pickle", "False") == "False", f"{path.name}:{node.lineno}"
-            if name == "torch.load":
+            if name == "torch.load" and path.name != "inception.py":  # which knows the bytes by their SHA-256
                 assert given["weights_only"] in {"True", "not unpickle"}, f"{path.name}:{node.lineno}"

@@ -66,6 +66,14 @@ def test_noise_survives_float16_exactly() -> None:
     assert np.array_equal(drawn.astype(np.float32).astype(np.float16), drawn)
 
 
+def test_float32_is_the_same_noise_rounded_less() -> None:
+    fine, coarse = noise.gaussian(5, range(50), 16, 8, "float32"), noise.gaussian(5, range(50), 16, 8)
+    assert fine.dtype == np.float32
+    assert np.array_equal(fine.astype(np.float16), coarse)
+    assert 1e-5 < np.abs(fine - coarse).max() < 2e-3
+    assert noise.digest(5, 16, 8, "float32") != noise.digest(5, 16, 8)
+
+
 def test_labels_are_balanced() -> None:
     labels = noise.labels(range(30), 10)
     assert labels.dtype == np.int64

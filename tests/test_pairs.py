@@ -33,9 +33,9 @@ def recipe(tmp_path: Path) -> Recipe:
 def some_rows(known: Facts, first: int, count: int) -> Rows:
     """Rows with tokens that are a formula of id and position."""
     ids = first + np.arange(count)
-    length, dim = manifest.noise_shape(known)
+    length, _ = manifest.noise_shape(known)
     tokens = (ids[:, None] * 7 + np.arange(length) * 3) % known["layout"]["vocabulary"]
-    drawn = noise.gaussian(known["seed"], ids, length, dim) if known["noise"] == "stored" else None
+    drawn = manifest.gaussian(known, ids) if known["noise"] == "stored" else None
     return Rows(ids, noise.labels(ids, known["layout"]["classes"]), drawn, tokens.astype(np.uint16))
 
 
@@ -87,7 +87,9 @@ def test_pandas_reads_a_shard_without_this_package(recipe: Recipe) -> None:
     assert np.array_equal(np.stack(frame["noise"]).reshape(16, 14, 4), rows.noise)
 
 
-def test_stored_and_derived_noise_read_alike(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_stored_and_derived_noise_read_alike(recipe: Recipe, tmp_path: Path, dtype: noise.Dtype) -> None:
+    recipe = with_pairs(recipe, dtype=dtype)
     stored, known, shards = write_set(recipe)
     derived, known_d, shards_d = write_set(with_pairs(recipe, noise="derived"), str(tmp_path / "derived"))
     assert "noise" not in pq.read_schema(Path(derived, shards_d[0].name)).names
@@ -95,6 +97,8 @@ def test_stored_and_derived_noise_read_alike(recipe: Recipe, tmp_path: Path) -> 
     for a, b in zip(shards, shards_d, strict=True):
         one, other = pairs.read_shard(stored, known, a.name), pairs.read_shard(derived, known_d, b.name)
         assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+        assert one.noise is not None
+        assert one.noise.dtype == dtype
     for x, y in zip(PairStream.open(stored).batches(0, 5, 8), PairStream.open(derived).batches(0, 5, 8), strict=True):
         assert torch.equal(x.noise, y.noise)
         assert torch.equal(x.tokens, y.tokens)
@@ -231,6 +235,22 @@ def test_manifest_and_card_say_what_is_there(recipe: Recipe) -> None:
         assert part in card
     sizes = {999: "n<1K", 1000: "1K<n<10K", 1_200_000: "1M<n<10M"}
     assert {count: manifest._size(count) for count in sizes} == sizes
+
+
+def test_noise_in_float32_is_another_set_of_twice_the_noise(recipe: Recipe) -> None:
+    fine = with_pairs(recipe, dtype="float32")
+    known, known_16 = manifest.facts_of(fine), manifest.facts_of(recipe)
+    assert known == known_16 | {"dtype": "float32"}, "float16 is not named, as in sets from before there was a choice"
+    assert pairs.row_bytes(known) - pairs.row_bytes(known_16) == 2 * 14 * 4
+    uri, _, shards = write_set(fine)
+    pairs.verify(uri)
+    frame = pd.read_parquet(Path(uri, shards[0].name))
+    assert np.array_equal(np.stack(frame["noise"]).reshape(16, 14, 4), noise.gaussian(1, range(16), 14, 4, "float32"))
+    card = Path(uri, "README.md").read_text()
+    assert "| noise | float32 [14, 4] |" in card
+    assert '`pipeline.noise.gaussian(1, sample_ids, 14, 4, "float32")`' in card
+    with pytest.raises(ValueError, match="dtype is float32 there and unknown here"):
+        manifest.check_claim(uri, known_16)
 
 
 def test_a_reader_refuses_what_it_must_not_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import Family, tiny, with_pairs
 
-from pipeline import flow_oracle, manifest, noise
+from pipeline import flow, flow_oracle, manifest, noise
 from pipeline.models.base import Condition
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica, outcome
@@ -41,6 +41,17 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
     assert rows.labels.tolist() == [i % layout.classes for i in range(16, 24)]
     assert rows.noise is not None
     assert np.array_equal(rows.noise, noise.gaussian(1, range(16, 24), layout.length, layout.code_dim))
+
+
+def test_the_teacher_sees_the_noise_that_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = replica(with_pairs(tiny(tmp_path), dtype="float32")), []
+    match = flow.match
+    monkeypatch.setattr(flow, "match", lambda x, *rest: seen.append(x) or match(x, *rest))
+    rows = made.rows(0, 6)
+    assert rows.noise is not None
+    assert rows.noise.dtype == np.float32
+    assert torch.equal(torch.cat(seen, dim=1), torch.from_numpy(rows.noise)), "not rounded to float16 on the way"
+    assert made.agreement(rows) == 1.0
 
 
 def test_a_short_shard_holds_the_first_rows_of_the_whole_one(tmp_path: Path) -> None:

@@ -168,6 +168,17 @@ def test_parts_without_numbers_are_left_out_and_few_images_are_said() -> None:
     assert "**Only 64 images for 64 features**" in text
 
 
+def test_speed_that_was_not_measured_is_not_shown() -> None:
+    made = RESULTS["made"] | {"timing": {"device": None, "threads": None}}
+    text = report.markdown(RESULTS | {"made": made})
+    assert "## Speed" not in text
+    assert "**Speed** was not measured: evaluate.timing_batches is empty." in text
+    entry, reference = Entry("DD", "FewStep", {}, 1, statistics(0.1)), Reference((np.zeros(4), np.eye(4)), None)
+    (row,) = summary.numbers([entry], reference, None)
+    assert "ms" not in row
+    assert row["score"] > 0
+
+
 def test_scalars_have_names_that_mlflow_takes() -> None:
     found = report.scalars(RESULTS)
     assert found["DD_2_steps_1_6/score"] == 6.75

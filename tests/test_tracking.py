@@ -128,6 +128,25 @@ def test_a_remote_run_folder_has_its_store_on_this_machine(
     assert f"it is {place} on this machine; set MLFLOW_TRACKING_URI" in capsys.readouterr().err
 
 
+def test_a_run_adopts_others_and_lists_below_it_those_that_began_later(recipe: Recipe) -> None:
+    with (
+        Run.start(recipe, "pairs") as before,
+        Run.start(recipe, "ablate") as run,
+        Run.start(recipe, "distill") as after,
+    ):
+        before._client.set_tag(before.id, "kept", "yes")
+        run._client.update_run(run.id, status="RUNNING")
+        for other in (before, after):
+            run.adopt(other.id, variant="base")
+        run.adopt("0" * 32, variant="gone")  # a warning and no more
+    tags = [stored(other).data.tags for other in (before, after)]
+    assert [(one["ablate"], one["variant"]) for one in tags] == [(run.id, "base")] * 2
+    assert tags[0]["kept"] == "yes"
+    started = [stored(one).info.start_time for one in (before, run, after)]
+    assert ("mlflow.parentRunId" in tags[0]) == (started[0] >= started[1])
+    assert tags[1]["mlflow.parentRunId"] == run.id
+
+
 def test_flattened_names_every_leaf_and_hides_credentials() -> None:
     tree = {"a": {"b": 1, "c": {}}, "d": None, "e": ["x://u:p@h/"], "f": "plain@text"}
     assert flattened(tree) == {"a.b": "1", "a.c": "{}", "d": "null", "e": '["x://h/"]', "f": "plain@text"}
