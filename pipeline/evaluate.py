@@ -25,7 +25,21 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from pipeline import cluster, noise, pairs, report, sampler_list, scoring, speed, storage, tracking
+from pipeline import (
+    cluster,
+    comparison,
+    noise,
+    page,
+    pairs,
+    plots,
+    report,
+    sampler_list,
+    scoring,
+    speed,
+    storage,
+    summary,
+    tracking,
+)
 from pipeline.compilation import compiled
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
@@ -34,7 +48,6 @@ from pipeline.precision import set_products
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.samplers import Autoregressive, Models, OneStepStar
-from pipeline.summary import summarise
 from pipeline.tally import Statistics
 
 # ---- the workers
@@ -190,27 +203,34 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
 
 
 def evaluate(recipe: Recipe) -> str:
-    """Score every sampler of a recipe, write report.md, report.json and pictures, and return the table.
+    """Score every sampler of a recipe, write report.html, report.md, report.json and pictures; return the table.
 
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
     recipe = cluster.portable(recipe)
     plan = prepare(recipe)
+    others = comparison.read(plan, summary.title(recipe.evaluate))
     if recipe.dry_run:
         return _dry_run(plan)
-    if finished := _finished(plan):
-        return finished
+    earlier = _earlier(plan)
+    if earlier and earlier["shown"] == summary.shown(plan, others):
+        uri = storage.join(recipe.report_uri, "report.json")
+        advice = "delete it to measure speed again"
+        return f"{report.table(earlier)}\n\nNothing is missing: {uri} holds this report; {advice}."
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-        timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
-        results = summarise(plan, statistics, timing)
+        if earlier:
+            timing = summary.recalled(plan, earlier)
+        else:
+            print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
+            timing = time_alone(plan, frequencies, recipe.evaluate.timing_batches, recipe.evaluate.actors)
+        results = summary.summarise(plan, statistics, timing, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
-    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}."
+    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.html')}, and report.md."
 
 
 def _dry_run(plan: Plan) -> str:
@@ -220,16 +240,15 @@ def _dry_run(plan: Plan) -> str:
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 
 
-def _finished(plan: Plan) -> str | None:
-    """The table of a report that is there already and was made from the same plan."""
+def _earlier(plan: Plan) -> dict[str, Any] | None:
+    """The results of a report that is there already and was made from the same images and networks.
+
+    What it shows may have changed since: the paper's figures, the reports it is compared with, its form. Then it is
+    written again, from the statistics and the times that are there.
+    """
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    if not storage.exists(uri):
-        return None
-    results = storage.read_json(uri)
-    if results.get("fingerprint") != plan.fingerprint():
-        return None
-    advice = "delete it to measure speed again"
-    return f"{report.table(results)}\n\nNothing is missing: {uri} holds this report; {advice}."
+    results = storage.read_json(uri) if storage.exists(uri) else {}
+    return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
 
 
 def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics]) -> dict[str, bytes]:
@@ -240,9 +259,9 @@ def write(plan: Plan, results: dict[str, Any], statistics: dict[Draw, Statistics
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
     names = sampler_list.names(plan.samplers)
-    files = {"samples.png": report.samples(names, [np.concatenate(parts) for parts in drawn], labels)}
-    if results["curve"]:
-        files["curve.png"] = report.curve(results)
+    files = {"samples.png": plots.samples(names, [np.concatenate(parts) for parts in drawn], labels)}
+    files |= plots.charts(results)
+    files["report.html"] = page.html(results, files).encode()
     files["report.md"] = report.markdown(results).encode()
     files["report.json"] = (json.dumps(results, indent=2) + "\n").encode()
     for name, data in files.items():

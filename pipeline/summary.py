@@ -11,19 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import sampler_list, scoring
+from pipeline import comparison, sampler_list, scoring
 from pipeline.metrics import frechet, pixel_frechet, precision_recall
+from pipeline.models import checkpoints
 from pipeline.plan import Draw, Plan
-from pipeline.samplers import Autoregressive
+from pipeline.recipe import EvaluateSettings, fingerprint
+from pipeline.samplers import Autoregressive, Sampler
 from pipeline.speed import Speed
 from pipeline.tally import Statistics
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
+FORMAT = 2  # of report.json: an older one is written again, from the same statistics and times
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table before its numbers: a sampler's images and its speed."""
+    """A row of the table before its numbers: a sampler's images and its speed.
+
+    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints.
+    """
 
     name: str
     kind: str
@@ -31,6 +37,9 @@ class Entry:
     steps: int
     statistics: Statistics
     speeds: list[Speed] = field(default_factory=list)
+    type: str = "baseline"
+    parameters: int | None = None
+    paper: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,35 +52,70 @@ class Reference:
     real: Statistics | None
 
 
-def summarise(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> dict[str, Any]:
-    """Everything the report says, as JSON values."""
-    settings, names = plan.recipe.evaluate, sampler_list.names(plan.samplers)
+def title(settings: EvaluateSettings) -> str:
+    """What the report calls its Fréchet distance."""
+    return "FD" if settings.features == "digits" else "FID"
+
+
+def summarise(
+    plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any], others: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything the report says, as JSON values; ``others`` as ``comparison.read`` found them."""
     reference = _reference(plan, statistics)
-    entries = [
-        Entry(
-            name,
-            type(sampler).__name__,
-            dataclasses.asdict(sampler),
-            sampler.steps_label(plan.layout),
-            statistics[draw],
-            timing["speeds"][sampler],
-        )
-        for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
-    ]
+    entries = _entries(plan, statistics, timing)
     by_kind = {entry.kind: entry.statistics for entry in entries}
-    second = plan.second()
-    found = {
+    baseline, second = timing["speeds"][Autoregressive()][0], plan.second()
+    found: dict[str, Any] = {
         "name": plan.recipe.name,
-        "title": "FD" if settings.features == "digits" else "FID",
+        "title": title(plan.recipe.evaluate),
         "fingerprint": plan.fingerprint(),
-        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms),
+        "shown": shown(plan, others),
+        "rows": numbers(entries, reference, baseline.ms),
+        "baseline": asdict(baseline),  # the AR teacher at batch 1, which speed-ups are over
         "agreement": agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
         if second
         else None,
         "curve": _curve(plan, statistics, reference),
         "made": _made(plan, statistics, timing),
     }
-    return json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
+    found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
+    return found | {"pair_sets": comparison.pair_sets(found, others)}
+
+
+def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
+    """Fingerprint of what a report shows beside its own measurements, and of its form."""
+    settings = plan.recipe.evaluate
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": sampler_list.paper(settings.samplers)}
+    return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
+
+
+def recalled(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
+    """The times that an earlier report of the same plan holds, as ``evaluate.time_samplers`` returns them."""
+    rows = {json.dumps(row["sampler"]): row["speeds"] for row in results["rows"] if "sampler" in row}
+    speeds: dict[Sampler, list[Speed]] = {Autoregressive(): [Speed(**results["baseline"])]}
+    for sampler in plan.samplers:
+        key = json.dumps({"name": type(sampler).__name__} | dataclasses.asdict(sampler))
+        speeds[sampler] = [Speed(**speed) for speed in rows[key]]
+    return {"speeds": speeds} | {key: results["made"]["timing"][key] for key in ("device", "threads")}
+
+
+def _entries(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, Any]) -> list[Entry]:
+    counted = checkpoints.parameters(plan.recipe.teacher, plan.mask)
+    names, papers = sampler_list.names(plan.samplers), sampler_list.paper(plan.recipe.evaluate.samplers)
+    return [
+        Entry(
+            name=name,
+            kind=type(sampler).__name__,
+            settings=dataclasses.asdict(sampler),
+            steps=sampler.steps_label(plan.layout),
+            statistics=statistics[draw],
+            speeds=timing["speeds"][sampler],
+            type=sampler.type,
+            parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
+            paper=paper,
+        )
+        for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True)
+    ]
 
 
 def _reference(plan: Plan, statistics: dict[Draw, Statistics]) -> Reference:
@@ -95,6 +139,7 @@ def _curve(plan: Plan, statistics: dict[Draw, Statistics], reference: Reference)
     points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
     return {
         "count": plan.recipe.evaluate.curve_count,
+        "steps_per_epoch": plan.exported.get("steps_per_epoch"),
         "teachers": dict(point(draw) for draw in draws[0]),
         "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
     }
@@ -136,7 +181,7 @@ def _student(plan: Plan) -> dict[str, Any]:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
     """
-    own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
+    own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
     here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
     return here | {"precision": plan.recipe.evaluate.precision} | found
@@ -152,7 +197,9 @@ def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) 
     rows = [_row(entry, reference, baseline_ms) for entry in entries]
     teacher = next((row for row in rows if teachers and row["name"] == teachers[0].name), None)
     if reference.real is not None:
-        rows.insert(0, _quality(reference.real) | {"name": "real images", "count": reference.real.moments.n})
+        rows.insert(
+            0, _quality(reference.real) | {"name": "real images", "type": "real", "count": reference.real.moments.n}
+        )
     for row in rows:
         for key in ("score", "variance"):
             mine, theirs = row.get(key), teacher and teacher.get(key)
@@ -169,6 +216,9 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
+        "type": entry.type,
+        "parameters": entry.parameters,
+        "paper": entry.paper,
         "sampler": {"name": entry.kind} | entry.settings,
         "steps": entry.steps,
         "count": statistics.moments.n,

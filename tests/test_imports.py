@@ -13,7 +13,7 @@ HOMES = {  # package -> the modules that may import it
     "jsonargparse": {"recipe"},
     "lpips": {"losses"},
     "torch_fidelity": {"metrics", "scoring"},
-    "matplotlib": {"report"},
+    "matplotlib": {"plots"},
     "mlxtend": {"digits"},
 }
 FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
