@@ -136,7 +136,7 @@ def about_agreement(results: dict[str, Any]) -> str:
     return (
         f"FM teacher against AR teacher: {title} {found['fm_to_ar']:.4f} between the two;"
         f" {found['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
-        f" {results['made']['count']}); ratio {found['ratio']:.2f}. Near 1, flow matching keeps the"
+        f" {results['made']['count']:,}); ratio {found['ratio']:.2f}. Near 1, flow matching keeps the"
         " teacher's distribution as well as this many images can tell."
     )
 

@@ -14,6 +14,7 @@ from pipeline import legend, plots, tables
 from pipeline.tables import Column, Row, Table
 
 HEAD, ROW = ' scope="col"', ' scope="row"'
+WIDE = 14  # columns from which a table is set smaller
 HEAVY = 2 << 20  # bytes of a picture from which the page carries it as JPEG
 
 STYLE = """
@@ -24,7 +25,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+main { max-width: 86rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
@@ -39,11 +40,13 @@ nav a:hover { text-decoration: underline; }
 .cards .ours b { color: var(--ours); }
 .cards span { display: block; font-size: .86rem; color: var(--soft); }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; min-width: min(100%, 30rem); }
-th, td { padding: .38rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: min(100%, 30rem); }
+table.wide { font-size: .765rem; }
+table.wide th, table.wide td { padding: .38rem .4rem; }
+th, td { padding: .38rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; font-weight: 600; line-height: 1.25; color: var(--soft);
-  border-bottom: 2px solid var(--line); min-width: 3.6rem; }
+  border-bottom: 2px solid var(--line); min-width: 3.4rem; }
 th.text, td.text { text-align: left; }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--ground); }
 tr.ours td, tr.ours th { background: var(--marked); }
@@ -53,16 +56,17 @@ figure { margin: 1.2rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; }
 figcaption { font-size: .86rem; margin-top: .4rem; max-width: 52rem; }
-dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .35rem 1.2rem; margin: .8rem 0;
+dl { display: grid; grid-template-columns: 11rem 1fr; gap: .35rem 1.2rem; margin: .8rem 0;
   max-width: 62rem; font-size: .92rem; }
-dt { font-weight: 600; max-width: 13rem; }
+dt { font-weight: 600; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 dl dl { margin: 0; font-size: 1em; }
 dl dl dt { font-weight: 400; color: var(--soft); }
 .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 @page { size: A4 landscape; margin: 12mm; }
-@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --ground: #fff; --tint: #f4f6f8;
+@media print { table.wide { font-size: 6.8pt; } table.wide th, table.wide td { padding: .2rem .22rem; }
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --ground: #fff; --tint: #f4f6f8;
     --ours: #004b80; --marked: #eef5fb; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } nav { display: none; }
   .scroll { overflow: visible; } table { font-size: 7.6pt; } th, td { padding: .25rem .32rem; }
@@ -185,8 +189,8 @@ def _cell(tag: str, content: str, words: bool = False, more: str = "") -> str:
 
 
 def _scrolled(heads: str, lines: list[str]) -> str:
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    body, kind = "\n".join(lines), ' class="wide"' if heads.count("<th") > WIDE else ""
+    return f'<div class="scroll"><table{kind}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def _list(entries: list[tuple[str, str]]) -> str:
@@ -197,11 +201,19 @@ def _nested(tree: dict[str, Any]) -> str:
     """Nested settings as nested lists."""
     parts = []
     for key, value in tree.items():
-        inside = (
-            _nested(value) if isinstance(value, dict) and value else f'<span class="code">{escape(str(value))}</span>'
-        )
-        parts.append(f"<dt>{escape(str(key))}</dt><dd>{inside}</dd>")
+        inside = isinstance(value, dict) and value
+        content = _nested(value) if inside else f'<span class="code">{escape(_inline(value))}</span>'
+        parts.append(f"<dt>{escape(str(key))}</dt><dd>{content}</dd>")
     return f"<dl>{''.join(parts)}</dl>"
+
+
+def _inline(value: Any) -> str:
+    """A value on one line: ["FewStep", {"steps": [1, 6]}] -> "FewStep, steps [1, 6]"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_inline(inside)}" for key, inside in value.items())
+    if isinstance(value, list) and any(isinstance(inside, dict) for inside in value):
+        return ", ".join(filter(None, map(_inline, value)))
+    return str(value)
 
 
 def _paragraph(text: str) -> str:

@@ -15,10 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from pipeline.tables import timed
+from pipeline.tables import count, timed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
 MARKERS = "oDs^vP"
@@ -126,9 +128,10 @@ def tradeoff(results: dict[str, Any]) -> bytes:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.legend(frameon=False)
-    _name_points(figure, axes, [(row["ms"], row["score"]) for row in rows], [row["name"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["type"].startswith("DD"), rows[i]["ms"]))
+    _name_points(figure, axes, [(row["ms"], row["score"]) for row in rows], [row["name"] for row in rows], order)
     return _png(figure)
 
 
@@ -166,7 +169,7 @@ def pairs(results: dict[str, Any]) -> bytes:
     sizes = sorted({point["pairs"] for point in data["points"]})
     first.set_xlim(0, 1.1 * sizes[-1])
     first.xaxis.set_major_locator(MaxNLocator(5))
-    first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     first.set_xlabel("pairs")
     first.set_ylabel(f"{results['title']}, {data['count']:,} images")
     for axes, name in zip(others, panels, strict=True):
@@ -212,33 +215,44 @@ def _from_zero_or_log(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.15 * max(values))
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
-    """Write each name beside its point, where it covers the least of other points, names and the legend."""
+def _name_points(
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], order: Sequence[int]
+) -> None:
+    """Write each name beside its point, in this order, where it covers least of points, lines, names and legend."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # fixes the layout
     figure.set_layout_engine("none")
     renderer, frame = canvas.get_renderer(), axes.get_window_extent()
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
+    dots = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
+    taken = dots + [box for line in axes.lines if line.get_linestyle() == "-" for box in _beads(line)]
     if legend := axes.get_legend():
         taken.append(legend.get_window_extent(renderer))
-    places = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-    for i in np.argsort([x for x, _ in points]):
-        own = taken[i]
-        text = axes.annotate(names[i], points[i], xytext=(8, 0), textcoords="offset points", fontsize=9, color=GREY)
-        best: tuple[float, dict[str, Any]] | None = None
-        for distance, (right, up) in itertools.product((8, 16, 26), places):
-            where = {"position": (right * distance, up * distance * 0.9)}
-            where |= {"ha": ("right", "center", "left")[right + 1], "va": ("top", "center", "bottom")[up + 1]}
-            text.set(**where)
-            box = text.get_window_extent(renderer)
-            covered = sum(_overlap(box, other) for other in taken if other is not own)
-            outside = box.width * box.height - _overlap(box, frame)
-            cost = covered + outside + distance / 100
-            if best is None or cost < best[0]:
-                best = cost, where
-        assert best is not None
-        text.set(**best[1])
-        taken.append(text.get_window_extent(renderer))
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    for i in order:
+        tried = []
+        for distance, (right, up) in itertools.product((8, 16, 26, 38), sides):
+            style: dict[str, Any] = {"xytext": (right * distance, up * distance), "fontsize": 9, "color": GREY}
+            style |= {"ha": ("center", "left", "right")[right], "va": ("center", "bottom", "top")[up]}
+            if distance > 8:  # away from its point: a line leads there
+                style |= {"arrowprops": {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkB": 4}}
+            text = axes.annotate(names[i], points[i], textcoords="offset points", **style)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the leading line
+            hidden = sum(_overlap(box, other) for other in taken if other is not dots[i])
+            hidden += box.width * box.height - _overlap(box, frame)
+            tried.append((hidden + distance / 4, len(tried), style, box))
+            text.remove()
+        _, _, style, box = min(tried, key=lambda one: one[:2])
+        axes.annotate(names[i], points[i], textcoords="offset points", **style)
+        taken.append(box)
+
+
+def _beads(line: Line2D) -> list[Bbox]:
+    """A drawn line as small boxes along it, in pixels."""
+    ends = line.get_transform().transform(line.get_xydata())
+    between = np.linspace(0, 1, 40)[:, None]
+    spots = np.concatenate([a + (b - a) * between for a, b in itertools.pairwise(ends)])
+    return [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in spots]
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
