@@ -71,7 +71,8 @@ dl dl dt { font-weight: 400; color: var(--soft); }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } nav { display: none; }
   .scroll { overflow: visible; } table { font-size: 7.6pt; } th, td { padding: .25rem .32rem; }
   thead th { min-width: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
-  figure, tr, .cards li { break-inside: avoid; } figure img { max-height: 165mm; }
+  figure, tr, .cards li { break-inside: avoid; } figure img { max-height: 130mm; width: auto; }
+  tbody th { position: static; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
