@@ -191,7 +191,9 @@ def _cell(tag: str, content: str, words: bool = False, more: str = "") -> str:
 
 def _scrolled(heads: str, lines: list[str]) -> str:
     body, kind = "\n".join(lines), ' class="wide"' if heads.count("<th") > WIDE else ""
-    return f'<div class="scroll"><table{kind}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return (
+        f'<div class="scroll"><table{kind}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    )
 
 
 def _list(entries: list[tuple[str, str]]) -> str:

@@ -31,6 +31,7 @@ TYPES = {  # of a sampler: marker, colour, size
     "DD + AR": ("D", "#D55E00", 7.5),
     "baseline": ("^", "#888888", 8.0),
 }
+OTHER = ("X", "#009E73", 8.0)
 GREY = "#333333"
 GAP = 4  # white pixels between the images of the grid
 LEAST_CELL = 72  # small images are enlarged by a whole factor to about this many pixels
@@ -115,7 +116,8 @@ def tradeoff(results: dict[str, Any]) -> bytes:
     ours = sorted((row["ms"], row["score"]) for row in rows if row["type"].startswith("DD"))
     if len(ours) > 1:
         axes.plot(*zip(*ours, strict=True), color=COLOURS[0], linewidth=1.2, alpha=0.45, zorder=1)
-    for kind, (marker, colour, size) in TYPES.items():
+    for kind in dict.fromkeys([*TYPES, *(row["type"] for row in rows)]):
+        marker, colour, size = TYPES.get(kind, OTHER)
         points = [(row["ms"], row["score"]) for row in rows if row["type"] == kind]
         if points:
             style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size}

@@ -102,7 +102,9 @@ def paper_tables() -> dict[tuple[str, int], dict[str, float]]:
         texts |= dict(zip(("seconds", "speedup"), cells[7].rstrip("x)").split(" ("), strict=False))
         units = {"M": 1e6, "B": 1e9}
         found[cells[0], int(cells[6])] = {
-            key: round(float(text.rstrip("MB")) * units.get(text[-1], 1), 6) for key, text in texts.items() if text != "-"
+            key: round(float(text.rstrip("MB")) * units.get(text[-1], 1), 6)
+            for key, text in texts.items()
+            if text != "-"
         }
     return found
 
