@@ -69,15 +69,20 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(heading, how its numbers were made) of the columns in the table."""
     title, made, short = results["title"], results["made"], short_title(results)
     there = {column.heading for column in columns(results)}
-    distance = NETWORKS.get(title, f"Fréchet distance of {made['dimensions']} features to the reference")
+    distance = results.get("meaning") or NETWORKS.get(title)
+    distance = distance or f"Fréchet distance of {made['dimensions']} features to the reference"
     if any(row.get("score_std") is not None for row in results["rows"]):
         distance += "; behind ± its standard error"
     texts = {
+        "type": "as in the paper's tables: AR is the teacher, DD ours, DD + AR ours with the teacher in the loop,"
+        " baseline what the paper compares with.",
         title: f"{distance}.",
-        f"{short}, count to ∞": f"{short} extrapolated to infinitely many images (Chong and Forsyth 2020).",
+        f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
+        f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020): fewer make it larger.",
         "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
         "KID x 1000": "Kernel Inception Distance (Bińkowski et al. 2018), mean ± standard deviation over subsets.",
-        "IS": "Inception Score, the mean over blocks of 5,000 images in the order of their ids.",
+        "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
+        " their ids, ± the deviation between blocks.",
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
@@ -92,6 +97,8 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         + (f", {ms(results['baseline']['ms'])} ms." if results.get("baseline") else "."),
     }
     out = [(heading, text) for heading, text in texts.items() if heading in there]
+    if not made["timing"]["device"]:
+        out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
     if beside_paper(results):
         out.append(("paper", ABOUT_PAPER))
     if made["count"] <= made["dimensions"]:
@@ -125,8 +132,8 @@ def _about_time(results: dict[str, Any]) -> str:
     return (
         f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
         + "".join(f", {text}" for text in used)
-        + ": in steady state, the median of up to 20 calls after a warm-up, the samplers taking turns call by call in a"
-        " process with nothing beside it, the GPU waited for."
+        + ": in steady state, the median of up to 20 calls after a warm-up (of fewer where a call takes seconds), the"
+        " samplers taking turns call by call in a process with nothing beside it, the GPU waited for."
     )
 
 

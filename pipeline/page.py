@@ -117,8 +117,9 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
     if results["agreement"]:
         text = _paragraph(legend.about_agreement(results))
         out.append(("agreement", "Flow matching against plain sampling", text))
-    text = _paragraph(legend.ABOUT_SPEEDS) + _plain_table(tables.speeds(results))
-    out.append(("speed", "Speed", text))
+    if results["made"]["timing"]["device"]:
+        text = _paragraph(legend.ABOUT_SPEEDS) + _plain_table(tables.speeds(results))
+        out.append(("speed", "Speed", text))
     if results["curve"]:
         text = _figure(pictures, "curve.png", legend.about_training(results))
         out.append(("training", "Over training", text + _plain_table(tables.over_training(results["curve"]))))

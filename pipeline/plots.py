@@ -231,7 +231,7 @@ def _name_points(
         taken.append(legend.get_window_extent(renderer))
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
     for i in order:
-        tried = []
+        tried: list[tuple[float, int, dict[str, Any], Bbox]] = []  # hidden pixels, place, style, box
         for distance, (right, up) in itertools.product((8, 16, 26, 38), sides):
             style: dict[str, Any] = {"xytext": (right * distance, up * distance), "fontsize": 9, "color": GREY}
             style |= {"ha": ("center", "left", "right")[right], "va": ("center", "bottom", "top")[up]}

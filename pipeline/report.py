@@ -64,7 +64,8 @@ def markdown(results: dict[str, Any]) -> str:
         parts += ["## Beside the paper's figures", as_markdown(both)]
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
-    parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
+    if results["made"]["timing"]["device"]:
+        parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]

@@ -64,14 +64,15 @@ def summarise(
     reference = _reference(plan, statistics)
     entries = _entries(plan, statistics, timing)
     by_kind = {entry.kind: entry.statistics for entry in entries}
-    baseline, second = timing["speeds"][Autoregressive()][0], plan.second()
+    baseline = next(iter(timing["speeds"].get(Autoregressive(), [])), None)
+    second = plan.second()
     found: dict[str, Any] = {
         "name": plan.recipe.name,
         "title": title(plan.recipe.evaluate),
         "fingerprint": plan.fingerprint(),
         "shown": shown(plan, others),
-        "rows": numbers(entries, reference, baseline.ms),
-        "baseline": asdict(baseline),  # the AR teacher at batch 1, which speed-ups are over
+        "rows": numbers(entries, reference, baseline.ms if baseline else None),
+        "baseline": asdict(baseline) if baseline else None,  # the AR teacher at batch 1, which speed-ups are over
         "agreement": agreement(by_kind["FlowMatched"], by_kind["Autoregressive"], statistics[second])
         if second
         else None,
@@ -92,7 +93,9 @@ def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
 def recalled(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
     """The times that an earlier report of the same plan holds, as ``evaluate.time_samplers`` returns them."""
     rows = {json.dumps(row["sampler"]): row["speeds"] for row in results["rows"] if "sampler" in row}
-    speeds: dict[Sampler, list[Speed]] = {Autoregressive(): [Speed(**results["baseline"])]}
+    speeds: dict[Sampler, list[Speed]] = {}
+    if results["baseline"]:
+        speeds[Autoregressive()] = [Speed(**results["baseline"])]
     for sampler in plan.samplers:
         key = json.dumps({"name": type(sampler).__name__} | dataclasses.asdict(sampler))
         speeds[sampler] = [Speed(**speed) for speed in rows[key]]
@@ -109,7 +112,7 @@ def _entries(plan: Plan, statistics: dict[Draw, Statistics], timing: dict[str, A
             settings=dataclasses.asdict(sampler),
             steps=sampler.steps_label(plan.layout),
             statistics=statistics[draw],
-            speeds=timing["speeds"][sampler],
+            speeds=timing["speeds"].get(sampler, []),
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
@@ -187,11 +190,11 @@ def _student(plan: Plan) -> dict[str, Any]:
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
-def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float) -> list[dict[str, Any]]:
+def numbers(entries: Sequence[Entry], reference: Reference, baseline_ms: float | None) -> list[dict[str, Any]]:
     """One dictionary per row, real images first; None where a number does not exist.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one;
-    ``baseline_ms`` is the AR teacher's time per image at batch 1.
+    ``baseline_ms`` is the AR teacher's time per image at batch 1, None where no speed was measured.
     """
     teachers = [entry for kind in ("Autoregressive", "FlowMatched") for entry in entries if entry.kind == kind]
     rows = [_row(entry, reference, baseline_ms) for entry in entries]
@@ -212,7 +215,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, Any]:
+def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[str, Any]:
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
@@ -232,7 +235,7 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float) -> dict[str, An
     if real and real.features and statistics.features:
         both = precision_recall(np.concatenate(statistics.features), np.concatenate(real.features))
         row["precision"], row["recall"] = both
-    if entry.speeds:
+    if entry.speeds and baseline_ms is not None:
         best = min(entry.speeds, key=lambda speed: speed.ms)
         row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
         row |= {"best_ms": best.ms, "best_batch": best.batch}

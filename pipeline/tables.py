@@ -40,16 +40,15 @@ def columns(results: dict[str, Any]) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
     one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
-    is_inception = title.startswith("FID")  # whose classes make an Inception Score
     found = [
         Column("sampler", _text("name", str)),
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
-        Column(f"{short}, count to ∞", _text("score_inf", two)),
+        Column(f"{short}, limit", _text("score_inf", two)),
         Column("sFID", _text("sfid", two)),
         Column("KID x 1000", _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
-        Column("IS", _text("inception_score", one) if is_inception else _nothing, "is", "IS, paper", one),
+        Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
         Column("class accuracy", _text("accuracy", "{:.1%}".format)),
         Column("variance / teacher's", _text("variance_over_teacher", two)),
@@ -61,6 +60,8 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("ms/image, best batch", _best),
         Column("speed-up", _text("speedup", times), "speedup", "speed-up, paper", times),
     ]
+    if title == "FD":  # the digits scorer's classes make no Inception Score
+        found = [column for column in found if column.heading != "IS"]
     return [column for column in found if any(column.text(row) for row in results["rows"])]
 
 
@@ -129,16 +130,12 @@ def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
 
-def _nothing(row: Row) -> str:
-    return ""
-
-
 def _best(row: Row) -> str:
     return f"{ms(row['best_ms'])} ({row['best_batch']})" if row.get("best_ms") else ""
 
 
 def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A number with its standard error behind it, where there is one."""
+    """A number with its error or deviation behind it, where there is one."""
 
     def text(row: Row) -> str:
         if row.get(key) is None:

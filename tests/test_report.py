@@ -157,8 +157,7 @@ def test_fid_tables_hold_the_inception_score() -> None:
     for title, header in [("FID", "|  FID |    IS |"), ("FID (pytorch-fid)", "| FID (pytorch-fid) |    IS |")]:
         assert report.table({"title": title, "rows": rows}).splitlines()[0] == f"| sampler   {header}"
     assert "| DD 1 step | 9.94 | 193.6 |" in report.table({"title": "FID", "rows": rows})
-    for title in ("FD", "FD of a random Inception (not FID)"):
-        assert "IS" not in tables.main({"title": title, "rows": rows}).headings
+    assert "IS" not in tables.main({"title": "FD", "rows": rows}).headings
 
 
 def test_scores_have_their_standard_errors_and_relatives() -> None:
@@ -172,7 +171,7 @@ def test_scores_have_their_standard_errors_and_relatives() -> None:
         "kid_std": 0.0004,
     }
     found = tables.main({"title": "FID (torch-fidelity)", "rows": [row]})
-    assert found.headings == ["sampler", "FID (torch-fidelity)", "FID, count to ∞", "sFID", "KID x 1000"]
+    assert found.headings == ["sampler", "FID (torch-fidelity)", "FID, limit", "sFID", "KID x 1000"]
     assert found.cells == [["a", "9.94 ± 0.06", "9.10", "8.00", "3.21 ± 0.40"]]
 
 
@@ -227,6 +226,26 @@ def test_the_legend_says_which_distance_it_is(title: str, words: str) -> None:
     assert words in dict(legend.about_columns(RESULTS | {"title": title}))[title]
 
 
+def test_speed_that_was_not_measured_is_not_shown() -> None:
+    made = RESULTS["made"] | {"timing": {"device": None, "threads": None}}
+    rows = [
+        {key: value for key, value in row.items() if key not in ("ms", "best_ms", "speedup", "speeds")}
+        for row in RESULTS["rows"]
+    ]
+    text = report.markdown(RESULTS | {"made": made, "rows": rows, "baseline": None})
+    assert "## Speed" not in text
+    assert "## Quality against time" not in text
+    assert "**speed**: was not measured: evaluate.timing_batches is empty." in text
+    entry, reference = Entry("DD", "FewStep", {}, 1, statistics(0.1)), Reference((np.zeros(4), np.eye(4)), None)
+    (row,) = summary.numbers([entry], reference, None)
+    assert "ms" not in row
+    assert row["score"] > 0
+
+
+def test_a_meaning_in_the_results_is_the_legends() -> None:
+    assert dict(legend.about_columns(RESULTS | {"meaning": "distance of toes"}))["FD"] == "distance of toes."
+
+
 def test_every_column_and_every_sampler_is_explained() -> None:
     names = ["score", "score_inf", "sfid", "kid", "inception_score", "pixel_score", "accuracy", "variance_over_teacher"]
     names += [
@@ -243,7 +262,7 @@ def test_every_column_and_every_sampler_is_explained() -> None:
     rows = [{"name": kind, "type": "DD", "sampler": {"name": kind}} | dict.fromkeys(names, 1) for kind in legend.ROWS]
     results = RESULTS | {"title": "FID", "rows": rows}
     explained = dict(legend.about_columns(results))
-    own = {"sampler", "type", "FID / teacher's", "recall"}  # recall with precision
+    own = {"sampler", "recall"}  # recall with precision
     assert {column.heading for column in tables.columns(results)} - own == explained.keys()
     assert len(legend.about_rows(results)) == len(legend.ROWS)
     assert "zero vector of the code space" in dict(legend.about_rows(results))["skip-n"]
