@@ -100,7 +100,7 @@ def fit(plan: Plan, run: tracking.Run) -> None:
             progress.update(message.step - progress.done, note)
             run.metrics(message.metrics, message.step)
             if message.grid:
-                from pipeline.report import mosaic  # loads matplotlib, which no worker needs
+                from pipeline.plots import mosaic  # loads matplotlib, which no worker needs
 
                 run.image("samples", mosaic(message.grid), message.step)
 

@@ -28,9 +28,12 @@ from torch import Tensor
 
 from pipeline import (
     cluster,
+    comparison,
     model_registry,
     noise,
+    page,
     pairs,
+    plots,
     references,
     report,
     sample_files,
@@ -38,6 +41,7 @@ from pipeline import (
     scoring,
     speed,
     storage,
+    summary,
     tally,
     tracking,
 )
@@ -51,7 +55,6 @@ from pipeline.real_images import RealImages
 from pipeline.recipe import Recipe
 from pipeline.references import References
 from pipeline.samplers import Autoregressive, Models, OneStepStar
-from pipeline.summary import compared_with, summarise
 from pipeline.tally import Seen, Statistics, glance
 
 # ---- the workers
@@ -257,7 +260,7 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
 
 
 def evaluate(recipe: Recipe) -> str:
-    """Score every sampler of a recipe, write report.md, report.json and pictures, and return the table.
+    """Score every sampler of a recipe, write report.html, report.md, report.json and pictures; return the table.
 
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
@@ -265,24 +268,33 @@ def evaluate(recipe: Recipe) -> str:
     recipe, registered = model_registry.fetched(cluster.portable(recipe))
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)
+    others = comparison.read(plan, scoring.title(recipe.evaluate))
     if recipe.dry_run:
         return _dry_run(plan)
-    if results := _finished(plan):
-        return f"{report.table(results)}\n\n{_nothing_missing(plan, results)}"
+    earlier = _earlier(plan)
+    if earlier and earlier["shown"] == summary.shown(plan, others) and all(_saved(plan, draw) for draw in plan.draws()):
+        return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        timing: dict[str, Any] = {"speeds": {}, "device": None, "threads": None}
-        if batches := recipe.evaluate.timing_batches:
-            print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-            timing = time_alone(plan, frequencies, batches, recipe.evaluate.actors)
+        timing = summary.recalled(plan, earlier) if earlier else _timing(plan, frequencies)
         seconds = sum(statistics.glance(draw)[0] for draw in statistics)
-        results = summarise(plan, statistics, timing, seconds)
+        results = summary.summarise(plan, statistics, timing, seconds, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
-    return f"{report.table(results)}\n\nThe report is {storage.join(recipe.report_uri, 'report.md')}. {said}".rstrip()
+    place = storage.join(recipe.report_uri, "report.html")
+    return f"{report.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
+
+
+def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+    """What ``time_samplers`` finds, with the pool's cores; nothing where the recipe names no batch."""
+    settings = plan.recipe.evaluate
+    if not settings.timing_batches:
+        return {"speeds": {}, "device": None, "threads": None}
+    print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
+    return time_alone(plan, frequencies, settings.timing_batches, settings.actors)
 
 
 def _dry_run(plan: Plan) -> str:
@@ -292,14 +304,15 @@ def _dry_run(plan: Plan) -> str:
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 
 
-def _finished(plan: Plan) -> dict[str, Any] | None:
-    """The results of a report that is there already and was made from the same plan."""
+def _earlier(plan: Plan) -> dict[str, Any] | None:
+    """The results of a report that is there already and was made from the same images and networks.
+
+    What it shows may have changed since: the paper's figures, the reports it is compared with, its form. Then it is
+    written again, from the statistics and the times that are there.
+    """
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    if not storage.exists(uri):
-        return None
-    results = storage.read_json(uri)
-    same = results.get("fingerprint") == plan.fingerprint() and all(_saved(plan, draw) for draw in plan.draws())
-    return results if same else None
+    results = storage.read_json(uri) if storage.exists(uri) else {}
+    return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
 
 
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
@@ -323,9 +336,9 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
     names = sampler_list.names(plan.samplers)
-    files = {"samples.png": report.samples(names, [statistics.glance(draw)[1] for draw in plan.table()], labels)}
-    if results["curve"]:
-        files["curve.png"] = report.curve(results)
+    files = {"samples.png": plots.samples(names, [statistics.glance(draw)[1] for draw in plan.table()], labels)}
+    files |= plots.charts(results)
+    files["report.html"] = page.html(results, files).encode()
     files["report.md"] = report.markdown(results).encode()
     files["report.json"] = (json.dumps(results, indent=2) + "\n").encode()
     for name, data in files.items():
@@ -338,7 +351,7 @@ def _write_reference(plan: Plan, statistics: Shelf) -> None:
     settings = plan.recipe.evaluate
     if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
         return
-    found, weights = compared_with(plan, statistics), plan.facts["features"]["inception"]
+    found, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
     made = References(found.gaussian, found.spatial, settings.flavour, True, weights, plan.real)
     storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
 

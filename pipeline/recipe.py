@@ -211,12 +211,14 @@ class EvaluateSettings:
         uri: folder of the report; default <run>/report.
         count: samples per sampler.
         seed: of the evaluation's noise; never the pairs'.
-        samplers: rows of the report, each {name: FewStep, ...fields of that sampler}.
+        samplers: rows of the report, each {name: FewStep, ...fields of that sampler}. Figures that the paper prints for
+            one may stand beside them, ``paper: {fid: 9.94, is: 193.6, precision: 0.8, recall: 0.37, parameters:
+            327_000_000, seconds: 0.021, speedup: 6.3}``, and are shown beside ours.
         student: URI of the student's weights, or models:/NAME@best or models:/NAME/3 out of MLflow's model registry;
             default <run>/student/student.safetensors.
         register: name in MLflow's model registry under which the student becomes a version once its report is written.
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
-            that holds it, at the same count, features and number of steps.
+            that holds it, at the same count, features, reference and number of steps.
         features: which network scores: digits, or inception (FID).
         flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score) or pytorch-fid (as the
             paper's FID). Their numbers do not compare.
@@ -235,6 +237,7 @@ class EvaluateSettings:
         grid: columns of the sample grid, one noise each.
         curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
         timing_batches: batch sizes whose speed is measured, 1 always among them; none are with an empty list.
+        compare: URIs of report.json files of runs that differ in pairs.count alone, for scores over its size.
     """
 
     uri: str | None = None
@@ -256,6 +259,7 @@ class EvaluateSettings:
     grid: int = 12
     curve_count: int = 1_000
     timing_batches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    compare: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "actors", "grid"):

@@ -1,7 +1,12 @@
-"""The samplers that a recipe lists, from its YAML: {name: FewStep, steps: [1, 6]} -> FewStep(steps=(1, 6))."""
+"""The samplers that a recipe lists, from its YAML: {name: FewStep, steps: [1, 6]} -> FewStep(steps=(1, 6)).
+
+An entry may hold the figures that the paper prints for it, ``paper: {fid: 7.82, speedup: 3.7}``. They stand beside
+ours in the report and are no part of the sampler.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, get_origin, get_type_hints
@@ -9,13 +14,15 @@ from typing import Any, get_origin, get_type_hints
 from pipeline.models.base import Layout
 from pipeline.samplers import SAMPLERS, Sampler
 
+PAPER = ("fid", "is", "precision", "recall", "parameters", "seconds", "speedup")  # seconds are per image
+
 
 def build(settings: list[dict[str, Any]], layout: Layout, split: int) -> list[Sampler]:
     """The samplers that a recipe lists as {name: FewStep, steps: [1, 6]}; ``split`` is for those that name
     none.
 
     Raises ValueError, one sentence, for an unknown name, an unknown, missing or ill-typed field, a value
-    outside the layout, and a sampler listed twice.
+    outside the layout, a sampler listed twice, and figures of the paper that are none.
     """
     if not settings:
         raise ValueError("evaluate.samplers is empty; list at least one, e.g. {name: FewStep, steps: [1]}.")
@@ -26,7 +33,27 @@ def build(settings: list[dict[str, Any]], layout: Layout, split: int) -> list[Sa
         if sampler in out:
             raise ValueError(f"evaluate.samplers lists {entry} twice; remove one.")
         out.append(sampler)
+    paper(settings)
     return out
+
+
+def paper(settings: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The paper's figures of each sampler, those of PAPER that its tables have; {} where they have none.
+
+    Raises ValueError, one sentence, for an unknown figure and for one that is no number above 0.
+    """
+    return [_figures(entry["name"], entry.get("paper", {})) for entry in settings]
+
+
+def _figures(name: str, figures: Any) -> dict[str, float]:
+    if not isinstance(figures, dict):
+        raise ValueError(f"sampler {name} has paper {figures!r}; it must hold named figures, e.g. {{fid: 9.94}}.")
+    for key, value in figures.items():
+        if key not in PAPER:
+            raise ValueError(f"sampler {name} has no figure {key!r} of the paper; it knows {', '.join(PAPER)}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"sampler {name} has the paper's {key} {value!r}; it must be a number above 0.")
+    return dict(figures)
 
 
 def names(samplers: Sequence[Sampler]) -> list[str]:
@@ -44,7 +71,7 @@ def _construct(entry: dict[str, Any], split: int) -> Sampler:
         raise ValueError(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}.")
     kind, hints = kinds[entry["name"]], get_type_hints(kinds[entry["name"]])
     own = {f.name: f for f in fields(kind)}
-    values = {key: value for key, value in entry.items() if key != "name"}
+    values = {key: value for key, value in entry.items() if key not in ("name", "paper")}
     if "split" in own and values.get("split") is None:
         values["split"] = split
     for key, value in values.items():

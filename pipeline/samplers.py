@@ -84,6 +84,7 @@ class Models:
 class Sampler:
     """One row of the report."""
 
+    type: ClassVar[str] = "baseline"  # as the paper's tables group them: AR, baseline, DD, DD + AR
     student: ClassVar[bool] = False  # draws with the student
     frequencies: ClassVar[bool] = False  # draws from the pair set's token frequencies
 
@@ -118,6 +119,7 @@ class FewStep(Sampler):
 
     split: int
     steps: tuple[int, ...] = (1,)
+    type: ClassVar[str] = "DD"
     student: ClassVar[bool] = True
 
     @property
@@ -158,6 +160,7 @@ class WithTeacher(Sampler):
     start: int
     resume: int
     split: int
+    type: ClassVar[str] = "DD + AR"
     student: ClassVar[bool] = True
 
     @property
@@ -196,6 +199,8 @@ class Autoregressive(Sampler):
     draw.
     """
 
+    type: ClassVar[str] = "AR"
+
     @property
     def name(self) -> str:
         return "teacher, AR"
@@ -213,6 +218,8 @@ class FlowMatched(Sampler):
     """The teacher through AR flow matching (Alg. 1): the image that the student of the same noise should
     make.
     """
+
+    type: ClassVar[str] = "AR"
 
     @property
     def name(self) -> str:

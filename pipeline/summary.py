@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline import metrics, references, sampler_list, scoring
+from pipeline import comparison, metrics, references, sampler_list, scoring
 from pipeline.metrics import Gaussian, frechet, pixel_frechet, precision_recall
+from pipeline.models import checkpoints
 from pipeline.plan import Draw, Plan
-from pipeline.recipe import FORMULA, EvaluateSettings
-from pipeline.samplers import Autoregressive
+from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
+from pipeline.samplers import Autoregressive, Sampler
 from pipeline.speed import Speed
 from pipeline.tally import SCORE_BLOCK, Statistics
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
+FORMAT = 2  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table before its numbers: a sampler's images and its speed."""
+    """A row of the table before its numbers: a sampler's images and its speed.
+
+    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints.
+    """
 
     name: str
     kind: str
@@ -33,6 +38,9 @@ class Entry:
     steps: int
     statistics: Statistics
     speeds: list[Speed] = field(default_factory=list)
+    type: str = "baseline"
+    parameters: int | None = None
+    paper: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,36 +55,71 @@ class Reference:
 
 
 def summarise(
-    plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any], seconds: float
+    plan: Plan,
+    statistics: Mapping[Draw, Statistics],
+    timing: dict[str, Any],
+    seconds: float,
+    others: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything the report says, as JSON values; ``seconds`` are those of all actors.
+    """Everything the report says, as JSON values; ``seconds`` are those of all actors, ``others`` as
+    ``comparison.read`` found them.
 
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
     """
-    settings, names = plan.recipe.evaluate, sampler_list.names(plan.samplers)
-    reference = compared_with(plan, statistics)
-    entries = (
-        Entry(
-            name,
-            type(sampler).__name__,
-            dataclasses.asdict(sampler),
-            sampler.steps_label(plan.layout),
-            statistics[draw],
-            timing["speeds"].get(sampler, []),
-        )
-        for name, sampler, draw in zip(names, plan.samplers, plan.table(), strict=True)
-    )
-    found = {
+    settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
+    baseline = next(iter(timing["speeds"].get(Autoregressive(), [])), None)
+    entries = _entries(plan, statistics, timing)
+    found: dict[str, Any] = {
         "name": plan.recipe.name,
         "title": scoring.title(settings),
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
-        "rows": numbers(entries, reference, timing["speeds"][Autoregressive()][0].ms if timing["speeds"] else None),
+        "shown": shown(plan, others),
+        "rows": numbers(entries, reference, baseline.ms if baseline else None),
+        "baseline": asdict(baseline) if baseline else None,  # the AR teacher at batch 1, which speed-ups are over
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "made": _made(plan, timing, seconds),
     }
-    return json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
+    found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
+    return found | {"pair_sets": comparison.pair_sets(found, others)}
+
+
+def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
+    """Fingerprint of what a report shows beside its own measurements, and of its form."""
+    settings = plan.recipe.evaluate
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": sampler_list.paper(settings.samplers)}
+    return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
+
+
+def recalled(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
+    """The times that an earlier report of the same plan holds, as ``evaluate.time_samplers`` returns them."""
+    rows = {json.dumps(row["sampler"]): row["speeds"] for row in results["rows"] if "sampler" in row}
+    speeds: dict[Sampler, list[Speed]] = {}
+    if results["baseline"]:
+        speeds[Autoregressive()] = [Speed(**results["baseline"])]
+    for sampler in plan.samplers:
+        key = json.dumps({"name": type(sampler).__name__} | dataclasses.asdict(sampler))
+        speeds[sampler] = [Speed(**speed) for speed in rows[key]]
+    return {"speeds": speeds} | {key: results["made"]["timing"][key] for key in ("device", "threads")}
+
+
+def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
+    """The rows of the table, one at a time: each holds a sampler's statistics."""
+    counted = checkpoints.parameters(plan.recipe.teacher, plan.mask)
+    names, papers = sampler_list.names(plan.samplers), sampler_list.paper(plan.recipe.evaluate.samplers)
+    for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
+        yield Entry(
+            name=name,
+            kind=type(sampler).__name__,
+            settings=dataclasses.asdict(sampler),
+            steps=sampler.steps_label(plan.layout),
+            statistics=statistics[draw],
+            speeds=timing["speeds"].get(sampler, []),
+            type=sampler.type,
+            parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
+            paper=paper,
+        )
 
 
 def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
@@ -111,6 +154,7 @@ def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Referen
     points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
     return {
         "count": plan.recipe.evaluate.curve_count,
+        "steps_per_epoch": plan.exported.get("steps_per_epoch"),
         "teachers": dict(point(draw) for draw in draws[0]),
         "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
     }
@@ -168,7 +212,7 @@ def _student(plan: Plan) -> dict[str, Any]:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
     """
-    own = ("step", "start_steps", "split", "pairs_fingerprint", "mlflow_run")
+    own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
     found |= {"registry": plan.registered} if plan.registered else {}
     here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
@@ -185,7 +229,9 @@ def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float |
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
-        rows.insert(0, _quality(reference.real) | {"name": "real images", "count": reference.real.moments.n})
+        rows.insert(
+            0, _quality(reference.real) | {"name": "real images", "type": "real", "count": reference.real.moments.n}
+        )
     for row in rows:
         for key in ("score", "variance"):
             mine, theirs = row.get(key), teacher and teacher.get(key)
@@ -202,6 +248,9 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
+        "type": entry.type,
+        "parameters": entry.parameters,
+        "paper": entry.paper,
         "sampler": {"name": entry.kind} | entry.settings,
         "steps": entry.steps,
         "count": statistics.moments.n,

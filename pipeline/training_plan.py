@@ -84,6 +84,8 @@ class Plan:
             "split": recipe.train.split,
             "start_steps": list(recipe.train.start_steps),
             "step": step,
+            "steps_per_epoch": self.per_epoch,
+            "pairs_count": recipe.pairs.count,
             "pairs_fingerprint": self.pairs_fingerprint,
             "teacher": self.teacher,
             "mlflow_run": mlflow_run,

@@ -141,6 +141,8 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert settings["pairs_fingerprint"] == manifest.read(recipe.pairs_uri)["fingerprint"]
     assert settings["family"] == recipe.teacher.family
     assert settings["step"] == 80
+    assert settings["pairs_count"] == recipe.pairs.count
+    assert 80 % settings["steps_per_epoch"] == 0
     assert settings["mlflow_run"] == journal.id
     assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
     codebook = checkpoints.tokenizer(recipe.teacher).codebook

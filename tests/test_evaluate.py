@@ -55,6 +55,8 @@ def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> Non
         "teacher": checkpoints.checksums(recipe.teacher),
         "pairs_fingerprint": fingerprint(manifest.facts_of(recipe)),
         "mask": "released",
+        "pairs_count": 40,
+        "steps_per_epoch": 5,
         "mlflow_run": "a-run",
     }
     checkpoints.save(student, storage.join(recipe.student_uri, name), facts | settings)
@@ -132,9 +134,11 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
     assert storage.listing(recipe.report_uri) == [
         "cache",
         "curve.png",
+        "report.html",
         "report.json",
         "report.md",
         "samples.png",
+        "tradeoff.png",
     ]
     assert [row["name"] for row in results["rows"]] == [
         "real images",
@@ -149,6 +153,20 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
     assert [row["steps"] for row in results["rows"][1:]] == [3, 3, 1, 2, 3, 2, 1]
     assert report.table(results) in text
     assert report.table(results) in storage.read_bytes(storage.join(recipe.report_uri, "report.md")).decode()
+    assert [row["type"] for row in results["rows"]] == [
+        "real",
+        "AR",
+        "AR",
+        "DD",
+        "DD",
+        "DD + AR",
+        "baseline",
+        "baseline",
+    ]
+    counted = checkpoints.parameters(recipe.teacher, "released")
+    of = [counted[name] for name in ("teacher", "teacher", "student", "student", "student", "teacher")]
+    assert [row.get("parameters") for row in results["rows"]] == [None, *of, None]
+    assert results["baseline"] == results["rows"][1]["speeds"][0]
     for row in results["rows"][1:]:
         assert row["count"] == 24
         assert [speed["batch"] for speed in row["speeds"]] == [1, 2]
@@ -210,6 +228,31 @@ def test_a_rerun_draws_nothing_that_is_in_the_cache(
     assert len(drawn) == len(other.draws()) - 1
 
 
+def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_there(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = finished
+    before = results_of(recipe)
+    shutil.copytree(recipe.report_uri, tmp_path / "report")
+    other = tmp_path / "other.json"  # of a run on half as many pairs
+    half = before | {"made": before["made"] | {"student": before["made"]["student"] | {"pairs_count": 20}}}
+    other.write_text(json.dumps(half))
+    monkeypatch.setattr(evaluate, "_rows", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(evaluate, "time_alone", lambda *args: pytest.fail("it measures speed again"))
+    figures = {"fid": 9.94, "seconds": 0.021}
+    listed = [entry | ({"paper": figures} if i == 2 else {}) for i, entry in enumerate(SAMPLERS)]
+    again = changed(recipe, uri=str(tmp_path / "report"), samplers=listed, compare=(str(other),))
+    assert "9.94" in evaluate.evaluate(again)
+    after = results_of(again)
+    assert [row.get("paper") for row in after["rows"]] == [None, {}, {}, figures, {}, {}, {}, {}]
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert old | {"paper": None} == new | {"paper": None}
+    assert {point["pairs"] for point in after["pair_sets"]["points"]} == {20, 40}
+    assert {point["x"] for point in after["pair_sets"]["curve"]["points"]} == {2.0, 4.0}
+    assert "pairs.png" in storage.listing(again.report_uri)
+    assert "Nothing is missing" in evaluate.evaluate(again)
+
+
 def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], tmp_path: Path) -> None:
     recipe, _ = finished
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
@@ -254,7 +297,7 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     assert run.data.tags["distill_run"] == "a-run"
     assert run.data.tags["pairs_fingerprint"] == fingerprint(manifest.facts_of(recipe))
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"report.md", "report.json", "samples.png", "curve.png"}
+    assert files == {"report.html", "report.md", "report.json", "samples.png", "curve.png", "tradeoff.png"}
     assert len(client.get_metric_history(run.info.run_id, "curve/DD_1_step")) == 2
 
 

@@ -64,6 +64,14 @@ def test_state_dicts_are_the_official_ones(name: str) -> None:
     assert sum(p.numel() for p in net.parameters()) == OFFICIAL[name]["n_parameters"]
 
 
+@pytest.mark.parametrize(("name", "network"), [("var-d16", "var_d16"), ("llamagen-l", "llamagen_L")])
+def test_the_reports_count_of_parameters_is_the_official_one(name: str, network: str) -> None:
+    teacher = network.replace("llamagen_", "llamagen_c2i_")
+    found = checkpoints.parameters(fullsize.read(name).teacher, "released")
+    assert found["teacher"] == OFFICIAL[teacher]["n_parameters"]
+    assert found["student"] == OFFICIAL[f"dd_{network}"]["n_parameters"]
+
+
 # ---- the jobs
 
 

@@ -14,7 +14,7 @@ HOMES = {  # package -> the modules that may import it
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},
-    "matplotlib": {"report", "ablation_report"},
+    "matplotlib": {"plots", "ablation_report"},
     "mlxtend": {"digits"},
 }
 FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}

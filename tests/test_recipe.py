@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from pipeline import recipe as module
-from pipeline import storage
+from pipeline import sampler_list, samplers, storage
 from pipeline.flow import Solver
+from pipeline.models import checkpoints
 from pipeline.recipe import DEFAULT, Filter, PairSettings, Recipe, fingerprint, main, parse
 
 SETTINGS = """
@@ -65,6 +66,59 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     found = parse(None, [f"--config={DEFAULT.parent / file}" for file in dict.fromkeys([below, name])])
     assert found.name == name.removesuffix(".yaml")
     assert (found.evaluate.precision == "tf32") == (found.cluster.gpus > 0), "as the authors sampled"
+
+
+# how the paper calls the samplers of a recipe; the others are none of its rows
+TEACHERS = {"var-d16": "VAR-d16", "var-d20": "VAR-d20", "var-d24": "VAR-d24"}
+TEACHERS |= {"llamagen-b": "LlamaGen-B", "llamagen-l": "LlamaGen-L"}
+BASELINES = {"var-d16": "d16", "llamagen-l": "L"}
+
+
+def paper_row(recipe: str, sampler: samplers.Sampler) -> tuple[str, int] | None:
+    """(model, #Step) of the paper's row of a sampler."""
+    model, family = TEACHERS[recipe], TEACHERS[recipe].split("-")[0]
+    match sampler:
+        case samplers.Autoregressive():
+            return model, 256 if family == "LlamaGen" else 10
+        case samplers.FewStep(steps=steps):
+            return f"{model}-DD", len(steps)
+        case samplers.WithTeacher(start=start, resume=resume):
+            return f"{family}-pre-trained-{start}-{resume}", (start > 1) + (resume - start) + 1
+        case samplers.Skip(n=n) if recipe in BASELINES:
+            return f"{family}-skip-{n} ({BASELINES[recipe]})", (256 if family == "LlamaGen" else 10) - n
+        case samplers.OneStepStar() if recipe in BASELINES:
+            return f"{family}-onestep*", 1
+    return None
+
+
+def paper_tables() -> dict[tuple[str, int], dict[str, float]]:
+    """The figures of tests/goldens/paper_tables.md by (model, #Step), as recipes hold them."""
+    found = {}
+    for line in (Path(__file__).parent / "goldens" / "paper_tables.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 8 or not cells[6].isdigit():
+            continue
+        texts = dict(zip(("fid", "is", "precision", "recall", "parameters"), cells[1:6], strict=True))
+        texts |= dict(zip(("seconds", "speedup"), cells[7].rstrip("x)").split(" ("), strict=False))
+        units = {"M": 1e6, "B": 1e9}
+        found[cells[0], int(cells[6])] = {
+            key: round(float(text.rstrip("MB")) * units.get(text[-1], 1), 6)
+            for key, text in texts.items()
+            if text != "-"
+        }
+    return found
+
+
+@pytest.mark.parametrize("overlay", ["", "-released"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) -> None:
+    files = [f"--config={DEFAULT.parent / file}.yaml" for file in dict.fromkeys([name, name + overlay])]
+    recipe, table = parse(None, files), paper_tables()
+    layout = checkpoints.config(recipe.teacher).layout
+    built = sampler_list.build(recipe.evaluate.samplers, layout, recipe.train.split)
+    for sampler, figures in zip(built, sampler_list.paper(recipe.evaluate.samplers), strict=True):
+        row = paper_row(name, sampler)
+        assert figures == (table[row] if row else {}), sampler
 
 
 def test_a_later_file_lies_over_an_earlier_one(config: str, tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
-"""The numbers of the report, its Markdown and its pictures.
+"""The numbers of the report, its tables and sentences, and its Markdown.
 
 python -m pytest tests/test_report.py
 """
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from pipeline import report, summary
+from pipeline import legend, report, summary, tables
 from pipeline.metrics import ClassVariance, InceptionScore, Moments, frechet
+from pipeline.samplers import SAMPLERS
 from pipeline.speed import Speed
 from pipeline.summary import Entry, Reference
 from pipeline.tally import Statistics
@@ -22,10 +21,14 @@ RNG = np.random.default_rng(0)
 RESULTS: dict[str, Any] = {
     "name": "example",
     "title": "FD",
+    "meaning": "Fréchet distance of 64 features of the digits scorer",
     "rows": [
-        {"name": "real images", "accuracy": 0.998, "variance_over_teacher": 1.08},
+        {"name": "real images", "type": "real", "accuracy": 0.998, "variance_over_teacher": 1.08},
         {
             "name": "teacher, AR",
+            "type": "AR",
+            "sampler": {"name": "Autoregressive"},
+            "parameters": 1_223_680,
             "steps": 10,
             "ms": 40.0,
             "best_ms": 10.0,
@@ -40,6 +43,9 @@ RESULTS: dict[str, Any] = {
         },
         {
             "name": "DD 2 steps (1, 6)",
+            "type": "DD",
+            "sampler": {"name": "FewStep", "split": 5, "steps": [1, 6]},
+            "parameters": 1_217_156,
             "steps": 2,
             "ms": 5.0,
             "best_ms": 5.0,
@@ -50,6 +56,7 @@ RESULTS: dict[str, Any] = {
             "speeds": [{"batch": 1, "network_ms": 3.25, "ms": 5.0, "repeats": 20}],
         },
     ],
+    "baseline": {"batch": 1, "network_ms": 38.0, "ms": 40.0, "repeats": 20},
     "agreement": {"fm_to_ar": 0.09, "ar_to_ar": 0.06, "ratio": 1.5},
     "curve": {
         "count": 1000,
@@ -64,12 +71,22 @@ RESULTS: dict[str, Any] = {
     "made": {"count": 5000, "seed": 2, "dimensions": 64, "timing": {"device": "Some CPU", "threads": 1}},
 }
 
+PAPER = {"fid": 7.82, "is": 197.0, "precision": 0.8, "parameters": 327_000_000, "seconds": 0.036, "speedup": 3.7}
+
+
+def with_paper() -> dict[str, Any]:
+    """The example as a report of FID, with the paper's figures for its last row."""
+    real, teacher, student = RESULTS["rows"]
+    row = student | {"paper": PAPER, "inception_score": 190.0, "precision": 0.812, "parameters": 328_165_664}
+    return RESULTS | {"title": "FID (torch-fidelity)", "rows": [real, teacher, row]}
+
+
 TABLE = """\
-| sampler           | #Step | ms/image, batch 1 | ms/image, best batch | speed-up |   FD | FD / teacher's | class accuracy | variance / teacher's |
-|:------------------|------:|------------------:|---------------------:|---------:|-----:|---------------:|---------------:|---------------------:|
-| real images       |     - |                 - |                    - |        - |    - |              - |          99.8% |                 1.08 |
-| teacher, AR       |    10 |                40 |              10 (64) |     1.0x | 3.00 |           1.00 |              - |                    - |
-| DD 2 steps (1, 6) |     2 |                 5 |                5 (1) |     8.0x | 6.75 |           2.25 |              - |                    - |"""  # noqa: E501
+| sampler           | type |   FD | FD / teacher's | class accuracy | variance / teacher's | #parameters | #Step | ms/image, batch 1 | ms/image, best batch | speed-up |
+|:------------------|:-----|-----:|---------------:|---------------:|---------------------:|------------:|------:|------------------:|---------------------:|---------:|
+| real images       | real |    - |              - |          99.8% |                 1.08 |           - |     - |                 - |                    - |        - |
+| teacher, AR       | AR   | 3.00 |           1.00 |              - |                    - |       1.22M |    10 |                40 |              10 (64) |     1.0x |
+| DD 2 steps (1, 6) | DD   | 6.75 |           2.25 |              - |                    - |       1.22M |     2 |                 5 |                5 (1) |     8.0x |"""  # noqa: E501
 
 
 def statistics(shift: float, spread: float = 1.0, right: int = 0) -> Statistics:
@@ -88,7 +105,7 @@ def test_numbers_of_a_row() -> None:
     real, teacher, student = statistics(0.0, right=199), statistics(0.1, right=190), statistics(1.0, 0.5, right=100)
     speeds = [Speed(1, 8.0, 10.0, 20), Speed(16, 1.0, 2.0, 20), Speed(64, 1.5, 2.5, 20)]
     entries = [
-        Entry("DD 1 step", "FewStep", {"split": 1, "steps": (1,)}, 1, student, speeds),
+        Entry("DD 1 step", "FewStep", {"split": 1, "steps": (1,)}, 1, student, speeds, "DD", 1_000_000, {"fid": 9.94}),
         Entry("teacher, AR", "Autoregressive", {}, 10, teacher, [Speed(1, 70.0, 80.0, 5)]),
     ]
     rows = summary.numbers(entries, Reference(real.moments.gaussian(), real), baseline_ms=80.0)
@@ -102,6 +119,8 @@ def test_numbers_of_a_row() -> None:
     assert row["accuracy"] == 0.5
     assert row["variance_over_teacher"] == pytest.approx(0.25, rel=0.1)
     assert row["precision"] < rows[2]["precision"]
+    assert (row["type"], row["parameters"], row["paper"]) == ("DD", 1_000_000, {"fid": 9.94})
+    assert rows[0]["type"] == "real"
     assert row["sampler"] == {"name": "FewStep", "split": 1, "steps": (1,)}
     assert "score" not in rows[0]
 
@@ -136,9 +155,108 @@ def test_slow_samplers_are_shown_without_powers_of_ten() -> None:
 
 def test_fid_tables_hold_the_inception_score() -> None:
     rows = [{"name": "DD 1 step", "score": 9.94, "inception_score": 193.6}]
-    text = report.table({"title": "FID", "rows": rows})
-    assert text.splitlines()[0] == "| sampler   |  FID |    IS |"
-    assert text.splitlines()[2] == "| DD 1 step | 9.94 | 193.6 |"
+    for title, header in [("FID", "|  FID |    IS |"), ("FID (pytorch-fid)", "| FID (pytorch-fid) |    IS |")]:
+        assert report.table({"title": title, "rows": rows}).splitlines()[0] == f"| sampler   {header}"
+    assert "| DD 1 step | 9.94 | 193.6 |" in report.table({"title": "FID", "rows": rows})
+    assert "IS" not in tables.main({"title": "FD", "rows": rows}).headings
+
+
+def test_scores_have_their_standard_errors_and_relatives() -> None:
+    row = {
+        "name": "a",
+        "score": 9.94,
+        "score_std": 0.061,
+        "score_inf": 9.1,
+        "sfid": 8.0,
+        "kid": 0.00321,
+        "kid_std": 0.0004,
+    }
+    found = tables.main({"title": "FID (torch-fidelity)", "rows": [row]})
+    assert found.headings == ["sampler", "FID (torch-fidelity)", "FID, limit", "sFID", "KID x 1000"]
+    assert found.cells == [["a", "9.94 ± 0.06", "9.10", "8.00", "3.21 ± 0.40"]]
+
+
+def test_the_papers_figures_stand_beside_ours() -> None:
+    results = with_paper()
+    found = tables.main(results)
+    shown = dict(zip(found.headings, found.cells[2], strict=True))
+    assert (shown["FID, paper"], shown["speed-up, paper"]) == ("7.82", "3.7x")
+    assert found.headings.index("FID, paper") == found.headings.index("FID (torch-fidelity)") + 1
+    assert [cells[found.headings.index("FID, paper")] for cells in found.cells] == ["-", "-", "7.82"]
+    both = tables.beside_paper(results)
+    assert both is not None
+    assert [cells[0] for cells in both.cells] == ["DD 2 steps (1, 6)"]
+    assert dict(zip(both.headings[1:], both.cells[0][1:], strict=True)) == {
+        "FID (torch-fidelity)": "6.75",
+        "FID, paper": "7.82",
+        "IS": "190.0",
+        "IS, paper": "197.0",
+        "precision": "0.812",
+        "precision, paper": "0.80",
+        "#parameters": "328M",
+        "#parameters, paper": "327M",
+        "ms/image, batch 1": "5",
+        "ms/image, paper": "36",
+        "speed-up": "8.0x",
+        "speed-up, paper": "3.7x",
+    }
+    assert "## Beside the paper's figures" in report.markdown(results)
+    assert tables.beside_paper(RESULTS) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(310_283_520, "310M"), (1_033_399_360, "1.03B"), (98_321_672, "98.3M"), (849_696, "850k"), (7, "7")],
+)
+def test_parameters_are_printed_as_in_the_paper(value: int, text: str) -> None:
+    assert tables.count(value) == text
+
+
+def test_speed_that_was_not_measured_is_not_shown() -> None:
+    made = RESULTS["made"] | {"timing": {"device": None, "threads": None}}
+    rows = [
+        {key: value for key, value in row.items() if key not in ("ms", "best_ms", "speedup", "speeds")}
+        for row in RESULTS["rows"]
+    ]
+    text = report.markdown(RESULTS | {"made": made, "rows": rows, "baseline": None})
+    assert "## Speed" not in text
+    assert "## Quality against time" not in text
+    assert "**speed**: was not measured: evaluate.timing_batches is empty." in text
+    entry, reference = Entry("DD", "FewStep", {}, 1, statistics(0.1)), Reference((np.zeros(4), np.eye(4)), None)
+    (row,) = summary.numbers([entry], reference, None)
+    assert "ms" not in row
+    assert row["score"] > 0
+
+
+def test_the_legend_says_which_distance_it_is() -> None:
+    assert dict(legend.about_columns(RESULTS | {"meaning": "distance of toes"}))["FD"] == "distance of toes."
+
+
+def test_every_column_and_every_sampler_is_explained() -> None:
+    names = ["score", "score_inf", "sfid", "kid", "inception_score", "pixel_score", "accuracy", "variance_over_teacher"]
+    names += [
+        "precision",
+        "recall",
+        "parameters",
+        "steps",
+        "ms",
+        "best_ms",
+        "best_batch",
+        "speedup",
+        "score_over_teacher",
+    ]
+    rows = [{"name": kind, "type": "DD", "sampler": {"name": kind}} | dict.fromkeys(names, 1) for kind in legend.ROWS]
+    results = RESULTS | {"title": "FID", "rows": rows}
+    explained = dict(legend.about_columns(results))
+    own = {"sampler", "recall"}  # recall with precision
+    assert {column.heading for column in tables.columns(results)} - own == explained.keys()
+    assert len(legend.about_rows(results)) == len(legend.ROWS)
+    assert "zero vector of the code space" in dict(legend.about_rows(results))["skip-n"]
+    assert dict(legend.about_rows(RESULTS)).keys() == {"teacher, AR", "DD n steps"}
+
+
+def test_every_kind_of_sampler_has_a_sentence() -> None:
+    assert legend.ROWS.keys() == {kind.__name__ for kind in SAMPLERS}
 
 
 def test_markdown_has_every_part() -> None:
@@ -146,6 +264,7 @@ def test_markdown_has_every_part() -> None:
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == [
         "# example: report",
+        "## Quality against time",
         "## Flow matching against plain sampling",
         "## Speed",
         "## Over training",
@@ -157,6 +276,7 @@ def test_markdown_has_every_part() -> None:
     assert "| DD 2 steps (1, 6) | 5 (3.25) |        - |" in text
     assert "| 1000           |      9.50 |              6.00 |" in text
     assert "  * device: Some CPU" in text
+    assert "over the AR teacher at batch 1, 40 ms." in text
     assert "Only" not in text
 
 
@@ -168,57 +288,9 @@ def test_parts_without_numbers_are_left_out_and_few_images_are_said() -> None:
     assert "**Only 64 images for 64 features**" in text
 
 
-def test_speed_that_was_not_measured_is_not_shown() -> None:
-    made = RESULTS["made"] | {"timing": {"device": None, "threads": None}}
-    text = report.markdown(RESULTS | {"made": made})
-    assert "## Speed" not in text
-    assert "**Speed** was not measured: evaluate.timing_batches is empty." in text
-    entry, reference = Entry("DD", "FewStep", {}, 1, statistics(0.1)), Reference((np.zeros(4), np.eye(4)), None)
-    (row,) = summary.numbers([entry], reference, None)
-    assert "ms" not in row
-    assert row["score"] > 0
-
-
 def test_scalars_have_names_that_mlflow_takes() -> None:
     found = report.scalars(RESULTS)
     assert found["DD_2_steps_1_6/score"] == 6.75
     assert found["teacher_AR/ms"] == 40.0
     assert found["agreement/ratio"] == 1.5
     assert report.metric_name("onestep* given the class") == "onestep-star_given_the_class"
-
-
-# ---- pictures
-
-
-def test_the_mosaic_has_a_row_per_sampler_and_a_column_per_noise() -> None:
-    images = [RNG.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8) for _ in range(2)]
-    picture = report.mosaic(images)
-    factor = 2
-    pitch = 32 * factor + report.GAP
-    assert picture.shape == (2 * pitch - report.GAP, 3 * pitch - report.GAP, 3)
-    for row in range(2):
-        for column in range(3):
-            cell = picture[row * pitch :, column * pitch :][: 32 * factor : factor, : 32 * factor : factor]
-            assert np.array_equal(cell, images[row][column].transpose(1, 2, 0))
-    assert (picture[pitch - report.GAP : pitch] == 255).all()
-
-
-def test_large_images_are_not_enlarged() -> None:
-    assert report.mosaic([np.zeros((2, 3, 256, 256), dtype=np.uint8)]).shape == (256, 512 + report.GAP, 3)
-
-
-def test_the_sample_grid_shows_the_mosaic_pixel_by_pixel() -> None:
-    images = [RNG.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8) for _ in range(2)]
-    names = ["teacher, FM", "DD 1 step"]
-    shown = np.asarray(Image.open(io.BytesIO(report.samples(names, images, np.arange(3)))).convert("RGB"))
-    picture = report.mosaic(images)
-    height, width = picture.shape[:2]
-    left, top = shown.shape[1] - 12 - width, shown.shape[0] - 12 - height
-    assert np.array_equal(shown[top : top + height, left : left + width], picture)
-    assert (shown[top : top + height, :left] < 128).any()  # names
-
-
-def test_the_curve_is_a_picture() -> None:
-    image = Image.open(io.BytesIO(report.curve(RESULTS)))
-    assert image.format == "PNG"
-    assert image.width > 800

@@ -335,6 +335,24 @@ def test_a_recipe_lists_samplers_by_name() -> None:
     ]
 
 
+def test_figures_of_the_paper_are_no_part_of_a_sampler() -> None:
+    figures = {"fid": 9.94, "is": 193.6, "parameters": 327_000_000, "speedup": 6.3}
+    listed = [{"name": "FewStep", "paper": figures}, {"name": "Skip", "n": 1}]
+    assert sampler_list.build(listed, LAYOUT, split=2) == [FewStep(2), Skip(1)]
+    assert sampler_list.paper(listed) == [figures, {}]
+
+
+def test_every_sampler_has_a_type_of_the_papers_tables() -> None:
+    assert [(kind.__name__, kind.type) for kind in samplers.SAMPLERS] == [
+        ("FewStep", "DD"),
+        ("WithTeacher", "DD + AR"),
+        ("Autoregressive", "AR"),
+        ("FlowMatched", "AR"),
+        ("Skip", "baseline"),
+        ("OneStepStar", "baseline"),
+    ]
+
+
 def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
     assert sampler_list.names([FewStep(1), FewStep(2), Skip(1)]) == [
         "DD 1 step, split 1",
@@ -362,6 +380,11 @@ def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
         ({"name": "Skip", "n": 3}, "from 1 to 2"),
         ({"name": "Skip", "n": True}, "must be a whole number"),
         ({"name": "OneStepStar", "given_class": 1}, "must be true or false"),
+        ({"name": "Skip", "n": 1, "paper": 9.5}, "Skip has paper 9.5; it must hold named figures"),
+        ({"name": "Skip", "n": 1, "paper": {"fdi": 9.5}}, "no figure 'fdi' of the paper; it knows fid, is"),
+        ({"name": "Skip", "n": 1, "paper": {"fid": "9.5"}}, "the paper's fid '9.5'; it must be a number above 0"),
+        ({"name": "Skip", "n": 1, "paper": {"fid": True}}, "it must be a number above 0"),
+        ({"name": "Skip", "n": 1, "paper": {"recall": 0}}, "it must be a number above 0"),
     ],
 )
 def test_a_wrong_entry_is_one_sentence(entry: Any, sentence: str) -> None:
@@ -375,6 +398,8 @@ def test_no_samplers_and_double_samplers_are_refused() -> None:
         sampler_list.build([], LAYOUT, 1)
     with pytest.raises(ValueError, match="twice"):
         sampler_list.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)
+    with pytest.raises(ValueError, match="twice"):
+        sampler_list.build([{"name": "Skip", "n": 1}, {"name": "Skip", "n": 1, "paper": {"fid": 9.52}}], LAYOUT, 1)
 
 
 def test_missing_models_are_one_sentence() -> None:

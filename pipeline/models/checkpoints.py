@@ -200,6 +200,18 @@ def config(settings: TeacherSettings) -> Any:
     return kind(**values)
 
 
+def parameters(settings: TeacherSettings, mask: str) -> dict[str, int]:
+    """How many parameters the teacher's transformer and a student of it have, counted without memory.
+
+    The tokenizer, which decodes for both, is counted in neither.
+    """
+    with torch.device("meta"):
+        teacher: Teacher = family(settings).Teacher(config(settings), settings.filter)
+        student: Student = family(settings).Student(config(settings), teacher.codebook, mask)
+    networks = {"teacher": teacher.network, "student": student}
+    return {name: sum(weight.numel() for weight in net.parameters()) for name, net in networks.items()}
+
+
 def checksums(settings: TeacherSettings) -> dict[str, str]:
     """SHA-256 of the teacher's two files; a missing one is named before anything is built."""
     for name in ("tokenizer", "checkpoint"):

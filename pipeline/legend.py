@@ -1,0 +1,157 @@
+"""The sentences of a report: what its rows and columns are and how each number was made, from its own results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.tables import beside_paper, columns, ms, short_title
+
+
+def introduction(results: dict[str, Any]) -> str:
+    """What was drawn, for whom it was drawn alike."""
+    made = results["made"]
+    return (
+        f"{made['count']:,} images per sampler, sample ids from 0, seed {made['seed']}; the same id gives"
+        " every sampler the same label and the same noise."
+    )
+
+
+ROWS = {
+    "Autoregressive": ("teacher, AR", "the teacher as it is sampled without us: every token drawn from p."),
+    "FlowMatched": (
+        "teacher, FM",
+        "the teacher through flow matching (Alg. 1): every token is the code that its noise flows to. What the student"
+        " imitates.",
+    ),
+    "FewStep": (
+        "DD n steps",
+        "the student jumps from noise to all tokens (Alg. 3), and again from each AR step in brackets, keeping what is"
+        " before it.",
+    ),
+    "WithTeacher": (
+        "DD pre-trained-n-m",
+        "the student jumps, the teacher draws AR steps n to m - 1 anew, the student jumps again from step m (Alg. 4);"
+        " jumps of which nothing would be kept are left out.",
+    ),
+    "Skip": (
+        "skip-n",
+        "the teacher without its last n AR steps. The paper does not say what stands in their places; here it is the"
+        " zero vector of the code space: a VAR residual that adds nothing (but its convolution's bias), the centre of"
+        " LlamaGen's unit sphere.",
+    ),
+    "OneStepStar": (
+        "onestep*",
+        "every position on its own, from the token frequencies of the pair set there; given the class, from those of"
+        " the pairs of that class. No network is asked, and the time is that of drawing and decoding.",
+    ),
+}
+
+
+def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, how it draws) of the samplers in the table."""
+    there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
+    return [text for kind, text in ROWS.items() if kind in there]
+
+
+def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(heading, how its numbers were made) of the columns in the table."""
+    title, made, short = results["title"], results["made"], short_title(results)
+    there = {column.heading for column in columns(results)}
+    distance = results["meaning"]
+    if any(row.get("score_std") is not None for row in results["rows"]):
+        distance += "; behind ± its standard error"
+    texts = {
+        "type": "as in the paper's tables: AR is the teacher, DD ours, DD + AR ours with the teacher in the loop,"
+        " baseline what the paper compares with.",
+        title: f"{distance}.",
+        f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
+        f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
+        " larger.",
+        "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
+        "KID x 1000": "Kernel Inception Distance (Bińkowski et al. 2018), mean ± standard deviation over subsets.",
+        "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
+        " their ids, ± the deviation between blocks.",
+        "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
+        " classifier forgives.",
+        "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
+        "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
+        " diverse than the teacher.",
+        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images.",
+        "#parameters": _about_parameters(results),
+        "#Step": "network evaluations per image, guidance not counted twice.",
+        "ms/image, batch 1": _about_time(results),
+        "ms/image, best batch": "the same at the batch, in brackets, that takes the least time per image.",
+        "speed-up": "over the AR teacher at batch 1"
+        + (f", {ms(results['baseline']['ms'])} ms." if results.get("baseline") else "."),
+    }
+    out = [(heading, text) for heading, text in texts.items() if heading in there]
+    if not made["timing"]["device"]:
+        out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
+    if beside_paper(results):
+        out.append(("paper", ABOUT_PAPER))
+    if made["count"] <= made["dimensions"]:
+        warning = f"Only {made['count']} images for {made['dimensions']} features"
+        why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."
+        out.append((warning, why))
+    return out
+
+
+ABOUT_PAPER = (
+    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px, FID by"
+    " pytorch-fid, milliseconds per image in steady state on an A100; the paper does not say at which batch, nor"
+    " whether decoding is in it. Of pre-trained-n-m it counts the student alone, as here."
+)
+
+
+def _about_parameters(results: dict[str, Any]) -> str:
+    text = (
+        "of the transformer that draws, without the tokenizer, which decodes for all: the teacher's, or the student's"
+    )
+    kinds = {row.get("type") for row in results["rows"]}
+    return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
+
+
+def _about_time(results: dict[str, Any]) -> str:
+    made = results["made"]
+    at = made["timing"]
+    used = [
+        f"{who} in {made[who]['precision']}" for who in ("teacher", "student") if (made.get(who) or {}).get("precision")
+    ]
+    return (
+        f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
+        + "".join(f", {text}" for text in used)
+        + ": in steady state, the median of up to 20 calls after a warm-up (of fewer where a call takes seconds), the"
+        " samplers taking turns call by call in a process with nothing beside it, the GPU waited for."
+    )
+
+
+def about_agreement(results: dict[str, Any]) -> str:
+    """How near flow matching is to plain sampling."""
+    found, title = results["agreement"], results["title"]
+    return (
+        f"FM teacher against AR teacher: {title} {found['fm_to_ar']:.4f} between the two;"
+        f" {found['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
+        f" {results['made']['count']:,}); ratio {found['ratio']:.2f}. Near 1, flow matching keeps the"
+        " teacher's distribution as well as this many images can tell."
+    )
+
+
+ABOUT_SPEEDS = "Milliseconds per image, in brackets without decoding; medians. A dash was beyond the time budget."
+
+
+def about_training(results: dict[str, Any]) -> str:
+    """What the curve over training was drawn with."""
+    curve = results["curve"]
+    teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
+    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
+
+
+def about_pairs(results: dict[str, Any]) -> str:
+    """Which runs the scores over the count of pairs are from."""
+    found = results["pair_sets"]
+    own = results["made"]["student"]["pairs_count"]
+    others = "; ".join(f"{one['pairs']:,} pairs: {one['uri']}" for one in found["reports"])
+    return (
+        f"{results['title']} of {found['count']:,} images, of students that were distilled from the first pairs of one"
+        f" set ({own:,} pairs: this run; {others})."
+    )

@@ -1,0 +1,163 @@
+"""The tables of a report as plain data: headings and rows of text, for Markdown and for the page.
+
+``summary`` computes, this module only formats what it found. The columns follow the paper's Tables 1 and 2: quality,
+then parameters, steps and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
+
+
+class Table(NamedTuple):
+    """Headings and rows of text; the first ``text`` columns are words, the others numbers."""
+
+    headings: list[str]
+    cells: list[list[str]]
+    text: int = 1
+
+
+class Column(NamedTuple):
+    """A column of the main table: a row's text, "" where it has no number, and the paper's where it prints one."""
+
+    heading: str
+    text: Callable[[Row], str]
+    key: str = ""  # of the paper's figure in a row's ``paper``
+    paper: str = ""  # heading of the paper's figures
+    form: Callable[[float], str] = str
+
+    def printed(self, row: Row) -> str:
+        """The paper's figure, "" where it prints none."""
+        figures = row.get("paper") or {}
+        return self.form(figures[self.key]) if self.key in figures else ""
+
+
+def columns(results: dict[str, Any]) -> list[Column]:
+    """The main table's columns; one that no row fills is left out."""
+    title, short = results["title"], short_title(results)
+    one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
+    found = [
+        Column("sampler", _text("name", str)),
+        Column("type", _text("type", str)),
+        Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
+        Column(f"{short} / teacher's", _text("score_over_teacher", two)),
+        Column(f"{short}, limit", _text("score_inf", two)),
+        Column("sFID", _text("sfid", two)),
+        Column("KID x 1000", _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
+        Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
+        Column("FD, pixel PCA", _text("pixel_score", two)),
+        Column("class accuracy", _text("accuracy", "{:.1%}".format)),
+        Column("variance / teacher's", _text("variance_over_teacher", two)),
+        Column("precision", _text("precision", three), "precision", "precision, paper", two),
+        Column("recall", _text("recall", three), "recall", "recall, paper", two),
+        Column("#parameters", _text("parameters", count), "parameters", "#parameters, paper", count),
+        Column("#Step", _text("steps", str)),
+        Column("ms/image, batch 1", _text("ms", ms), "seconds", "ms/image, paper", lambda value: ms(1000 * value)),
+        Column("ms/image, best batch", _best),
+        Column("speed-up", _text("speedup", times), "speedup", "speed-up, paper", times),
+    ]
+    if title == "FD":  # the digits scorer's classes make no Inception Score
+        found = [column for column in found if column.heading != "IS"]
+    return [column for column in found if any(column.text(row) for row in results["rows"])]
+
+
+def main(results: dict[str, Any]) -> Table:
+    """The report's table, the most telling of the paper's figures behind ours."""
+    shown: list[tuple[str, Callable[[Row], str]]] = []
+    for column in columns(results):
+        shown.append((column.heading, column.text))
+        if column.key in MAIN and any(column.printed(row) for row in results["rows"]):
+            shown.append((column.paper, column.printed))
+    cells = [[text(row) or "-" for _, text in shown] for row in results["rows"]]
+    typed = any(heading == "type" for heading, _ in shown)
+    return Table([heading for heading, _ in shown], cells, 1 + typed)
+
+
+def beside_paper(results: dict[str, Any]) -> Table | None:
+    """Ours and the paper's figures side by side, for the rows that the paper has; None without any."""
+    rows = [row for row in results["rows"] if row.get("paper")]
+    both = [column for column in columns(results) if any(column.printed(row) for row in rows)]
+    if not both:
+        return None
+    headings = [heading for column in both for heading in (column.heading, column.paper)]
+    cells = [[text(row) or "-" for column in both for text in (column.text, column.printed)] for row in rows]
+    return Table(["sampler", *headings], [[row["name"], *line] for row, line in zip(rows, cells, strict=True)])
+
+
+def speeds(results: dict[str, Any]) -> Table:
+    """Milliseconds per image at every batch size, in brackets without decoding."""
+    rows = [row for row in results["rows"] if row.get("speeds")]
+    batches = sorted({speed["batch"] for row in rows for speed in row["speeds"]})
+    cells = []
+    for row in rows:
+        by_batch = {speed["batch"]: speed for speed in row["speeds"]}
+        found = [by_batch.get(batch) for batch in batches]
+        cells.append([row["name"], *(f"{ms(one['ms'])} ({ms(one['network_ms'])})" if one else "-" for one in found)])
+    return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
+
+
+def timed(results: dict[str, Any]) -> list[Row]:
+    """The rows that have a place in quality against time."""
+    return [row for row in results["rows"] if row.get("ms") and (row.get("score") or 0) > 0]
+
+
+def over_training(curve: dict[str, Any]) -> Table:
+    """The distance of every student exported along the way."""
+    scores = {(point["step"], point["name"]): f"{point['score']:.2f}" for point in curve["points"]}
+    return _crossed("optimiser step", str, scores)
+
+
+def over_pairs(pair_sets: dict[str, Any]) -> Table:
+    """The distance of every sampler over the count of pairs."""
+    scores = {(point["pairs"], point["name"]): f"{point['score']:.2f}" for point in pair_sets["points"]}
+    return _crossed("pairs", "{:,}".format, scores)
+
+
+def _crossed(heading: str, form: Callable[[int], str], scores: dict[tuple[int, str], str]) -> Table:
+    """{(row, column): text} as a table, rows in rising order."""
+    names = list(dict.fromkeys(name for _, name in scores))
+    lines = sorted({line for line, _ in scores})
+    return Table(
+        [heading, *names], [[form(line), *(scores.get((line, name), "-") for name in names)] for line in lines]
+    )
+
+
+def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: form(row[key]) if row.get(key) is not None else ""
+
+
+def _best(row: Row) -> str:
+    return f"{ms(row['best_ms'])} ({row['best_batch']})" if row.get("best_ms") else ""
+
+
+def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+    """A number with its error or deviation behind it, where there is one."""
+
+    def text(row: Row) -> str:
+        if row.get(key) is None:
+            return ""
+        return form(row[key]) + (f" ± {form(row[error])}" if row.get(error) is not None else "")
+
+    return text
+
+
+def short_title(results: dict[str, Any]) -> str:
+    """FID or FD, without what stands behind it."""
+    return results["title"].split()[0]
+
+
+def ms(value: float) -> str:
+    """Milliseconds with three digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def count(value: float) -> str:
+    """Parameters as the paper prints them: 310M, 98.3M, 1.03B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:g}"
