@@ -78,7 +78,8 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         " baseline what the paper compares with.",
         title: f"{distance}.",
         f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
-        f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020): fewer make it larger.",
+        f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
+        " larger.",
         "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
         "KID x 1000": "Kernel Inception Distance (Bińkowski et al. 2018), mean ± standard deviation over subsets.",
         "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
