@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from s3server import BUCKET, Relay
 
 from pipeline import sample_files, storage
 
@@ -56,6 +57,19 @@ def test_a_second_driver_finds_the_work_done(tmp_path: Path) -> None:
     assert storage.listing(str(tmp_path)) == ["a.npz"]
     with np.load(uri) as file:
         assert np.array_equal(file["arr_0"], expected)
+
+
+def test_the_same_on_s3(s3_server: Relay) -> None:
+    uri = f"s3://{BUCKET}/samples/DD_1_step.npz"
+    expected = write_parts(uri, [4, 3])
+    sample_files.join(uri, KEY, 2)
+    assert sample_files.holds(uri, KEY)
+    assert storage.listing(f"s3://{BUCKET}/samples") == ["DD_1_step.npz"]
+    with storage.reading(uri) as file, np.load(file) as arrays:
+        assert np.array_equal(arrays["arr_0"], expected)
+    assert list(storage.below(f"s3://{BUCKET}/samples")) == ["DD_1_step.npz"]
+    assert storage.is_folder(f"s3://{BUCKET}/samples")
+    assert not storage.is_folder(uri)
 
 
 def test_a_missing_part_leaves_no_file(tmp_path: Path) -> None:
