@@ -15,7 +15,7 @@ Knows recipes, files and fingerprints, and nothing of Ray: ``ablate`` carries a 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from pipeline import manifest, sampler_list, scoring, storage, training_plan
@@ -56,8 +56,7 @@ class Variant:
     @property
     def folder(self) -> str:
         """Of its reports: the axis and the value, in letters that any file system has."""
-        plain = "".join(c if c.isalnum() or c in ".-" else " " for c in text(self.value))
-        return f"{self.axis}/{'-'.join(plain.split())}" if self.axis else "base"
+        return f"{_plain(self.axis)}/{_plain(text(self.value))}" if self.axis else "base"
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,20 @@ def build(recipe: Recipe) -> Plan:
     return Plan(recipe, variants, trials, rows, sets, _columns(variants), _teacher(recipe))
 
 
+def titled(axis: str) -> bool:
+    """Whether an axis has a title, and fields in its values, instead of the name of a field or section."""
+    return axis.partition(".")[0] not in (field.name for field in fields(Recipe))
+
+
 def text(value: Any) -> str:
     """A value of an axis as a reader writes it: [1, 21], {name: paper, evaluations: 10}."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {text(inside)}" for key, inside in value.items())
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).split())
 
 
 # ---- variants
@@ -160,18 +168,20 @@ def _base(recipe: Recipe) -> Variant:
 
 def _varied(base: Variant, axis: str, value: Any) -> Variant:
     """The base with one setting changed, its samplers following; ValueError for what is no setting of a student."""
-    own = [name for name in leaves(value, axis) if name in OWN]
-    if own or (axis != SPLIT and not f"{axis}.".startswith(SECTIONS)):
-        raise ValueError(
-            f"ablate.axes has {own[0] if own else axis}, which cannot be varied; use fields of teacher, pairs and train"
-            f" other than {', '.join(OWN)}, or {SPLIT}."
-        )
+    settings = value if titled(axis) and isinstance(value, dict) else {axis: value}
+    for name in (leaf for key, inside in settings.items() for leaf in leaves(inside, key)):
+        if name in OWN or (name != SPLIT and not name.startswith(SECTIONS)):
+            raise ValueError(
+                f"ablate.axes has {name}, which cannot be varied; use fields of teacher, pairs and train other than"
+                f" {', '.join(OWN)}, or {SPLIT}; an axis with a title of its own has values like"
+                " {pairs.count: 1000, train.epochs: 8}."
+            )
     try:
         if axis == SPLIT:
             entries = [entry | {"split": value} for entry in base.recipe.evaluate.samplers]
             recipe = replace(base.recipe, evaluate=replace(base.recipe.evaluate, samplers=entries))
         else:
-            recipe = with_settings(base.recipe, {axis: value})
+            recipe = with_settings(base.recipe, settings)
         return Variant(axis, value, recipe, _samplers(recipe, base.recipe.train.start_steps))
     except ValueError as error:
         raise ValueError(f"ablate.axes varies {axis}, and {text(value)} is refused: {error}") from None

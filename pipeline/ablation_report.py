@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline import pairs, storage
-from pipeline.ablation_plan import SPLIT, TEACHER, Plan, Variant, text
+from pipeline.ablation_plan import SPLIT, TEACHER, Plan, Variant, text, titled
 from pipeline.models import checkpoints
 from pipeline.recipe import leaves
 from pipeline.report import metric_name
@@ -86,7 +86,7 @@ def _base_value(base: Variant, axis: str, values: Sequence[Any]) -> Any:
     if axis == SPLIT:
         return base.samplers[0].split
     tree: Any = base.recipe.resolved()
-    for key in axis.split("."):
+    for key in [] if titled(axis) else axis.split("."):
         tree = tree[key]
     if not isinstance(tree, dict):
         return tree

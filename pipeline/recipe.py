@@ -313,10 +313,11 @@ class AblationSettings:
         uri: folder of the table and of all that only the ablation needs; default <run>/ablation.
         seeds: every variant is trained once with each of them as ``train.seed``. Pairs and evaluation keep their own
             seeds: all students are compared on the same noise, and the spread is that of training.
-        axes: {dotted name: values}. The name is that of a field (train.lpips), or of a section (train, pairs.solver),
-            whose values are then mappings that lie over it, e.g. {split: 32, lpips: 1.0}; evaluate.samplers.split is
-            the split of all few-step samplers, which needs no training. Another train.start_steps takes the few-step
-            samplers that stood at the base's start steps with it.
+        axes: {name: values}. The name is that of a field (train.lpips), or of a section (train, pairs.solver), whose
+            values are then mappings that lie over it, e.g. {split: 32, lpips: 1.0}; evaluate.samplers.split is the
+            split of all few-step samplers, which needs no training. Any other name is a title, and its values are
+            mappings of fields, for what only makes sense together: {pairs.count: 1000, train.epochs: 8}. Another
+            train.start_steps takes the few-step samplers that stood at the base's start steps with it.
     """
 
     uri: str | None = None

@@ -118,6 +118,22 @@ def test_the_last_start_steps_take_their_sampler_with_them(recipe: Recipe) -> No
     assert [sampler.split for sampler in fixed.variants[1].samplers] == [1, 1], "a split of training is one of sampling"
 
 
+def test_an_axis_with_a_title_varies_fields_together(recipe: Recipe) -> None:
+    both, alone = {"pairs.count": 24, "train.epochs": 2}, {"pairs.count": 40, "train.epochs": 1}
+    plan = planned(recipe, {"pairs, equal steps": [both, alone], "equal steps": [both]}, 3)
+    assert [variant.label for variant in plan.variants] == ["base", "pairs, equal steps pairs.count 24, train.epochs 2"]
+    varied = plan.trials[1][0].recipe
+    assert (varied.pairs.count, varied.train.epochs) == (24, 2)
+    assert varied.report_uri.endswith("/reports/pairs-equal-steps/pairs.count-24-train.epochs-2/seed-3")
+    rows = ablation_report.summarise(plan, {})["rows"]
+    assert [(row["value"], row["base"]) for row in rows[1:]] == [
+        (both, False),
+        (alone, True),
+        (alone, True),
+        (both, False),
+    ]
+
+
 def test_float16_is_what_sets_without_a_dtype_have(recipe: Recipe) -> None:
     for name, expected in [("llamagen", "a40731c39e979bc2"), ("var", "9addbfd961086440")]:
         shipped = parse(None, ["--config", str(DEFAULT.with_name(f"digits-{name}.yaml"))])
@@ -141,6 +157,9 @@ def test_float16_is_what_sets_without_a_dtype_have(recipe: Recipe) -> None:
         ({"train": [{"uri": "x"}]}, "ablate.axes has train.uri, which cannot be varied"),
         ({"evaluate.count": [4]}, "ablate.axes has evaluate.count, which cannot be varied"),
         ({"run": ["x"]}, "ablate.axes has run, which cannot be varied"),
+        ({"speed": [3]}, "an axis with a title of its own has values like {pairs.count: 1000, train.epochs: 8}"),
+        ({"size": [{"pairs.count": 60, "evaluate.seed": 5}]}, "ablate.axes has evaluate.seed, which cannot be varied"),
+        ({"size": [{"pairs.cuont": 60}]}, "pairs.cuont 60 is refused: a recipe has no field pairs.cuont"),
         ({"train.workers": [2]}, "train.workers, and 2 makes the base's students again"),
         ({"train.betas": [[0.8, 0.9], [0.8, 0.9], [0.9, 0.95]]}, ""),
         ({"train.mask": ["released", "both"]}, "ablate.axes varies train.mask, and both is refused"),
