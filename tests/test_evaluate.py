@@ -398,7 +398,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     assert len(drawn) == 1, "nothing is missing"
     before = (samples / "DD_1_step.npz").read_bytes()
     (samples / "DD_1_step.npz").unlink()
-    assert evaluate._finished(made) is None
+    assert not evaluate._saved(made, made.table()[1])
     evaluate.collect(made, None)
     assert drawn[1] == ["DD 1 step"]
     with np.load(samples / "DD_1_step.npz") as file:
