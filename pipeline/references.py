@@ -49,7 +49,7 @@ def read(uri: str) -> References | None:
         return None
     try:
         arrays = _npz(uri) if uri.endswith(".npz") else _pth(uri)
-    except (ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"evaluate.reference {uri} could not be read ({str(error).splitlines()[0][:200]}); give ADM's or"
             " pytorch-fid's .npz, the authors' statistic.pth, or a folder of images."
@@ -139,8 +139,11 @@ def _pth(uri: str) -> dict[str, np.ndarray]:
         type(np.dtype(np.float32)),
         type(np.dtype(np.float64)),
     ]
-    with torch.serialization.safe_globals(harmless):
-        content = torch.load(storage.local(uri), map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals(harmless):
+            content = torch.load(storage.local(uri), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # with a long story about trust
+        raise ValueError("it is damaged, or holds more than arrays and would have to be run") from None
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
     return {str(key): _double(np.asarray(value)) for key, value in content.items()}

@@ -28,7 +28,7 @@ def pixels(side: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(7).randint(0, 256, (2, 3, side, side)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("side", [64, 256])
+@pytest.mark.parametrize("side", [64, 256, 320])
 @pytest.mark.parametrize("flavour", ["torch-fidelity", "pytorch-fid"])
 def test_features_of_both_flavours_have_the_golden_values(flavour: Flavour, side: int) -> None:
     features, logits, spatial = Inception(weights(), flavour)(pixels(side))

@@ -101,6 +101,7 @@ def test_kept_rows_are_spread_evenly_however_they_are_cut(keep: int, count: int)
     )
     if keep:
         assert np.ptp(np.diff(np.flatnonzero(whole))) <= 1
+        assert whole[-1], "not the first of them"
 
 
 def test_spatial_features_are_summed_and_travel() -> None:
