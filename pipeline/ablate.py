@@ -19,7 +19,7 @@ from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, ours
 
 
 def ablate(recipe: Recipe) -> str:
@@ -72,6 +72,8 @@ def _work(plan: Plan) -> list[str]:
         try:
             print(job(recipe).splitlines()[-1], flush=True)
         except (RuntimeError, FloatingPointError) as error:  # of a job: shards, steps or images that it could not make
+            if not ours(error):
+                raise
             print(f"{what} failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             return False
         return True
