@@ -1,7 +1,7 @@
 """Vary one setting of a recipe at a time and compare the students in one table; resumes when run again."""
 
 from pipeline.ablate import ablate
-from pipeline.recipe import main
+from pipeline.command_line import main
 
 if __name__ == "__main__":
     main(__doc__, ablate)

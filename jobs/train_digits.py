@@ -4,8 +4,8 @@ import argparse
 import multiprocessing
 from pathlib import Path
 
+from pipeline.command_line import parse
 from pipeline.pretrain import Plan, make_card, make_classifier, make_family
-from pipeline.recipe import parse
 
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {

@@ -15,11 +15,12 @@ from typing import Any
 
 from pipeline import ablation_plan, ablation_report, cluster, manifest, storage, tracking
 from pipeline.ablation_plan import TEACHER, Plan, Trial
+from pipeline.command_line import ours
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe, ours
+from pipeline.recipe import Recipe
 
 
 def ablate(recipe: Recipe) -> str:

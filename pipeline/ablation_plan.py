@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from pipeline import manifest, sampler_list, scoring, storage, training_plan
+from pipeline.command_line import with_settings
 from pipeline.manifest import Facts
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe, fingerprint, leaves, with_settings
+from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.samplers import FewStep
 
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training

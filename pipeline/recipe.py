@@ -1,22 +1,15 @@
 """Every knob of the three jobs as frozen dataclasses: one experiment, one YAML file, three commands.
 
-``parse`` turns ``--config recipe.yaml --train.lr 1e-4`` into a ``Recipe`` and is strict about typos. Checks that need
-no file and no network are made here, before anything expensive starts.
+Checks that need no file and no network are made here, before anything expensive starts. ``command_line`` makes recipes
+out of YAML and flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import yaml
+from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.flow import Solver
@@ -25,7 +18,6 @@ from pipeline.precision import Precision
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
 FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
-DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 
 
 @dataclass(frozen=True)
@@ -409,95 +401,6 @@ def leaves(tree: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or (name and not tree):
         return {name: tree}
     return {k: v for key, sub in tree.items() for k, v in leaves(sub, f"{name}.{key}".lstrip(".")).items()}
-
-
-def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
-    """Command line and YAML -> Recipe; without a ``--config``, the digits default. A later file lies over earlier ones.
-
-    Bad keys, types and values end the program with one sentence and exit status 2.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    given = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", nargs="?", action="append")
-    files = list(filter(None, first.parse_known_args(given)[0].config or []))
-    if not files:
-        # The default is not a layer below the user's recipe, which must say all that it means.
-        files, given = [str(DEFAULT)], ["--config", str(DEFAULT), *given]
-
-    parser = ArgumentParser(description=doc, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe, e.g. jobs/recipes/digits-llamagen.yaml")
-    parser.add_class_arguments(Recipe)
-    try:
-        settings = parser.parse_args(given)
-        for file in files:
-            _check_sections(yaml.safe_load(Path(file).read_text()), Recipe().resolved(), "")
-        settings = parser.instantiate_classes(settings)
-        del settings["config"]
-        return Recipe(**settings)
-    except (ArgumentError, ValueError) as error:
-        stop(error)
-
-
-def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with other values of the dotted fields, or of the whole sections, in ``settings``.
-
-    As strict as ``parse``, and raises ValueError, one sentence, where that would end the program.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe)
-    tree = recipe.resolved()
-    for name, value in settings.items():
-        *sections, last = name.split(".")
-        inside = tree
-        for key in sections:
-            inside = inside[key] if isinstance(inside.get(key), dict) else {}
-        if last not in inside:
-            raise ValueError(f"a recipe has no field {name}; see pipeline/recipe.py for those that there are.")
-        _check_sections(value, inside[last], name)
-        inside[last] = inside[last] | value if isinstance(inside[last], dict) else value
-    try:
-        return Recipe(**parser.instantiate_classes(parser.parse_object(tree)))
-    except (ArgumentError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def _check_sections(given: Any, known: Any, name: str) -> None:
-    """jsonargparse passes over a section that is not a mapping, like ``pairs: 3``."""
-    if isinstance(known, dict):
-        _check(isinstance(given, dict), f"the section {name} of the recipe is {given!r}; it must hold named settings.")
-        for key in given.keys() & known.keys():
-            _check_sections(given[key], known[key], f"{name}.{key}".lstrip("."))
-
-
-def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
-    """The body of a job script: parse the command line, run, print the summary.
-
-    A ValueError or FileNotFoundError that this package raised is about the input: one sentence, exit status 2; a
-    RuntimeError says that work is left: status 1. From anywhere else they are bugs and keep their traceback.
-    """
-    recipe = parse(doc)
-    try:
-        print(job(recipe))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if not ours(error):
-            raise
-        stop(error, status=1 if isinstance(error, RuntimeError) else 2)
-
-
-def ours(error: Exception) -> bool:
-    """Whether this package raised it, knowing what it says; from anywhere else it is a bug."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(__file__).parent in Path(raised_in).parents and not isinstance(error, NotImplementedError)
-
-
-def stop(error: Exception, status: int = 2) -> NoReturn:
-    """End the program with what is wrong, on one line."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(status)
 
 
 def _check(good: bool, sentence: str) -> None:

@@ -22,8 +22,9 @@ import fill
 import torch
 import yaml
 
+from pipeline.command_line import parse
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe, parse
+from pipeline.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 SALTS = {"var": ("vqvae/", "var/"), "llamagen": ("vq/", "gpt/")}  # of the golden figures

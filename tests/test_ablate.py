@@ -16,8 +16,9 @@ from pipeline import ablate as job
 from pipeline import ablation_plan, ablation_report, manifest, noise, pairs, storage
 from pipeline.ablate import ablate
 from pipeline.ablation_report import differing
+from pipeline.command_line import DEFAULT, parse, with_settings
 from pipeline.models import checkpoints
-from pipeline.recipe import DEFAULT, AblationSettings, Recipe, fingerprint, parse, with_settings
+from pipeline.recipe import AblationSettings, Recipe, fingerprint
 
 LISTED: list[dict[str, Any]] = [
     {"name": "Autoregressive"},

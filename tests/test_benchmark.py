@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline import benchmark, flow
-from pipeline.recipe import parse
+from pipeline.command_line import parse
 
 
 def test_what_is_measured_is_what_the_teacher_meets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipeline import digits, noise, pretrain
+from pipeline.command_line import parse
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
-from pipeline.recipe import Recipe, parse
+from pipeline.recipe import Recipe
 from pipeline.samplers import inverse_cdf
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
     "mlflow": {"tracking", "model_registry"},
-    "jsonargparse": {"recipe"},
+    "jsonargparse": {"command_line"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},

@@ -58,7 +58,7 @@ def results_of(recipe: Recipe, score: float, **other: Any) -> dict[str, Any]:
         "mlflow_run": "a-run",
         "pairs_fingerprint": "f" * 64,
     }
-    made = {"student": student, "features SHA-256": {"scorer": "s"}}
+    made = {"student": student, "features SHA-256": {"scorer": "s"}, "reference": {"uri": "anywhere", "images": 9}}
     made |= {"teacher": {"tokenizer SHA-256": "t", "checkpoint SHA-256": "c"}}
     few = {"name": "FewStep", "split": 1, "steps": [1]}
     rows = [
@@ -94,6 +94,7 @@ def test_a_version_says_what_it_is_and_brings_its_file(recipe: Recipe, tmp_path:
         "title": "FD",
         "count": "20",
         "features": fingerprint({"scorer": "s"})[:12],
+        "reference": fingerprint({"images": 9})[:12],
         "student_sha256": storage.sha256(student),
         "report_fingerprint": "report-5.25",
         "teacher_tokenizer": "t",

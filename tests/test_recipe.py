@@ -10,9 +10,10 @@ import yaml
 
 from pipeline import recipe as module
 from pipeline import sampler_list, samplers, storage
+from pipeline.command_line import DEFAULT, main, parse
 from pipeline.flow import Solver
 from pipeline.models import checkpoints
-from pipeline.recipe import DEFAULT, Filter, PairSettings, Recipe, fingerprint, main, parse
+from pipeline.recipe import Filter, PairSettings, Recipe, fingerprint
 
 SETTINGS = """
 name: mine

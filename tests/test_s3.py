@@ -22,11 +22,12 @@ from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
 from pipeline import cluster, evaluate, generate, manifest, noise, pairs, storage, tracking
+from pipeline.command_line import parse
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate as evaluate_job
 from pipeline.generate import generate as generate_job
 from pipeline.observer import Observer
-from pipeline.recipe import Recipe, parse
+from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 
 FAULTS = ["slow down", "break upload", "lose answer", "break download"]

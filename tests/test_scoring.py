@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pipeline import digits, inception, scoring, storage
+from pipeline.command_line import DEFAULT, parse
 from pipeline.models.convnet import to_uint8
-from pipeline.recipe import DEFAULT, EvaluateSettings, parse
+from pipeline.recipe import EvaluateSettings
 
 
 def test_real_digits_are_recognised() -> None:
