@@ -396,7 +396,7 @@ def test_a_training_that_fails_is_named_and_the_others_are_made(
     with pytest.raises(FloatingPointError), monkeypatch.context() as patch:  # of this file, so it is a bug
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         ablate(with_axes(recipe, {"train.lr": [9.0, 1e-3]}, 3))
-    monkeypatch.setattr("pipeline.recipe.__file__", __file__)  # as if this file were one of the package
+    monkeypatch.setattr("pipeline.command_line.__file__", __file__)  # as if this file were one of the package
     monkeypatch.setattr(job, "evaluate", evaluate)
     monkeypatch.setattr(manifest, "read", lambda *args: {"made": []})
     monkeypatch.setattr(checkpoints, "metadata", lambda uri: {"mlflow_run": "gone"})
