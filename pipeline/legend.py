@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.tables import beside_paper, columns, ms, short_title
+from pipeline.tables import beside_paper, columns, further_columns, kernel_distance, ms, short_title
 
 
 def introduction(results: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
 def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(heading, how its numbers were made) of the columns in the table."""
     title, made, short = results["title"], results["made"], short_title(results)
-    there = {column.heading for column in columns(results)}
+    there = {column.heading for column in [*columns(results), *further_columns(results)]}
     distance = results["meaning"]
     if any(row.get("score_std") is not None for row in results["rows"]):
         distance += "; behind ± its standard error"
@@ -68,7 +68,9 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
         " larger.",
         "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
-        "KID x 1000": "Kernel Inception Distance (Bińkowski et al. 2018), mean ± standard deviation over subsets.",
+        kernel_distance(results): "Kernel Inception Distance (Bińkowski et al. 2018)"
+        + ("" if short == "FID" else " of these features, which are not Inception's")
+        + ", mean ± standard deviation over subsets.",
         "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
         " their ids, ± the deviation between blocks.",
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"

@@ -114,6 +114,8 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
     if "tradeoff.png" in pictures:
         caption = "Lower is better, further left is faster; the line joins the samplers that draw with the student."
         out.append(("time", "Quality against time", _figure(pictures, "tradeoff.png", caption)))
+    if others := tables.further(results):
+        out.append(("distances", "Other distances", _plain_table(others)))
     if results["agreement"]:
         text = _paragraph(legend.about_agreement(results))
         out.append(("agreement", "Flow matching against plain sampling", text))

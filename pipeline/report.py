@@ -60,6 +60,8 @@ def markdown(results: dict[str, Any]) -> str:
         parts += ["The samplers:", _legend(rows)]
     if len(tables.timed(results)) > 1:
         parts += ["## Quality against time", "![distance over milliseconds per image](tradeoff.png)"]
+    if others := tables.further(results):
+        parts += ["## Other distances", as_markdown(others)]
     if both := tables.beside_paper(results):
         parts += ["## Beside the paper's figures", as_markdown(both)]
     if results["agreement"]:

@@ -45,9 +45,6 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
-        Column(f"{short}, limit", _text("score_inf", two)),
-        Column("sFID", _text("sfid", two)),
-        Column("KID x 1000", _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
         Column("class accuracy", _text("accuracy", "{:.1%}".format)),
@@ -62,7 +59,35 @@ def columns(results: dict[str, Any]) -> list[Column]:
     ]
     if title == "FD":  # the digits scorer's classes make no Inception Score
         found = [column for column in found if column.heading != "IS"]
+    return _filled(found, results)
+
+
+def further_columns(results: dict[str, Any]) -> list[Column]:
+    """Other distances between the same images and the same reference; one that no row has is left out."""
+    short, two = short_title(results), "{:.2f}".format
+    found = [
+        Column(f"{short}, limit", _text("score_inf", two)),
+        Column("sFID", _text("sfid", two)),
+        Column(kernel_distance(results), _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
+    ]
+    return _filled(found, results)
+
+
+def kernel_distance(results: dict[str, Any]) -> str:
+    """KID is that of Inception's features alone."""
+    return "KID x 1000" if short_title(results) == "FID" else "KD x 1000"
+
+
+def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
     return [column for column in found if any(column.text(row) for row in results["rows"])]
+
+
+def further(results: dict[str, Any]) -> Table | None:
+    """The other distances of every row that has one; None without any."""
+    found = further_columns(results)
+    rows = [row for row in results["rows"] if any(column.text(row) for column in found)]
+    cells = [[row["name"], *(column.text(row) or "-" for column in found)] for row in rows]
+    return Table(["sampler", *(column.heading for column in found)], cells) if rows else None
 
 
 def main(results: dict[str, Any]) -> Table:

@@ -104,6 +104,7 @@ def test_a_heavy_picture_is_carried_as_jpeg() -> None:
 
 
 def test_wide_tables_are_set_smaller() -> None:
-    rows = [row | {"sfid": 1.0, "kid": 0.1, "recall": 0.5, "score_inf": 2.0} for row in with_paper()["rows"]]
+    more = {"pixel_score": 1.0, "accuracy": 0.9, "variance_over_teacher": 0.5, "recall": 0.5, "precision": 0.5}
+    rows = [row | more for row in with_paper()["rows"]]
     assert '<table class="wide">' in rendered(with_paper() | {"rows": rows})
     assert '<table class="wide">' not in rendered(RESULTS)

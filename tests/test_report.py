@@ -171,9 +171,17 @@ def test_scores_have_their_standard_errors_and_relatives() -> None:
         "kid": 0.00321,
         "kid_std": 0.0004,
     }
-    found = tables.main({"title": "FID (torch-fidelity)", "rows": [row]})
-    assert found.headings == ["sampler", "FID (torch-fidelity)", "FID, limit", "sFID", "KID x 1000"]
-    assert found.cells == [["a", "9.94 ± 0.06", "9.10", "8.00", "3.21 ± 0.40"]]
+    rows = [{"name": "real images"}, row]
+    found = tables.main({"title": "FID (torch-fidelity)", "rows": rows})
+    assert (found.headings, found.cells[1]) == (["sampler", "FID (torch-fidelity)"], ["a", "9.94 ± 0.06"])
+    others = tables.further({"title": "FID (torch-fidelity)", "rows": rows})
+    assert others
+    assert others.headings == ["sampler", "FID, limit", "sFID", "KID x 1000"]
+    assert others.cells == [["a", "9.10", "8.00", "3.21 ± 0.40"]]
+    digits = tables.further({"title": "FD", "rows": rows})
+    assert digits
+    assert digits.headings[-1] == "KD x 1000", "KID is Inception's"
+    assert tables.further({"title": "FD", "rows": [{"name": "a", "score": 1.0}]}) is None
 
 
 def test_the_papers_figures_stand_beside_ours() -> None:
@@ -249,7 +257,8 @@ def test_every_column_and_every_sampler_is_explained() -> None:
     results = RESULTS | {"title": "FID", "rows": rows}
     explained = dict(legend.about_columns(results))
     own = {"sampler", "recall"}  # recall with precision
-    assert {column.heading for column in tables.columns(results)} - own == explained.keys()
+    shown = [*tables.columns(results), *tables.further_columns(results)]
+    assert {column.heading for column in shown} - own == explained.keys()
     assert len(legend.about_rows(results)) == len(legend.ROWS)
     assert "zero vector of the code space" in dict(legend.about_rows(results))["skip-n"]
     assert dict(legend.about_rows(RESULTS)).keys() == {"teacher, AR", "DD n steps"}
