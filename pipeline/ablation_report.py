@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,17 +12,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline import pairs, storage
 from pipeline.ablation_plan import SPLIT, TEACHER, Plan, Variant, text, titled
 from pipeline.models import checkpoints
+from pipeline.plots import line, png
 from pipeline.recipe import leaves
-from pipeline.report import metric_name
+from pipeline.report import as_markdown, metric_name
+from pipeline.tables import Table
 
 COMPARED = 4096  # rows of two pair sets whose codes are compared
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
 COLUMNS = 3  # panels side by side
 
 # ---- numbers
@@ -157,14 +156,7 @@ def table(results: dict[str, Any]) -> str:
         codes = row["codes"] or {}
         cells += [f"{codes[key]:.2%}" if codes else "-" for key in ("all", "after equal codes")] if coded else []
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|".join(f":{'-' * (w + 1)}" if i < 2 else f"{'-' * (w + 1)}:" for i, w in enumerate(widths))
-    return "\n".join([line(headers), f"|{rule}|", *map(line, lines)])
+    return as_markdown(Table(headers, lines, text=2))
 
 
 def _pair(mean: float | None, spread: float | None) -> str:
@@ -250,21 +242,19 @@ def plot(results: dict[str, Any]) -> bytes:
     for panel in panels[: len(axes_of)]:
         panel.set_ylim(0, 1.1 * highest)
     panels[0].legend(frameon=False, fontsize=8, loc="lower left")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _panel(panel: Any, axis: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
     """The values of one axis, in the order of the recipe."""
     places = range(len(rows))
-    for i, (column, colour) in enumerate(zip(results["columns"], COLOURS * len(results["columns"]), strict=False)):
+    for i, column in enumerate(results["columns"]):
         means = [np.nan if row["mean"][i] is None else row["mean"][i] for row in rows]
-        panel.plot(places, means, color=colour, linewidth=2, label=column)
+        panel.plot(places, means, **line(i), label=column)
         dots = [
             (x, score) for x, row in zip(places, rows, strict=True) for score in row["scores"][i] if score is not None
         ]
-        panel.scatter(*zip(*dots, strict=True), s=16, color=colour, zorder=3) if dots else None
+        panel.scatter(*zip(*dots, strict=True), s=16, color=line(i)["color"], zorder=3) if dots else None
     if results["teacher"] is not None:
         panel.axhline(results["teacher"], linestyle="--", linewidth=1.5, color="#555555", label="teacher, AR")
     names = [text(row["value"]).replace(", ", ",\n" if isinstance(row["value"], dict) else ", ") for row in rows]

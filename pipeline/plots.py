@@ -85,7 +85,7 @@ def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: np.ndarr
     axes.tick_params(length=0, pad=8 * scale, colors=GREY)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def compressed(png: bytes) -> bytes:
@@ -134,7 +134,7 @@ def tradeoff(results: dict[str, Any]) -> bytes:
     axes.legend(frameon=False)
     order = sorted(range(len(rows)), key=lambda i: (not rows[i]["type"].startswith("DD"), rows[i]["ms"]))
     _name_points(figure, axes, [(row["ms"], row["score"]) for row in rows], [row["name"] for row in rows], order)
-    return _png(figure)
+    return png(figure)
 
 
 def curve(results: dict[str, Any]) -> bytes:
@@ -146,7 +146,7 @@ def curve(results: dict[str, Any]) -> bytes:
     names = list(dict.fromkeys(point["name"] for point in data["points"]))
     for i, name in enumerate(names):
         points = sorted((point["step"], point["score"]) for point in data["points"] if point["name"] == name)
-        axes.plot(*zip(*points, strict=True), **_line(i), label=name)
+        axes.plot(*zip(*points, strict=True), **line(i), label=name)
     for (name, value), style in zip(data["teachers"].items(), ("--", ":"), strict=False):
         axes.axhline(value, linestyle=style, linewidth=1.5, color="#555555", label=name)
     axes.set_xlabel("optimiser step")
@@ -156,7 +156,7 @@ def curve(results: dict[str, Any]) -> bytes:
     axes.set_ylabel(f"{results['title']}, {data['count']:,} images")
     axes.set_ylim(0, 1.08 * max([*(point["score"] for point in data["points"]), *data["teachers"].values()]))
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def pairs(results: dict[str, Any]) -> bytes:
@@ -167,7 +167,7 @@ def pairs(results: dict[str, Any]) -> bytes:
     first, *others = np.atleast_1d(figure.subplots(1, 1 + len(panels)))
     for i, name in enumerate(dict.fromkeys(point["name"] for point in data["points"])):
         points = sorted((point["pairs"], point["score"]) for point in data["points"] if point["name"] == name)
-        first.plot(*zip(*points, strict=True), **_line(i), label=name)
+        first.plot(*zip(*points, strict=True), **line(i), label=name)
     sizes = sorted({point["pairs"] for point in data["points"]})
     first.set_xlim(0, 1.1 * sizes[-1])
     first.xaxis.set_major_locator(MaxNLocator(5))
@@ -179,7 +179,7 @@ def pairs(results: dict[str, Any]) -> bytes:
             here = [p for p in data["curve"]["points"] if (p["name"], p["pairs"]) == (name, size)]
             points = sorted((point["x"], point["score"]) for point in here)
             if points:
-                axes.plot(*zip(*points, strict=True), **_line(i), label=f"{size:,} pairs")
+                axes.plot(*zip(*points, strict=True), **line(i), label=f"{size:,} pairs")
         axes.set_title(name, fontsize=11, color=GREY)
         axes.set_xlabel(data["curve"]["axis"])
         axes.set_ylabel(f"{results['title']}, {data['curve']['count']:,} images")
@@ -187,11 +187,11 @@ def pairs(results: dict[str, Any]) -> bytes:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         _plain(axes)
-    return _png(figure)
+    return png(figure)
 
 
-def _line(i: int) -> dict[str, Any]:
-    """The i-th line of a chart."""
+def line(i: int) -> dict[str, Any]:
+    """How the i-th line of a chart looks: keywords of ``Axes.plot``."""
     colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
     return {"color": colour, "marker": marker, "linestyle": LINES[i % len(LINES)], "markersize": 5, "linewidth": 2}
 
@@ -263,7 +263,8 @@ def _overlap(a: Bbox, b: Bbox) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a file's bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

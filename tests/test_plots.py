@@ -94,7 +94,7 @@ def test_charts_are_those_that_there_are_numbers_for() -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> Figure:
     """The figure of quality against time, kept from becoming a file."""
     kept: list[Figure] = []
-    monkeypatch.setattr(plots, "_png", lambda figure: kept.append(figure) or b"")
+    monkeypatch.setattr(plots, "png", lambda figure: kept.append(figure) or b"")
     plots.tradeoff(RESULTS | {"rows": rows})
     return kept[0]
 
