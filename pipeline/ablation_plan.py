@@ -8,6 +8,7 @@ own pair set and student too:
     <run>/ablation/pairs/<fingerprint>     the other pair sets
     <run>/ablation/students/<fingerprint>  the other students
     <run>/ablation/reports/<axis>/<value>/seed-<n>
+    <run>/ablation/cache                   statistics of their images, those of the real ones once
 
 Knows recipes, files and fingerprints, and nothing of Ray: ``ablate`` carries a plan out.
 """
@@ -22,7 +23,7 @@ from pipeline import manifest, sampler_list, scoring, storage, training_plan
 from pipeline.command_line import with_settings
 from pipeline.manifest import Facts
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe, fingerprint, leaves
+from pipeline.recipe import EvaluateSettings, Recipe, fingerprint, leaves
 from pipeline.samplers import FewStep
 
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training
@@ -162,7 +163,7 @@ def _base(recipe: Recipe) -> Variant:
             "ablate.axes is empty, so there is nothing to vary; list fields with their values, e.g."
             " {train.start_steps: [[1, 11], [1, 31]]}, as jobs/recipes/ablate-digits.yaml does."
         )
-    settings = replace(recipe.evaluate, samplers=few, student=None, register=None, curve_count=0, uri=None)
+    settings = replace(_alone(recipe), samplers=few)
     base = replace(recipe, evaluate=settings, dry_run=False)
     return Variant("", None, base, _samplers(base, recipe.train.start_steps))
 
@@ -293,10 +294,14 @@ def _teacher(recipe: Recipe) -> Recipe | None:
     """The recipe that scores the AR teacher, what the students are compared with; None where none is listed."""
     listed = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
     uri = storage.join(recipe.ablation_uri, "reports", TEACHER)
-    settings = replace(
-        recipe.evaluate, samplers=listed, uri=uri, student=None, register=None, curve_count=0, timing_batches=()
-    )
+    settings = replace(_alone(recipe), samplers=listed, uri=uri, timing_batches=())
     return replace(recipe, evaluate=settings, dry_run=False) if listed else None
+
+
+def _alone(recipe: Recipe) -> EvaluateSettings:
+    """How the recipe evaluates, for reports beside its own, which score the real images once for all of them."""
+    cache = recipe.evaluate.cache or storage.join(recipe.ablation_uri, "cache")
+    return replace(recipe.evaluate, uri=None, cache=cache, student=None, register=None, curve_count=0)
 
 
 # ---- what is there

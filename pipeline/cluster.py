@@ -125,6 +125,7 @@ def portable(recipe: Recipe) -> Recipe:
         evaluate=replace(
             evaluate,
             uri=optional(evaluate.uri),
+            cache=optional(evaluate.cache),
             student=optional(evaluate.student),
             inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
             reference=optional(evaluate.reference),

@@ -158,7 +158,8 @@ class Plan:
         return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
 
     def cache(self, draw: Draw) -> str:
-        return storage.join(self.recipe.report_uri, "cache", f"{self.key(draw)[:24]}.npz")
+        folder = self.recipe.evaluate.cache or storage.join(self.recipe.report_uri, "cache")
+        return storage.join(folder, f"{self.key(draw)[:24]}.npz")
 
     def _draw(self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: int = 0) -> Draw:
         uri = (student or self.student) if sampler.student else ""

@@ -201,6 +201,8 @@ class EvaluateSettings:
 
     Attributes:
         uri: folder of the report; default <run>/report.
+        cache: folder in which the statistics of finished samplers are kept, under fingerprints of all that shaped them;
+            reports may share one. Default <report>/cache.
         count: samples per sampler.
         seed: of the evaluation's noise; never the pairs'.
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}. Figures that the paper prints for
@@ -233,6 +235,7 @@ class EvaluateSettings:
     """
 
     uri: str | None = None
+    cache: str | None = None
     count: int = 5_000
     seed: int = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)

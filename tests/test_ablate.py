@@ -333,13 +333,14 @@ def test_the_three_jobs_make_the_table(finished: tuple[Recipe, str]) -> None:
     recipe, said = finished
     results = storage.read_json(f"{recipe.run}/ablation/ablation.json")
     assert ablation_report.table(results) in said
-    files = ["ablation.json", "ablation.md", "ablation.png", "recipe.json", "reports"]
+    files = ["ablation.json", "ablation.md", "ablation.png", "cache", "recipe.json", "reports"]
     assert storage.listing(f"{recipe.run}/ablation") == files, "the pairs and the student are the recipe's own"
+    assert len(storage.listing(f"{recipe.run}/ablation/cache")) == 3, "two reports of one sampler, real images once"
     base, _, row = results["rows"]
     assert (row["axis"], row["value"]) == ("evaluate.samplers.split", 1)
     report = storage.read_json(f"{recipe.run}/ablation/reports/evaluate.samplers.split/1/seed-3/report.json")
     assert row["mean"] == [line["score"] for line in report["rows"] if line["name"].startswith("DD")]
-    assert "Speed** was not measured" in Path(row["trials"][0]["report"], "report.md").read_text()
+    assert "**speed**: was not measured" in Path(row["trials"][0]["report"], "report.md").read_text()
     assert base["trials"][0]["SHA-256"] == row["trials"][0]["SHA-256"], "one student, split in two ways"
     assert base["mean"] != row["mean"]
 

@@ -222,6 +222,9 @@ def test_a_rerun_draws_nothing_that_is_in_the_cache(
     statistics = evaluate.collect(made, None)
     assert drawn == []
     assert set(statistics) == set(made.draws())
+    beside = plan.prepare(changed(recipe, uri=f"{recipe.run}/beside", cache=f"{recipe.report_uri}/cache"))
+    assert set(evaluate.collect(beside, None)) == set(made.draws())
+    assert drawn == [], "two reports may share a cache"
     other = plan.prepare(changed(recipe, seed=99))
     evaluate.collect(other, None)
     assert [draw.sampler for draw in drawn if draw.sampler is None] == []
