@@ -144,7 +144,7 @@ def text(value: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c in ".-" else " " for c in name).split())
+    return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in name).split())
 
 
 # ---- variants

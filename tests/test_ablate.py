@@ -107,6 +107,7 @@ def test_nothing_is_made_twice_and_everything_has_its_place(recipe: Recipe) -> N
 def test_the_last_start_steps_take_their_sampler_with_them(recipe: Recipe) -> None:
     plan = planned(recipe, {"train.start_steps": [[1, 3], [1], [1, 2, 3]]}, 3)
     assert plan.columns == ["DD 1 step", "DD at its start steps"]
+    assert plan.trials[3][0].recipe.report_uri.endswith("/reports/train.start_steps/1-2-3/seed-3")
     assert [[sampler.steps for sampler in variant.samplers] for variant in plan.variants] == [
         [(1,), (1, 2)],
         [(1,), (1, 3)],
