@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import recipe as module
+from pipeline import command_line as module
 from pipeline import sampler_list, samplers, storage
 from pipeline.command_line import DEFAULT, main, parse
 from pipeline.flow import Solver
