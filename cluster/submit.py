@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-JOBS = ("generate_pairs", "distill", "evaluate")
+JOBS = ("generate_pairs", "distill", "evaluate", "ablate", "scale")
 PASSED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "HF_HUB_OFFLINE")
 
 

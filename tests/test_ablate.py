@@ -336,7 +336,7 @@ def test_the_three_jobs_make_the_table(finished: tuple[Recipe, str]) -> None:
     assert ablation_report.table(results) in said
     files = ["ablation.json", "ablation.md", "ablation.png", "cache", "recipe.json", "reports"]
     assert storage.listing(f"{recipe.run}/ablation") == files, "the pairs and the student are the recipe's own"
-    assert len(storage.listing(f"{recipe.run}/ablation/cache")) == 3, "two reports of one sampler, real images once"
+    assert len(storage.listing(f"{recipe.run}/ablation/cache")) == 5, "two samplers in two reports, real images once"
     base, _, row = results["rows"]
     assert (row["axis"], row["value"]) == ("evaluate.samplers.split", 1)
     report = storage.read_json(f"{recipe.run}/ablation/reports/evaluate.samplers.split/1/seed-3/report.json")
