@@ -54,6 +54,7 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features, logits and, in the flavour that knows them, spatial features: what the class says."""
         x, spatial = PREPROCESS[self.flavour](pixels), None
         layer: Any
         for name, layer in self.layers.items():

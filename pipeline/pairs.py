@@ -46,6 +46,7 @@ class Rows(NamedTuple):
 
 
 def schema(known: Facts) -> pa.Schema:
+    """The columns of a shard; noise only where it is stored."""
     length, dim = manifest.noise_shape(known)
     columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
     if known["noise"] == "stored":
