@@ -61,7 +61,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
         again = with_pairs(recipe, uri=str(tmp_path / f"set-{round_}"))
         while True:
             job, have = start("generate_pairs", again, tmp_path, address()), committed(again)
-            target = chance.choice(["driver", "replica"])
+            target = min(done, key=lambda victim: done[victim])  # the moment is random, not who
             wanted = have + chance.randrange(target == "replica", 8)  # a replica shows itself by its first shard
             wait(job, partial(committed, again), wanted)
             time.sleep(chance.random() * 0.05)  # anywhere between two shards
@@ -80,7 +80,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
         assert pairs.verify(again.pairs_uri)["count"] == 79
         assert not [name for name in storage.listing(again.pairs_uri) if name.startswith(storage.TEMPORARY)]
     record_property("kills", sum(done.values()))
-    assert kills == SHORT or min(done.values()) >= kills // 5
+    assert kills == SHORT or min(done.values()) == kills // 2
 
 
 @pytest.mark.faults("pairs: two drivers in one folder")
