@@ -254,7 +254,7 @@ def test_the_job_runs_three_scripts_that_exist_on_a_recipe_that_exists() -> None
     assert (ROOT / words[words.index("--config") + 1]).is_file()
     assert "://" in words[words.index("--run") + 1], "a pod's disk ends with the pod"
     jobs = re.search(r"for job in (.*); do", (FOLDER / "three_jobs.sh").read_text())[1].split()  # type: ignore[index]
-    assert jobs == list(module("submit").JOBS)
+    assert jobs == list(module("submit").JOBS[:3])
     assert all((ROOT / "jobs" / f"{job}.py").is_file() for job in jobs)
 
 
