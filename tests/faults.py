@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ from pipeline.recipe import Recipe
 JOBS = Path(__file__).parents[1] / "jobs"
 TIMED = ("seconds", "speeds", "ms", "speedup", "best_ms", "best_batch")  # columns of a report
 PATIENCE = 600  # seconds that a job may take
+LOGS: dict[int, Path] = {}  # what each job prints, by its process
 
 
 def start(job: str, recipe: Recipe, folder: Path, address: str) -> subprocess.Popen[str]:
@@ -29,7 +31,11 @@ def start(job: str, recipe: Recipe, folder: Path, address: str) -> subprocess.Po
     config.write_text(yaml.safe_dump(recipe.resolved()))
     env = os.environ | {"RAY_ADDRESS": address}
     command = [sys.executable, str(JOBS / f"{job}.py"), "--config", str(config)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A file and no pipe: nobody reads while the test waits, and a full pipe would stop the job.
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".log", delete=False) as log:
+        started = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+    LOGS[started.pid] = Path(log.name)
+    return started
 
 
 def workers(kind: str) -> list[int]:
@@ -59,8 +65,14 @@ def wait(job: subprocess.Popen[str], count: Callable[[], int], wanted: int) -> N
         time.sleep(0.01)
 
 
+def said(job: subprocess.Popen[str]) -> str:
+    """What a job has printed when it has ended."""
+    job.wait(PATIENCE)
+    return LOGS[job.pid].read_text()
+
+
 def finish(job: subprocess.Popen[str]) -> str:
-    out, _ = job.communicate(timeout=PATIENCE)
+    out = said(job)
     assert job.returncode == 0, out[-3000:]
     return out
 

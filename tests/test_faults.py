@@ -74,7 +74,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
             if target == "replica":
                 finish(job)  # Ray makes another one, and the driver does not even notice
                 break
-            job.communicate()
+            job.wait()
             assert not Path(again.pairs_uri, "manifest.json").exists() or len(shards(again)) == 20
         assert shards(again) == expected
         assert pairs.verify(again.pairs_uri)["count"] == 79
@@ -124,7 +124,7 @@ def test_a_student_survives_kills_of_its_driver(
                 finish(job)
                 break
             done += kill(job.pid)
-            job.communicate()
+            job.wait()
         found = load_file(f"{again.student_uri}/student.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -164,7 +164,7 @@ def test_a_report_survives_kills_of_driver_and_actors(
             if target == "actor":
                 finish(job)
                 break
-            job.communicate()
+            job.wait()
             now = {path.name: path.stat().st_mtime_ns for path in cache.iterdir() if not path.name.startswith(".")}
             assert before.items() <= now.items()
             before = now

@@ -20,7 +20,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
-from faults import finish, kill, scores, shards, start, wait
+from faults import finish, kill, said, scores, shards, start, wait
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from tiny import IMAGES, tiny, with_pairs
@@ -158,7 +158,7 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
         if workers_:
             wait(job, partial(steps, recipe), steps(recipe) + 8)
             kill(job.pid)
-            told += job.communicate()[0]
+            told += said(job)
     told += finish(job)
     print(told)
     record_property("kills", lost.total() + 2)
