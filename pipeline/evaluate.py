@@ -57,6 +57,8 @@ from pipeline.references import References
 from pipeline.samplers import Autoregressive, Models, OneStepStar
 from pipeline.tally import Seen, Statistics, glance
 
+RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
+
 # ---- the workers
 
 
@@ -211,7 +213,7 @@ def _rows(plan: Plan, todo: list[Draw], frequencies: np.ndarray | None) -> Itera
         compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
         num_cpus=settings.cpus,
         num_gpus=settings.gpus,
-        max_task_retries=2,
+        max_task_retries=RETRIES,
     )
     yield from dataset.iter_rows()
 

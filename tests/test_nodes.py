@@ -149,7 +149,7 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
     """Two workers lose nodes and the driver is killed, one goes on and loses its node, the driver alone ends it."""
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
     finish(start("generate_pairs", recipe, tmp_path, full.address))
-    recipe = trained(recipe, epochs=20, checkpoint_every=4, log_every=1, lpips=0.0, split=9)
+    recipe = trained(recipe, epochs=150, checkpoint_every=4, log_every=1, lpips=0.0, split=9)
     finish(start("distill", trained(recipe, uri=str(tmp_path / "straight"), workers=0), tmp_path, full.address))
     chance, told, lost = random.Random(2), "", Counter[str]()
     for workers_, losses in ((2, 2), (1, 1), (0, 0)):
