@@ -241,6 +241,7 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
         return own.get(key) or storage.join(recipe.ablation_uri, kind, key[:SHORT])
 
     def trial(variant: Variant, seed: int) -> Trial:
+        """One variant with one seed, its folders by fingerprint."""
         varied = replace(variant.recipe, train=replace(variant.recipe.train, seed=seed))
         known = facts(varied)
         pairs, student = fingerprint(known), _student(varied, known)

@@ -136,6 +136,7 @@ class Run:
         """Tag another run with this one's id and with ``tags``; one that began later is listed below this one."""
 
         def link() -> None:
+            """Set the tags of the other run."""
             mine, other = (self._client.get_run(one) for one in (self.id, run_id))
             links = {mine.data.tags["job"]: self.id} | tags
             if other.info.start_time >= mine.info.start_time:
