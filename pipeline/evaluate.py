@@ -174,7 +174,7 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     growing: dict[Draw, Statistics] = {}
     parts = dict.fromkeys(range(len(todo)), 0)
     with Progress(total, "parts", done=done) as progress:
-        for i, part in in_order(_rows(plan, todo, frequencies)):
+        for i, part in in_order(parts_of(plan, todo, frequencies)):
             draw = todo[i]
             if parts[i]:
                 growing[draw].merge(part)
@@ -200,15 +200,21 @@ def _saved(plan: Plan, draw: Draw) -> bool:
     return wanted is None or sample_files.holds(wanted, plan.key(draw))
 
 
-def _rows(plan: Plan, todo: list[Draw], frequencies: np.ndarray | None) -> Iterable[dict[str, Any]]:
-    """The parts of all draws as the actors finish them: {draw, item, statistics}."""
+def parts_of(
+    plan: Plan, todo: list[Draw], frequencies: np.ndarray | None, artist: type[Artist] = Artist, **more: Any
+) -> Iterable[dict[str, Any]]:
+    """The parts of all draws as the actors finish them: {draw, item, statistics}.
+
+    ``artist`` is the actor's class, ``more`` what its constructor takes beside the usual.
+    """
     weights = scoring.weights(plan.recipe.evaluate)
     shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
     settings = plan.recipe.cluster
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        Artist,
+        artist,
         fn_constructor_args=(plan, todo, frequencies, shared),
+        fn_constructor_kwargs=more,
         batch_size=1,
         compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
         num_cpus=settings.cpus,

@@ -169,14 +169,20 @@ def _lost(recipe: Recipe, todo: list[int], made: list[Shard], failed: set[int]) 
     )
 
 
-def commits(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
-    """Numbers -> teacher -> Parquet file: {number, error, shard} of every shard as it is committed."""
+def commits(
+    recipe: Recipe, known: Facts, count: int, todo: list[int], replica: type[Replica] = Replica, **more: Any
+) -> Iterator[dict[str, Any]]:
+    """Numbers -> teacher -> Parquet file: {number, error, shard} of every shard as it is committed.
+
+    ``replica`` is the actor's class, ``more`` what its constructor takes beside recipe and facts.
+    """
     size = recipe.pairs.shard_rows
     DataContext.get_current().max_errored_blocks = FAILURES  # of shards whose process died every time
     tasks = [{"number": k, "rows": min(size, count - k * size)} for k in todo]
     made = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        Replica,
+        replica,
         fn_constructor_args=(recipe, known),
+        fn_constructor_kwargs=more,
         batch_size=1,
         # One at a time: a shard that takes its actor down would take the retries of one queued behind it, too.
         compute=ActorPoolStrategy(size=min(recipe.pairs.actors, len(todo)), max_tasks_in_flight_per_actor=1),

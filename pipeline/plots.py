@@ -186,7 +186,7 @@ def pairs(results: dict[str, Any]) -> bytes:
     for axes in (first, *others):
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-        _plain(axes)
+        plain(axes)
     return png(figure)
 
 
@@ -199,11 +199,12 @@ def line(i: int) -> dict[str, Any]:
 def _chart(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     axes = figure.subplots()
-    _plain(axes)
+    plain(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline import storage
 from pipeline.flow import Solver
@@ -328,6 +328,34 @@ class AblationSettings:
             _check(bool(values), f"ablate.axes lists no values of {name}; list one or more, or leave the axis out.")
 
 
+Measured = Literal["solvers", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"]
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What ``jobs/benchmark.py`` measures.
+
+    Attributes:
+        uri: folder of its table; default <run>/benchmark.
+        sections: what is measured, in this order.
+        batches: batch sizes of teacher and samplers.
+        seconds: of measuring for each thing that takes its turn; more scatter less.
+    """
+
+    uri: str | None = None
+    sections: tuple[Measured, ...] = get_args(Measured)
+    batches: tuple[int, ...] = (1, 4, 64)
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check(bool(self.sections), "benchmark.sections is empty; name what is to be measured.")
+        _check(
+            bool(self.batches) and min(self.batches) >= 1,
+            f"benchmark.batches is {list(self.batches)}; list batch sizes of 1 or more.",
+        )
+        _check(self.seconds > 0, f"benchmark.seconds is {self.seconds}; it must be above 0.")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One experiment.
@@ -341,6 +369,7 @@ class Recipe:
         evaluate: sampling and scoring.
         cluster: resources.
         ablate: what the ablation varies; the three jobs take no notice of it.
+        benchmark: what the benchmark measures, likewise.
         dry_run: print the resolved recipe and the plan, run nothing.
     """
 
@@ -352,6 +381,7 @@ class Recipe:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     ablate: AblationSettings = field(default_factory=AblationSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -388,6 +418,11 @@ class Recipe:
     def ablation_uri(self) -> str:
         """Folder of the ablation."""
         return self.ablate.uri or f"{self.run}/ablation"
+
+    @property
+    def benchmark_uri(self) -> str:
+        """Folder of the benchmark's table."""
+        return self.benchmark.uri or f"{self.run}/benchmark"
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain nested dicts, as it is printed, logged and stored."""

@@ -100,7 +100,7 @@ def _efficiency(recipe: Recipe, folder: str) -> list[str]:
         shards = actors * SHARDS
         pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
         sleepers = replace(sleepers, run=place, pairs=replace(pairs, count=shards * ROWS, noise="derived"))
-        start, times = time.monotonic(), list(_commits(sleepers, shards))
+        start, times = time.monotonic(), list(commit_times(sleepers, shards))
         begun = shards // 3  # by then every process is there
         took = times[-1] - times[begun - 1]
         speed = (shards - begun) / took
@@ -108,7 +108,7 @@ def _efficiency(recipe: Recipe, folder: str) -> list[str]:
     return out
 
 
-def _commits(recipe: Recipe, shards: int) -> Iterator[float]:
+def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     """The moments at which the shards of a new set were committed; RuntimeError if one failed."""
     known = manifest.facts_of(recipe)
     manifest.claim(recipe.pairs_uri, known, recipe)

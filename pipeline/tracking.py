@@ -23,7 +23,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.recipe import Recipe, leaves
 
-Job = Literal["pairs", "distill", "evaluate", "ablate"]
+Job = Literal["pairs", "distill", "evaluate", "ablate", "benchmark"]
 PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
 SETTINGS = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",

@@ -1,0 +1,191 @@
+"""The two pools of actors, watched: how much of an actor's time its networks work, and what it spends the rest on.
+
+The actors of the jobs themselves run, with a stopwatch around the networks, so both numbers of a ratio come from the
+same seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import cluster, evaluate, generate, manifest, storage
+from pipeline.benchmark.clock import Stopwatch
+from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.evaluate import Artist
+from pipeline.manifest import Facts
+from pipeline.plan import ITEM, Draw, Plan, prepare
+from pipeline.recipe import Recipe
+from pipeline.replica import Replica
+from pipeline.tally import Statistics
+
+SHARDS = 4  # of each replica
+PARTS = 4  # of each artist
+
+
+@dataclass(frozen=True)
+class Span:
+    """What an actor did with one unit of work: when it began and ended, and the seconds of each kind of work."""
+
+    actor: int
+    born: float
+    begin: float
+    end: float
+    busy: dict[str, float]
+
+    def write(self, folder: str) -> None:
+        """Append to the actor's own file."""
+        with Path(folder, f"{self.actor}.jsonl").open("a") as file:
+            file.write(json.dumps(vars(self)) + "\n")
+
+
+def read(folder: str) -> list[Span]:
+    """All that the actors wrote, by when it began."""
+    lines = [line for path in Path(folder).glob("*.jsonl") for line in path.read_text().splitlines()]
+    return sorted((Span(**json.loads(line)) for line in lines), key=lambda span: span.begin)
+
+
+class WatchedReplica(Replica):
+    """A replica whose teacher is timed."""
+
+    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+        self.born, self.folder = time.time(), folder
+        super().__init__(recipe, known)
+        self.ready = time.time()
+
+    def __call__(self, task: dict[str, np.ndarray]) -> Any:
+        begin, self.watch = time.time(), Stopwatch(torch.device(self.device))
+        made = super().__call__(task)
+        busy = {"teacher": self.watch.seconds}
+        Span(os.getpid(), self.ready - self.born, begin, time.time(), busy).write(self.folder)
+        return made
+
+    def _generate(self, *args: Any) -> Tensor:
+        with self.watch:
+            return super()._generate(*args)
+
+
+class WatchedArtist(Artist):
+    """An artist whose samplers and whose scoring network are timed."""
+
+    def __init__(self, *args: Any, folder: str) -> None:
+        born, self.folder = time.time(), folder
+        super().__init__(*args)
+        self.born = time.time() - born
+        network = self.network
+        self.watches = {name: Stopwatch(torch.device(self.plan.device)) for name in ("drawing", "scoring")}
+
+        def scored(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            with self.watches["scoring"]:
+                return network(pixels)
+
+        self.network = replace(network, network=scored)
+
+    def statistics(self, draw: Draw, item: int) -> Statistics:
+        begin, before = time.time(), {name: watch.seconds for name, watch in self.watches.items()}
+        out = super().statistics(draw, item)
+        busy = {name: watch.seconds - before[name] for name, watch in self.watches.items()}
+        Span(os.getpid(), self.born, begin, time.time(), busy).write(self.folder)
+        return out
+
+    def images(self, draw: Draw, places: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
+        with self.watches["drawing"]:
+            return super().images(draw, places)
+
+
+def generation(recipe: Recipe, folder: str) -> Section:
+    """Pairs from the job's own pool, beside its teacher's loop alone."""
+    place = storage.join(folder, "pairs")
+    count = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
+    recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=place, count=count))
+    known, begun, cpu = manifest.facts_of(recipe), time.time(), _cpu()
+    manifest.claim(place, known, recipe)
+    cluster.connect(recipe)
+    numbers, size = list(range(SHARDS * recipe.pairs.actors)), 0
+    with tempfile.TemporaryDirectory() as watched:
+        for made in generate.commits(recipe, known, count, numbers, WatchedReplica, folder=watched):
+            if made["error"]:
+                raise RuntimeError(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
+            size += json.loads(made["shard"])["bytes"]
+        spans, wall = read(watched), time.time() - begun
+    rows, share = recipe.pairs.shard_rows, _share(spans, "teacher")
+    busy = sum(span.busy["teacher"] for span in spans) / len(spans)
+    section = Section(
+        "Generation",
+        f"{len(spans)} shards of {rows:,} rows from {recipe.pairs.actors} replicas of {recipe.cluster.cpus:g} CPU"
+        f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray Data to Parquet. *end to end* counts"
+        " from a replica's first shard to its last; *bare* is the same replicas' teacher and flow matching alone, in"
+        " the same seconds, without noise, tables, hand-over and files.",
+    )
+    row: Row = {"rows / s, end to end": share * rows * recipe.pairs.actors / busy}
+    row |= {"bare": rows * recipe.pairs.actors / busy, "end to end / bare": share}
+    row |= {"bytes a row": size / count, "first shard began after, s": spans[0].begin - begun}
+    row |= {"of it a replica's start, s": spans[0].born, "driver, % of a core": 100 * (_cpu() - cpu) / wall}
+    section.rows.append(row)
+    section.claims.append(Claim(f"Pairs end to end over the bare teacher loop, {_kind(recipe)}", share, 0.97))
+    return section
+
+
+def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
+    """Images drawn and scored by the job's own pool, beside what its networks alone take."""
+    listed: list[dict[str, Any]] = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    settings = replace(recipe.evaluate, uri=storage.join(folder, "report"), student=student, samplers=listed)
+    settings = replace(settings, count=ITEM * PARTS * settings.actors, curve_count=0, npz=False)
+    plan = prepare(replace(recipe, run=folder, evaluate=settings))
+    section = Section(
+        "Evaluation",
+        f"Parts of {ITEM:,} images from {settings.actors} actors of {recipe.cluster.cpus:g} CPU"
+        f" ({recipe.cluster.gpus:g} GPU), from an actor's first part to its last. Drawing (network and decoder) and"
+        " scoring share a device, so the slowest stage is that device: both of them; the rest is statistics, hand-over"
+        " and waiting.",
+    )
+    for draw in plan.table():
+        row = _scored(plan, draw)
+        text = f"Evaluation of {draw.name} end to end over its device, {_kind(recipe)}"
+        section.rows.append(row)
+        section.claims.append(Claim(text, float(row["end to end / device"] or 0), 0.9))
+    return section
+
+
+def _scored(plan: Plan, draw: Draw) -> Row:
+    """One sampler's row."""
+    cluster.connect(plan.recipe)
+    with tempfile.TemporaryDirectory() as watched:
+        for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
+            pass
+        spans = read(watched)
+    drawing, scoring = _share(spans, "drawing"), _share(spans, "scoring")
+    busy = sum(sum(span.busy.values()) for span in spans) / len(spans)
+    share = drawing + scoring
+    row: Row = {"sampler": draw.name, "images / s": share * ITEM * plan.recipe.evaluate.actors / busy}
+    return row | {"drawing, %": 100 * drawing, "scoring, %": 100 * scoring, "end to end / device": share}
+
+
+def _share(spans: list[Span], kind: str) -> float:
+    """Of the actors' time between their first begin and their last end, how much went into ``kind``."""
+    actors = {span.actor for span in spans}
+    busy = wall = 0.0
+    for actor in actors:
+        mine = [span for span in spans if span.actor == actor]
+        busy += sum(span.busy[kind] for span in mine)
+        wall += mine[-1].end - mine[0].begin
+    return busy / wall
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _kind(recipe: Recipe) -> str:
+    return recipe.cluster.runs_on

@@ -1,0 +1,167 @@
+"""The networks: a teacher beside the machine's limits and beside plain code, a student beside its teacher."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from pipeline import footprint, sampler_list, speed
+from pipeline.benchmark.clock import Peaks, turns
+from pipeline.benchmark.matching import inputs
+from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.models import checkpoints
+from pipeline.models.base import Condition, Teacher
+from pipeline.recipe import Recipe, TeacherSettings
+from pipeline.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
+
+BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
+BEATEN_AT = 4
+TRACED = 6  # AR steps of a raster sequence
+
+
+@torch.no_grad()
+def teachers(
+    teacher: Teacher, settings: TeacherSettings, batches: tuple[int, ...], seconds: float, peaks: Peaks
+) -> Section:
+    """AR sampling without flow matching: ours beside a straightforward loop, and both beside the machine."""
+    device = teacher.codebook.device
+    plain = importlib.import_module(f"{settings.family}.plain").generate
+    section = Section(
+        "The teacher",
+        "AR sampling with guidance and filter, the likeliest code taken, in turns with a straightforward loop over the"
+        " same weights: two passes for guidance, keys and values appended, LlamaGen's attention over the whole padded"
+        f" sequence. This machine multiplies matrices at {peaks.flops / 1e9:,.0f} GFLOP/s and reads memory at"
+        f" {peaks.bytes / 1e9:,.1f} GB/s, both measured; *roofline* is the time that the arithmetic or the reading of"
+        " weights and cache takes at least, whichever is more in each AR step, over the time taken.",
+    )
+    for batch in batches:
+        condition, _ = inputs(teacher, batch)
+        calls = {
+            "ours": partial(teacher.generate, condition, likeliest),
+            "plain": partial(plain, teacher, condition, likeliest),
+        }
+        short = partial(teacher.generate, condition, likeliest, stop=min(4, teacher.layout.steps + 1))
+        times = turns(calls, device, seconds, short)
+        work = Work.of(settings, batch)
+        row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
+        row |= {"plain, ms / image": 1000 * times["plain"] / batch, "plain / ours": times["plain"] / times["ours"]}
+        row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
+        row["FLOP utilisation, %"] = 100 * sum(work.flops) / times["ours"] / peaks.flops
+        row["roofline, %"] = 100 * work.least(peaks) / times["ours"]
+        section.rows.append(row)
+        if batch == BEATEN_AT:
+            text = f"Plain AR loop over ours, batch {batch}, {device.type}"
+            section.claims.append(Claim(text, times["plain"] / times["ours"], BEAT[device.type]))
+    return section
+
+
+def likeliest(step: int, log_p: Tensor) -> Tensor:
+    """Choose the code of the highest probability: next to nothing beside the network."""
+    return log_p.argmax(-1)
+
+
+class Work:
+    """What each AR step of a generation must do at least: operations, and bytes read of weights and cache."""
+
+    def __init__(self, flops: list[float], read: list[float]) -> None:
+        self.flops, self.read = flops, read
+
+    @classmethod
+    def of(cls, settings: TeacherSettings, batch: int) -> Work:
+        """Counted in a generation on tensors without content, so at any size; of a raster sequence in its first steps,
+        since each later one adds the same.
+        """
+        family, config = checkpoints.family(settings), checkpoints.config(settings)
+        with torch.device("meta"):
+            teacher = checkpoints.cast(family.Teacher(config, settings.filter), settings)
+        size = next(teacher.network.parameters()).element_size()
+        counted = [(0.0, 0.0)]
+        with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+
+            def choose(step: int, log_p: Tensor) -> Tensor:
+                counted.append((float(counter.get_total_flops()), float(size * counter.numbers)))
+                return torch.zeros(log_p.shape[:-1], dtype=torch.long)
+
+            raster = set(teacher.layout.groups) == {1} and teacher.layout.steps > TRACED
+            stop = TRACED + 1 if raster else None
+            footprint.hollow(teacher).generate(Condition(torch.zeros(batch, dtype=torch.long)), choose, stop=stop)
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counted)]
+        while len(steps) < teacher.layout.steps:
+            steps.append((2 * steps[-1][0] - steps[-2][0], 2 * steps[-1][1] - steps[-2][1]))
+        return cls([flops for flops, _ in steps], [read for _, read in steps])
+
+    def least(self, peaks: Peaks) -> float:
+        """Seconds: in each step the arithmetic or the reading, whichever takes longer."""
+        return sum(max(f / peaks.flops, r / peaks.bytes) for f, r in zip(self.flops, self.read, strict=True))
+
+
+class Counter(FlopCounterMode):
+    """Operations of products, convolutions and attention; ``numbers`` are those of weights, keys and values read."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+
+        def product(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+            self.numbers += b.numel()
+            return 2 * a.numel() * b[-1]
+
+        def added(bias: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+            return product(a, b)
+
+        def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
+            self.numbers += k.numel() + v.numel()
+            return sdpa_flop_count(q, k, v)
+
+        aten = torch.ops.aten
+        mapping = {aten.mm: product, aten.addmm: added, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+        super().__init__(display=False, custom_mapping=mapping)
+
+
+# ---- samplers
+
+
+def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds: float) -> Section:
+    """The student's one and two steps beside the teacher, with and without decoding, and the paper's speed-ups."""
+    device = teacher.codebook.device
+    family = checkpoints.family(recipe.teacher)
+    student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
+    precisions = recipe.teacher.precision, recipe.evaluate.precision
+    models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
+    listed, paper = _listed(recipe)
+    section = Section(
+        "Sampling",
+        "A student as it starts from its teacher (its weights do not matter here) in turns with the teacher; *network*"
+        " ends at the embeddings, the rest is decoding. The paper's speed-ups are those of its tables, on an A100.",
+    )
+    found = speed.measure(models, listed, batches, seconds)
+    base = {s.batch: s for s in found[Autoregressive()]}
+    for sampler in listed:
+        for one in found[sampler]:
+            row: Row = {"sampler": sampler.name, "batch": one.batch, "network, ms / image": one.network_ms}
+            row |= {"ms / image": one.ms, "images / s": 1000 / one.ms}
+            there = base.get(one.batch)
+            row["speed-up of the network"] = there.network_ms / one.network_ms if there else None
+            row["speed-up"] = there.ms / one.ms if there else None
+            row["paper"] = paper.get(sampler) if one.batch == 1 else None
+            section.rows.append(row)
+            if one.batch == 1 and isinstance(sampler, FewStep) and there:
+                section.claims.append(Claim(f"Speed-up of {sampler.name}, batch 1, {device.type}", there.ms / one.ms))
+    return section
+
+
+def _listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
+    """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
+    layout = checkpoints.config(recipe.teacher).layout
+    entries = recipe.evaluate.samplers
+    built = sampler_list.build(entries, layout, recipe.train.split)
+    printed = sampler_list.paper(entries)
+    few = [s for s in built if isinstance(s, FewStep)] or [FewStep(recipe.train.split)]
+    figures = {s: p["speedup"] for s, p in zip(built, printed, strict=True) if "speedup" in p}
+    return [Autoregressive(), FlowMatched(), *few], figures

@@ -1,0 +1,92 @@
+"""A step of distillation by its parts, and the stream of pairs beside what a step consumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from pipeline import distill, generate, storage, training_data
+from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.models import standin
+from pipeline.pair_stream import Pairs, PairStream
+from pipeline.recipe import Recipe
+from pipeline.training_state import TrainingState
+
+ROWS = 4_096  # of the sets that are streamed
+STEPS = 40  # optimiser steps whose waiting is counted
+
+
+def parts(recipe: Recipe, device: torch.device, seconds: float) -> tuple[Section, float]:
+    """Where one optimiser step goes; and its samples a second."""
+    found = distill.pieces(recipe, device, seconds)
+    batch, whole = found.batch, found.seconds["whole step"]
+    section = Section(
+        "A training step",
+        f"One optimiser step of {batch} samples (micro-batch {recipe.train.micro_batch or batch}), {found.how}",
+    )
+    for name, value in found.seconds.items():
+        section.rows.append({"part": name, "ms": 1000 * value, "share of the step, %": 100 * value / whole})
+    return section, batch / whole
+
+
+def stream(recipe: Recipe, folder: str, device: torch.device, rate: float) -> Section:
+    """Pairs a second of the stream that training reads, beside a step's ``rate``; and what real steps wait for it."""
+    section = Section(
+        "The stream of pairs",
+        f"{ROWS:,} pairs of this teacher's shape in Parquet, shuffled and read as training reads them, and what"
+        f" {STEPS} optimiser steps waited for their batches.",
+    )
+    for kind in ("stored", "derived"):
+        place = storage.join(folder, f"stream-{kind}")
+        idle = standin.of(recipe, place)
+        pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), count=ROWS, shard_rows=512, noise=kind)
+        idle = replace(idle, run=place, pairs=replace(pairs, actors=1))
+        generate.generate(idle)
+        read = PairStream.open(idle.pairs_uri)
+        speed = _rate(read, recipe.train.batch)
+        waited = _waited(recipe, read, device)
+        row: Row = {"noise": kind, "pairs / s": speed, "a step's": rate, "stream / step": speed / rate}
+        section.rows.append(row | {"waiting in training, %": 100 * waited})
+        section.claims.append(Claim(f"Stream over step, noise {kind}, {device.type}", speed / rate, 10.0))
+        section.claims.append(Claim(f"Share of time waiting for data, noise {kind}, {device.type}", waited, 0.02, True))
+    return section
+
+
+def _rate(pairs: PairStream, batch: int) -> float:
+    """Pairs a second after the first batch, nobody using them."""
+    batch = min(batch, 256)
+    batches = pairs.batches(0, 0, batch)
+    next(batches)
+    start, rows = time.perf_counter(), 0
+    for one in batches:
+        rows += len(one.ids)
+    return rows / (time.perf_counter() - start)
+
+
+def _endless(pairs: PairStream, batch: int) -> Iterator[tuple[int, Pairs]]:
+    epoch = 0
+    while True:
+        for share in pairs.batches(epoch, 0, batch):
+            yield epoch, share
+        epoch += 1
+
+
+def _waited(recipe: Recipe, pairs: PairStream, device: torch.device) -> float:
+    """Share of the time of some real optimiser steps that went into waiting for the next batch."""
+    student, loss = distill.build(recipe, device)
+    state, settings = TrainingState(student, recipe.train), recipe.train
+    stream, waiting, start = _endless(pairs, settings.batch), 0.0, 0.0
+    for step in range(STEPS + 2):
+        if step == 2:  # the first open files and threads
+            waiting, start = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        epoch, share = next(stream)
+        waiting += time.perf_counter() - asked
+        batch = training_data.noised(share, epoch, settings, pairs.layout, loss.tokenizer.codebook)
+        distill.step(student, loss, state, batch, STEPS + 2)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return waiting / (time.perf_counter() - start)
