@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import faulty
 import pytest
 import ray
 import torch
@@ -35,6 +36,13 @@ def _one_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp()}/mlflow.db")
 
 
+@pytest.fixture
+def slow() -> Iterator[Path]:
+    """A file; as long as it exists, the faulty family's batches take half a second."""
+    yield faulty.SLOW
+    faulty.SLOW.unlink(missing_ok=True)
+
+
 def address() -> str:
     """Of the session's Ray."""
     return ray.get_runtime_context().gcs_address
@@ -48,14 +56,16 @@ def committed(recipe: Recipe) -> int:
 @KILLS
 @pytest.mark.timeout(3000)
 def test_pairs_survive_kills_of_driver_and_replicas(
-    ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
+    ray_cluster: None, slow: Path, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
 ) -> None:
     """A set is begun again whenever one is complete; a job is killed once some random number of shards is there."""
-    recipe = with_pairs(tiny(tmp_path), count=79, shard_rows=4, batch=4, actors=2)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=79, shard_rows=4, batch=4, actors=2)
+    recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
     generate(recipe)
     expected, chance = shards(recipe), random.Random(kills)
     assert len(expected) == 20
     done, round_ = {"driver": 0, "replica": 0}, 0
+    slow.touch()  # half a second a shard, so that a kill finds somebody at work
     while sum(done.values()) < kills:
         round_ += 1
         again = with_pairs(recipe, uri=str(tmp_path / f"set-{round_}"))
@@ -64,7 +74,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
             target = min(done, key=lambda victim: done[victim])  # the moment is random, not who
             wanted = have + chance.randrange(target == "replica", 8)  # a replica shows itself by its first shard
             wait(job, partial(committed, again), wanted)
-            time.sleep(chance.random() * 0.05)  # anywhere between two shards
+            time.sleep(chance.random() * 0.5)  # anywhere between two shards
             victims = [job.pid] if target == "driver" else workers("Replica")
             if sum(done.values()) == kills or job.poll() is not None or not victims:
                 finish(job)
@@ -80,7 +90,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
         assert pairs.verify(again.pairs_uri)["count"] == 79
         assert not [name for name in storage.listing(again.pairs_uri) if name.startswith(storage.TEMPORARY)]
     record_property("kills", sum(done.values()))
-    assert kills == SHORT or min(done.values()) == kills // 2
+    assert min(done.values()) == kills // 2
 
 
 @pytest.mark.faults("pairs: two drivers in one folder")
