@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models import convnet
 from pipeline.models.base import Layout, Prediction, Tokenizer
 from pipeline.recipe import TrainSettings
 
@@ -104,6 +105,11 @@ class Lpips(nn.Module):
             self.net = lpips.LPIPS(net=kind, pnet_rand=not pretrained, verbose=False)
         self.eval().requires_grad_(False)  # its linear layers come unfrozen and with dropout
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The stages of the trunk, each with the convolutions between two of the maps that are compared."""
+        return list(self.net.net.children())
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.net(a, b).flatten()
 
@@ -118,6 +124,11 @@ def perceptual(kind: str, pretrained: bool = True) -> nn.Module:
 
         return digits.perceptual()
     return Lpips(kind, pretrained)
+
+
+def layers(tokenizer: Tokenizer, network: nn.Module | None) -> list[nn.Module]:
+    """What of the frozen networks keeps most for the backward pass: blocks of the decoder, stages of LPIPS's trunk."""
+    return convnet.blocks(tokenizer) + (network.layers if isinstance(network, Lpips) else [])
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, predicted: Tensor) -> Tensor:
