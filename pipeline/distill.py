@@ -32,14 +32,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
-from pipeline.compilation import compiled
+from pipeline.compilation import blocks, compiled
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
-from pipeline.observer import Message, Observer, Report, Window
+from pipeline.observer import Message, Observer, Report, Window, timed
 from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
+from pipeline.recomputation import recomputed
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
@@ -47,6 +48,7 @@ from pipeline.training_state import TrainingState
 FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
 MEASURED = 3  # steps that a dry run times, after one to warm up
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
+WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
 
 def distill(recipe: Recipe) -> str:
@@ -96,8 +98,7 @@ def fit(plan: Plan, run: tracking.Run) -> None:
 
         def receive(message: Message) -> None:
             """A worker's message as progress and as MLflow metrics and pictures."""
-            note = ", ".join(f"{name} {value:.4g}" for name, value in message.metrics.items() if name in SHOWN)
-            progress.update(message.step - progress.done, note)
+            progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
             if message.grid:
                 from pipeline.plots import mosaic  # loads matplotlib, which no worker needs
@@ -110,6 +111,13 @@ def fit(plan: Plan, run: tracking.Run) -> None:
         places = cluster.waiting(recipe, workers, "training workers") if workers else nullcontext()
         with (_relay if workers else nullcontext)(receive) as report, places:
             _fit(recipe, {"plan": plan, "report": report, "mlflow_run": run.id})
+
+
+def noteworthy(metrics: dict[str, float]) -> str:
+    """What the progress line says of them."""
+    waits = metrics.get("data_wait", 0.0) > WAITING
+    shown = (*SHOWN, "data_wait") if waits else SHOWN
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in shown)
 
 
 @contextmanager
@@ -197,8 +205,7 @@ def train(config: dict[str, Any]) -> None:
         state.restore(plan.at("checkpoints", newest))
         if rank == 0:
             training_state.drop_after(plan.at("checkpoints"), newest)
-    if settings.compile:
-        compiled(student)
+    prepare(student, loss)
     network = _distributed(student, settings, device)
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
@@ -207,7 +214,8 @@ def train(config: dict[str, Any]) -> None:
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     window = Window(settings, device)
     pairs = training_data.stream(plan)
-    for epoch, share in training_data.batches(plan, pairs, state.step, rank, world):
+    for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
+        window.waited += waited
         batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
         window.add(*step(network, loss, state, batch, plan.total))
 
@@ -249,6 +257,14 @@ def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
     student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
     return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
+
+
+def prepare(student: Student, loss: Loss) -> None:
+    """Compile and recompute as the recipe says, in place: what no copy, checkpoint or export of the student shows."""
+    if loss.settings.compile:
+        compiled(student)
+    if loss.settings.recompute:
+        recomputed([*blocks(student), *losses.layers(loss.tokenizer, loss.network)])
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -314,11 +330,14 @@ def parameters(recipe: Recipe) -> int:
 
 def footprint_of(recipe: Recipe) -> footprint.Footprint:
     """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
-    settings, family, config = recipe.train, checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    settings = dataclasses.replace(recipe.train, micro_batch=0)  # what is traced is taken at once
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
     with torch.device("meta"):
         tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
         student = family.Student(config, tokenizer.codebook, settings.mask).train()
     network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
+    if settings.recompute:
+        recomputed([*blocks(student), *losses.layers(tokenizer, network)])
 
     def work(samples: int) -> None:
         """Two optimiser steps on so many samples."""
@@ -347,8 +366,7 @@ def measure(recipe: Recipe) -> float:
     device = _device(recipe)
     student, loss = build(recipe, device)
     state = TrainingState(student, settings)
-    if settings.compile:
-        compiled(student)
+    prepare(student, loss)
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []

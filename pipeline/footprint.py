@@ -22,7 +22,7 @@ CARDS = (24, 40, 80, 141)  # GB of common GPUs: RTX 4090 or L4, A100, H100, H200
 RUNTIME = 1.5e9  # bytes for the CUDA context and the libraries' workspaces
 SLACK = 1.15  # a GPU's autocast keeps a little more than the CPU's, whose kernels are traced, and memory fragments
 M = TypeVar("M", bound=nn.Module)
-SIZES = (2, 4)  # samples of the two runs that a line is drawn through
+SIZES = (4, 16)  # samples of the two runs that a line is drawn through; with fewer, an optimiser may need the most
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -18,17 +19,23 @@ from scipy.special import ndtri
 Dtype = Literal["float16", "float32"]
 
 GAUSSIAN, UNIFORM, CHOICE = 1, 2, 3  # the streams of one sample live in different counters
+LEADING = 17  # bits of a draw that settle its normal as float16, but for 13 % of the draws; a table of 256 KB
+UNSETTLED = np.uint16(0x7E00)  # float16's NaN, which no draw gives
+ERROR = 1e-9  # far above ndtri's own, relative and, near 0, absolute
 
 
 def _bits(seed: int, ids: Sequence[int] | np.ndarray, stream: int, count: int, block: int = 0) -> np.ndarray:
     """uint64 [len(ids), count]: the raw Philox stream ``stream`` of every sample, from its block ``block``."""
+    raw = [_stream(seed, i, stream, count, block) for i in ids]
+    return np.stack(raw) if raw else np.empty((0, count), dtype=np.uint64)
+
+
+def _stream(seed: int, sample: int, stream: int, count: int, block: int = 0) -> np.ndarray:
+    """One sample's row of ``_bits``, uint64 [count]; ValueError for a seed out of range."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed is {seed}; it must lie between 0 and 2^63 - 1.")
-    raw = [
-        np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, block, stream]).random_raw(count)
-        for i in ids
-    ]
-    return np.stack(raw) if raw else np.empty((0, count), dtype=np.uint64)
+    key = np.array([seed, sample], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, block, stream]).random_raw(count)
 
 
 def _open_unit(bits: np.ndarray) -> np.ndarray:
@@ -37,9 +44,43 @@ def _open_unit(bits: np.ndarray) -> np.ndarray:
 
 
 def gaussian(seed: int, ids: Sequence[int] | np.ndarray, length: int, dim: int, dtype: Dtype = "float16") -> np.ndarray:
-    """Noise sequences X_1 ~ N(0, I), rounded to ``dtype``: [len(ids), length, dim]."""
-    normal = ndtri(_open_unit(_bits(seed, ids, GAUSSIAN, length * dim)))
-    return normal.astype(dtype).reshape(-1, length, dim)
+    """Noise sequences X_1 ~ N(0, I), rounded to ``dtype``: [len(ids), length, dim].
+
+    ndtri of ``_open_unit``, row by row, so that a row stays in the processor's cache; in float16 mostly looked up.
+    VAR's 680 x 32 take 0.19 ms of a core of an Intel Xeon in float16, a third of it Philox, and 0.61 without the two;
+    as float32 0.37 and 0.52.
+    """
+    out = np.empty((len(ids), length * dim), dtype)
+    for row, sample in zip(out, ids, strict=True):
+        bits = _stream(seed, sample, GAUSSIAN, length * dim)
+        if dtype == "float16":
+            _look_up(bits, row.view(np.uint16))
+        else:
+            row[:] = ndtri(_open_unit(bits))
+    return out.reshape(-1, length, dim)
+
+
+def _look_up(bits: np.ndarray, out: np.ndarray) -> None:
+    """float16(ndtri(_open_unit(bits))), bit for bit, of uint64 [count] into ``out`` uint16 [count]."""
+    cell = (bits >> np.uint64(64 - LEADING)).view(np.int64)
+    np.take(_halves(), cell, out=out, mode="clip")  # no index is beyond; "raise" would copy ``out``
+    rest = np.flatnonzero(out == UNSETTLED)
+    out[rest] = ndtri(_open_unit(bits[rest])).astype(np.float16).view(np.uint16)
+
+
+@cache
+def _halves() -> np.ndarray:
+    """What draws with the same ``LEADING`` bits have in common: uint16 [2^LEADING], a float16 or ``UNSETTLED``.
+
+    The inverse CDF rises, so a normal lies between those of its cell's ends. If both round to the same float16, and
+    still do when each is moved outwards by more than the error of ndtri, all of the cell does. Made in 5 ms.
+    """
+    first = np.arange(1 << LEADING, dtype=np.uint64) << np.uint64(64 - LEADING)
+    last = first + np.uint64((1 << (64 - LEADING)) - 1)
+    low, high = (ndtri(_open_unit(end)) for end in (first, last))
+    low, high = low - ERROR * (1 + np.abs(low)), high + ERROR * (1 + np.abs(high))
+    a, b = (end.astype(np.float16).view(np.uint16) for end in (low, high))
+    return np.where(a == b, a, UNSETTLED)
 
 
 def uniform(seed: int, ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:

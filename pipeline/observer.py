@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,16 +32,32 @@ class Message(NamedTuple):
 
 
 Report = Callable[[Message], None]
+T = TypeVar("T")
+
+
+def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
+    """The items, each with the seconds that the caller waited for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, item
 
 
 class Window:
-    """Sums over the steps since the last log line. They stay on the device until ``close``."""
+    """Sums over the steps since the last log line. They stay on the device until ``close``.
+
+    ``waited`` are the seconds that the loop waited for pairs; whoever runs the loop adds to them. A device that still
+    has work from earlier steps may not have noticed.
+    """
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
         self.settings = settings
         self.sums = torch.zeros(len(settings.start_steps), len(losses.COLUMNS), device=device)
         self.norm = torch.zeros((), device=device)
-        self.steps, self.since = 0, time.perf_counter()
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
     def add(self, sums: Tensor, norm: Tensor) -> None:
         """Take one step's sums in, on the device."""
@@ -50,15 +66,21 @@ class Window:
         self.steps += 1
 
     def close(self) -> dict[str, float]:
-        """Metrics over the window and over all workers, which must all call this; then a new window begins."""
+        """Metrics over the window and over all workers, which must all call this; then a new window begins.
+
+        ``data_wait`` is the share of the time that the worker which waited longest for its pairs did.
+        """
+        waited = torch.tensor(self.waited, device=self.sums.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums)
+            torch.distributed.all_reduce(waited, torch.distributed.ReduceOp.MAX)
         out = losses.summary(self.settings, self.sums) | {"gradient_norm": self.norm.item() / self.steps}
         now = time.perf_counter()
-        out |= {"images_per_second": self.steps * self.settings.batch / (now - self.since)}
+        seconds = now - self.since
+        out |= {"images_per_second": self.steps * self.settings.batch / seconds, "data_wait": waited.item() / seconds}
         self.sums.zero_()
         self.norm.zero_()
-        self.steps, self.since = 0, now
+        self.steps, self.waited, self.since = 0, 0.0, now
         return out
 
 

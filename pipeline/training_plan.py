@@ -14,7 +14,8 @@ from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, TrainSettings, fingerprint, leaves
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
-NOT_FACTS = ("uri", "workers", "micro_batch", "compile", "checkpoint_every", "keep", "log_every", "snapshots", "export")
+SPEED = ("workers", "micro_batch", "compile", "recompute")
+NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export")
 
 
 @dataclass(frozen=True)

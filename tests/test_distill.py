@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert np.mean(loss[-8:]) < 0.6 * np.mean(loss[:4])
     logged = {name for _, values in journal.history for name in values}
     assert {"cross_entropy", "perceptual", "token_accuracy", "t1/cross_entropy", "t2/perceptual"} <= logged
-    assert {"lr", "gradient_norm", "images_per_second", "seconds", "held_out/loss", "held_out/t2/perceptual"} <= logged
+    assert {"lr", "gradient_norm", "images_per_second", "data_wait", "seconds"} <= logged
+    assert {"held_out/loss", "held_out/t2/perceptual"} <= logged
     assert journal.curve("held_out/token_accuracy").keys() == {40, 80}
     assert journal.curve("token_accuracy")[80] > journal.curve("token_accuracy")[1] + 0.2
 
@@ -235,6 +237,36 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert all(torch.equal(one[name], other[name]) for name in one)
     kept = sorted(path.name for path in Path(recipe.student_uri, "checkpoints").iterdir())
     assert kept == ["step-00000006.pt", "step-00000008.pt"]
+
+
+def test_waiting_for_data_is_seen(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against a stream that takes 0.3 s for each of the batches of one log line in two."""
+    quick = training_data.batches
+
+    def slow(*args: Any) -> Iterator[Any]:
+        for number, item in enumerate(quick(*args)):
+            time.sleep(0.3 if number // 2 % 2 else 0.0)
+            yield item
+
+    monkeypatch.setattr(training_data, "batches", slow)
+    distill(with_train(recipe, epochs=3, log_every=2, checkpoint_every=100, snapshots=1))
+    waits, rates = journal.curve("data_wait"), journal.curve("images_per_second")
+    assert list(waits) == [2, 4, 6, 8, 10, 12]
+    for step, share in waits.items():
+        seconds = 16 / rates[step]
+        assert 0 <= share < 1
+        if step % 4 == 0:
+            assert share * seconds == pytest.approx(0.6, abs=0.2), "what it slept"
+    assert max(waits[2], waits[6], waits[10]) < min(waits[4], waits[8], waits[12])
+    assert capsys.readouterr().err.startswith("steps 2/12, loss")
+
+
+def test_waiting_is_named_from_two_per_cent() -> None:
+    metrics = {"loss": 1.25, "lr": 0.1, "images_per_second": 30.0}
+    assert job.noteworthy(metrics | {"data_wait": 0.019}) == "loss 1.25, images_per_second 30"
+    assert job.noteworthy(metrics | {"data_wait": 0.021}) == "loss 1.25, images_per_second 30, data_wait 0.021"
 
 
 def truncated(path: Path) -> None:
@@ -572,7 +604,7 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Pl
         return replace(plan, recipe=with_train(plan.recipe, **changes)).fingerprint
 
     assert with_(uri="elsewhere", workers=2, checkpoint_every=9, keep=9, log_every=9, snapshots=9) == plan.fingerprint
-    assert with_(compile=True) == plan.fingerprint
+    assert with_(compile=True, recompute=True, micro_batch=2) == plan.fingerprint
     assert with_(seed=4) != plan.fingerprint
     assert with_(precision="bf16") != plan.fingerprint
     gpus = replace(plan.recipe, cluster=replace(plan.recipe.cluster, gpus=1))

@@ -48,22 +48,33 @@ def test_attention_matrices_can_be_left_out() -> None:
     assert (meter.live, left.numel()) == (kept.numel() * 4, 98)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
+@pytest.mark.parametrize(("family", "recompute"), [("var", False), ("var", True), ("llamagen", False)])
+def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family, recompute: bool) -> None:
     recipe = tiny(tmp_path, family)
+    recipe = replace(recipe, train=replace(recipe.train, recompute=recompute))
     planned = distill.footprint_of(recipe)
-    layout, samples = checkpoints.config(recipe.teacher).layout, 5
+    layout, samples = checkpoints.config(recipe.teacher).layout, 20
     with Meter() as meter:
         student, loss = distill.build(recipe, torch.device("cpu"))
         rows = training_data.made_up(layout, samples)
         batch = training_data.noised(rows, 0, recipe.train, layout, loss.tokenizer.codebook)
         meter.peak = 0  # of a network as small as this, the making takes more than the training
         state = TrainingState(student, recipe.train)
+        distill.prepare(student, loss)
         for _ in range(2):
             distill.step(student, loss, state, batch, total=2)
     expected = planned.fixed + samples * planned.sample
     assert meter.peak == pytest.approx(expected, rel=0.03)
     assert planned.fixed > 20 * sum(p.numel() for p in student.parameters())
+
+
+def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, micro_batch=1))
+    again = replace(recipe, train=replace(recipe.train, recompute=True))
+    plain, less = distill.footprint_of(recipe), distill.footprint_of(again)
+    assert less.sample < 0.7 * plain.sample
+    assert less.fixed == pytest.approx(plain.fixed, rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

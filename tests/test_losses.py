@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny
 from torch import Tensor, nn
 
-from pipeline import losses
+from pipeline import distill, losses
 from pipeline.losses import Loss, Lpips, cross_entropy, summary, trunk_file
-from pipeline.models.base import Layout, Prediction, Tokenizer
+from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
 from pipeline.recipe import TrainSettings
 
 LAYOUT = Layout(groups=(1, 4, 9), vocabulary=11, code_dim=3, classes=2, image_size=16)
@@ -202,6 +204,32 @@ def test_lpips_is_frozen_and_differentiable_in_the_image(kind: str) -> None:
     with torch.no_grad():
         assert torch.allclose(distance, network.net(a, b).view(2))
         assert not torch.allclose(distance, network.net(a, b, normalize=True).view(2)), "images are in [-1, 1]"
+
+
+def test_where_channels_lie_changes_rounding_only() -> None:
+    network = Lpips("alex", pretrained=False)
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    convolutions = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    a, b = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert torch.allclose(network(a, b), plain(a, b), rtol=1e-5)
+
+
+def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) -> None:
+    """Of a real tokenizer and its perceptual network, in a step of training."""
+    recipe = tiny(tmp_path)
+    student, loss = distill.build(recipe, torch.device("cpu"))
+    frozen = [loss.tokenizer, loss.network]
+    assert not any(p.requires_grad for net in frozen for p in net.parameters())
+    assert not any(m.training for net in frozen for m in net.modules())
+    assert not loss.tokenizer.codebook.requires_grad
+    decoded: list[Tensor] = []
+    loss.tokenizer.decoder.register_forward_hook(lambda module, args, out: decoded.append(out))
+    tokens = torch.zeros(2, loss.tokenizer.layout.length, dtype=torch.long)
+    x, t = loss.tokenizer.codebook[tokens], torch.tensor([1, 2])
+    loss(student(x, t, Condition(torch.zeros(2, dtype=torch.long))), tokens, t)[0].backward()
+    assert [image.requires_grad for image in decoded] == [False, True], "the teacher's, then the student's"
+    assert all(p.grad is None for net in frozen for p in net.parameters())
 
 
 def test_the_digits_network_comes_with_the_package() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import ndtr
 
 from pipeline import noise
 
@@ -59,6 +60,24 @@ def test_the_open_unit_never_gives_an_infinite_normal() -> None:
     assert (ends > 0).all()
     assert (ends < 1).all()
     assert np.isfinite(noise.ndtri(ends)).all()
+
+
+def test_what_is_looked_up_is_what_the_inverse_cdf_gives() -> None:
+    """Bit for bit: at random, at both ends of every cell, and on either side of where float16 rounds to another."""
+    cells = np.arange(1 << noise.LEADING, dtype=np.uint64) << np.uint64(64 - noise.LEADING)
+    halves = np.arange(0x4900, dtype=np.uint16).view(np.float16).astype(np.float64)  # 0 to 10
+    between = (halves[1:] + halves[:-1]) / 2
+    steps = (ndtr(np.concatenate([-between, between])) * 2**52).astype(np.int64)[:, None] + np.arange(-1, 2)
+    steps = np.clip(steps, 0, 2**52 - 1).ravel().astype(np.uint64) << np.uint64(12)
+    drawn = noise._bits(4, range(40), noise.GAUSSIAN, 5_000)
+    for bits in (drawn.ravel(), cells, cells - np.uint64(1), steps):
+        found = np.empty(len(bits), np.uint16)
+        noise._look_up(bits, found)
+        assert np.array_equal(found, noise.ndtri(noise._open_unit(bits)).astype(np.float16).view(np.uint16))
+    assert (noise._halves() == noise.UNSETTLED).mean() == pytest.approx(0.13, abs=0.01)
+    exact = noise.ndtri(noise._open_unit(noise._bits(7, range(20), noise.GAUSSIAN, 20)))
+    for dtype in ("float16", "float32"):
+        assert np.array_equal(noise.gaussian(7, range(20), 5, 4, dtype), exact.astype(dtype).reshape(20, 5, 4))
 
 
 def test_noise_survives_float16_exactly() -> None:

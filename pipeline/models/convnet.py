@@ -95,6 +95,11 @@ class Up(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The residual and attention blocks inside a network."""
+    return [m for m in network.modules() if isinstance(m, ResBlock | FusedAttention | SplitAttention)]
+
+
 def widths(channels: int, multipliers: tuple[int, ...]) -> list[int]:
     """Channels of every level, finest first."""
     return [channels * m for m in multipliers]

@@ -1,0 +1,69 @@
+"""pytest tests/test_training_speed.py: the parts of a step add up to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+from pipeline.losses import Loss
+from pipeline.training_speed import WHOLE, Clock, pieces
+
+LOSSES = {"decode", "decode of the target", "perceptual"}
+ALWAYS = {"batch", "student", "cross-entropy", "backward", "optimiser and average"}
+
+
+def test_the_parts_of_a_step_add_up(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, batch=64, recompute=True))
+    found = pieces(recipe, torch.device("cpu"), repeats=5)
+    assert found.keys() == ALWAYS | LOSSES | {WHOLE}
+    assert min(found.values()) > 0
+    assert sum(found.values()) - found[WHOLE] == pytest.approx(found[WHOLE], rel=0.5)
+
+
+def test_what_the_recipe_leaves_out_is_missing(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, "llamagen")
+    recipe = replace(recipe, train=replace(recipe.train, lpips=0.0, split=9))
+    assert pieces(recipe, torch.device("cpu"), repeats=1).keys() == ALWAYS | {WHOLE}
+
+
+def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that each call of a network advances by another number."""
+    at = [0.0]
+    monkeypatch.setattr(Clock, "now", lambda clock: at[0])
+
+    def slow(kind: type, name: str, seconds: float) -> None:
+        call = getattr(kind, name)
+
+        def later(*args: object) -> object:
+            at[0] += seconds
+            return call(*args)
+
+        monkeypatch.setattr(kind, name, later)
+
+    from pipeline.digits import Perceptual
+    from pipeline.models.var.student import Student
+    from pipeline.models.var.tokenizer import Tokenizer
+    from pipeline.training_state import TrainingState
+
+    slow(Student, "forward", 1)
+    slow(Loss, "__call__", 10)
+    slow(Tokenizer, "decode", 100)
+    slow(Perceptual, "forward", 1000)
+    slow(TrainingState, "advance", 10_000)
+    found = pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)
+    assert found == {
+        WHOLE: 11_211,
+        "batch": 0,
+        "student": 1,
+        "cross-entropy": 10,
+        "decode": 100,
+        "decode of the target": 100,
+        "perceptual": 1000,
+        "backward": 0,
+        "optimiser and average": 10_000,
+    }
