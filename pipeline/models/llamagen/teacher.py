@@ -218,7 +218,7 @@ def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
     if filter.temperature != 1:
         logits = logits / max(filter.temperature, 1e-5)
     if 0 < filter.top_k < logits.shape[-1]:
-        smallest = logits.topk(filter.top_k).values[..., -1:]
+        smallest = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if filter.top_p < 1:
         ranked, order = logits.sort(descending=True)

@@ -166,7 +166,7 @@ def filtered(logits: Tensor, filter: Filter) -> Tensor:
     if filter.temperature != 1:
         logits = logits / filter.temperature
     if 0 < filter.top_k < logits.shape[-1]:
-        least = logits.topk(filter.top_k).values[..., -1:]
+        least = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if filter.top_p < 1:
         ascending, order = logits.sort(dim=-1)
