@@ -24,6 +24,7 @@ class Tapes:
 
     def __call__(self, function: Callable[[], object]) -> Callable[[], None]:
         tape = Tape()
+        function()  # warms up, as on a GPU
         with tape:
             function()
         self.tapes.append(tape)
