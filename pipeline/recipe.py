@@ -60,6 +60,8 @@ class TeacherSettings:
         precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16. Flow matching is always
             in full float32.
         compile: torch.compile the transformer's blocks. Changes float rounding only.
+        graphs: record what a GPU does in every AR step as a CUDA graph and replay it, in generations from the first
+            step on whose batch size comes twice in a row. Changes nothing but speed; the graphs take memory.
         unpickle: read .pt and .pth files (students' too) that hold more than tensors and plain values. Reading them
             runs code that they bring along: only for files that you trust.
     """
@@ -71,6 +73,7 @@ class TeacherSettings:
     filter: Filter = field(default_factory=Filter)
     precision: Precision = "fp32"
     compile: bool = False
+    graphs: bool = False
     unpickle: bool = False
 
 
@@ -402,6 +405,12 @@ class Recipe:
                 f"{name}.precision is tf32 and cluster.gpus is {self.cluster.gpus:g}, but only GPUs have TF32 products;"
                 f" set {name}.precision to fp32, or cluster.gpus above 0.",
             )
+
+        _check(
+            self.cluster.runs_on == "cuda" or not self.teacher.graphs,
+            f"teacher.graphs is true, but the models run on the CPU (cluster.gpus {self.cluster.gpus:g}, cluster.device"
+            f" {self.cluster.device}), and CUDA graphs need a GPU; set teacher.graphs to false, or run on GPUs.",
+        )
 
     @property
     def pairs_uri(self) -> str:

@@ -198,7 +198,8 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
             "seconds of all actors": round(seconds, 1),
         },
         "timing": {key: timing[key] for key in ("device", "threads")}
-        | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile},
+        | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
+        | {"CUDA graphs of the teacher": recipe.teacher.graphs},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "fingerprint": plan.fingerprint(),
     }

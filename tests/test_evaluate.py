@@ -24,7 +24,7 @@ from pipeline.evaluate import Artist, in_order
 from pipeline.metrics import frechet
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import ClusterSettings, Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, Models
 
 SAMPLERS: list[dict[str, Any]] = [
@@ -415,7 +415,11 @@ def test_a_students_precision_is_in_its_draws_alone_and_compiling_in_none(recipe
     for draw in base.draws():
         assert (low.key(draw) == base.key(draw)) is not bool(draw.student)
         assert fast.key(draw) == base.key(draw)
-    assert len({made.fingerprint() for made in (base, low, fast)}) == 3, "what is compiled is timed anew"
+    graphs = dataclasses.replace(recipe.teacher, graphs=True)
+    recorded = plan.prepare(dataclasses.replace(recipe, teacher=graphs, cluster=ClusterSettings(gpus=1)))
+    assert recorded.key(base.draws()[0]) == base.key(base.draws()[0])
+    made = (base, low, fast, recorded)
+    assert len({each.fingerprint() for each in made}) == 4, "what is compiled or recorded is timed anew"
 
 
 def plan_solver() -> Any:

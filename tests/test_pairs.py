@@ -22,7 +22,7 @@ from pipeline import manifest, noise, pair_stream, pairs, storage
 from pipeline.manifest import Facts, Shard
 from pipeline.pair_stream import Pairs, PairStream
 from pipeline.pairs import Rows
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import ClusterSettings, Recipe, fingerprint
 
 
 @pytest.fixture
@@ -156,6 +156,7 @@ def test_the_fingerprint_covers_what_shapes_rows_and_nothing_else(recipe: Recipe
     same = [with_pairs(recipe, count=7), with_pairs(recipe, batch=3, actors=9), replace(recipe, name="x", run="/y")]
     same.append(with_pairs(recipe, uri="/elsewhere", verify=True))
     same.append(replace(recipe, teacher=replace(recipe.teacher, compile=True)))
+    same.append(replace(recipe, teacher=replace(recipe.teacher, graphs=True), cluster=ClusterSettings(gpus=1)))
     defaults = recipe.teacher.config | {"mlp_ratio": 4}
     same.append(replace(recipe, teacher=replace(recipe.teacher, config=defaults)))
     assert {of(changed) for changed in same} == {of(recipe)}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.graphs import Graphs, Recording
 from pipeline.precision import full_precision
 from pipeline.recipe import Filter
 
@@ -121,13 +122,14 @@ class Teacher(nn.Module):
     """A pre-trained AR model with its tokenizer and its sampling filter.
 
     ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
-    ``tokenizer`` has its own file.
+    ``tokenizer`` has its own file. With ``graphs``, AR steps are recorded and replayed, on a GPU.
     """
 
     layout: Layout
     filter: Filter
     tokenizer: Tokenizer
     network: nn.Module
+    graphs: Graphs | None = None
 
     @property
     def codebook(self) -> Tensor:
@@ -148,6 +150,13 @@ class Teacher(nn.Module):
         step and for a stop that is not after the prefix.
         """
         raise NotImplementedError
+
+    def recording(self, batch: int, memory: Callable[[], Any]) -> Recording | None:
+        """The graphs for a generation from AR step 1 on, if there are any; ``memory`` makes the family's part."""
+        if self.graphs is None:
+            return None
+        device, shapes = self.codebook.device, [(batch, group, self.layout.vocabulary) for group in self.layout.groups]
+        return self.graphs.find((batch, self.filter), lambda capture: Recording(capture, memory(), shapes, device))
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, n, C] -> images [B, 3, H, W]; differentiable."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.compilation import compiled
 from pipeline.models.base import Student, Teacher, Tokenizer
+from pipeline.models.graphs import Graphs
 from pipeline.models.mismatch import advice
 from pipeline.recipe import TeacherSettings
 
@@ -224,13 +225,15 @@ def checksums(settings: TeacherSettings) -> dict[str, str]:
 
 
 def teacher(settings: TeacherSettings) -> Teacher:
-    """The frozen teacher of a recipe with its weights, compiled if the recipe says so."""
+    """The frozen teacher of a recipe with its weights, compiled and recorded if the recipe says so."""
     with torch.device("meta"):
         model: Teacher = family(settings).Teacher(config(settings), settings.filter)
     load(model.tokenizer, settings.tokenizer, settings.unpickle)
     load(model.network, settings.checkpoint, settings.unpickle)
     if settings.compile:
         compiled(model.network, dynamic=True)
+    if settings.graphs:
+        model.graphs = Graphs()
     return cast(model, settings).eval().requires_grad_(False)
 
 

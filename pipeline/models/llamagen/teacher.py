@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.models import base
 from pipeline.models.attention import attend
 from pipeline.models.base import Condition as Labels
+from pipeline.models.graphs import eagerly
 from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
 from pipeline.models.llamagen.tokenizer import Config, Tokenizer
 from pipeline.recipe import Filter
@@ -214,9 +215,10 @@ def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
     Top-k keeps ties with the k-th. Top-p keeps the most probable codes up to and including the one with which
     their sum exceeds ``top_p``; among equals torch.sort's order decides, as in the official code.
     """
-    logits = logits / max(filter.temperature, 1e-5)
+    if filter.temperature != 1:
+        logits = logits / max(filter.temperature, 1e-5)
     if 0 < filter.top_k < logits.shape[-1]:
-        smallest = logits.topk(filter.top_k).values[..., -1:]
+        smallest = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if filter.top_p < 1:
         ranked, order = logits.sort(descending=True)
@@ -264,30 +266,63 @@ class Teacher(base.Teacher):
     ) -> Tensor:
         """See ``base.Teacher.generate``; a prefix goes through the network in one causal pass."""
         first, end = self.span(prefix, stop)
-        batch, network, device = len(condition), self.network, self.codebook.device
-        codes = torch.empty(batch, end - 1, dtype=torch.long, device=device)
+        batch = len(condition)
+        codes = torch.empty(batch, end - 1, dtype=torch.long, device=self.codebook.device)
         if prefix is not None:
             codes[:, : first - 1] = prefix
-        copies = 2 if self._guided(first) else 1
-        halves = [condition, network.null(condition)][:copies]
-        rotations, cache = rotary(self.config, device), network.cache(copies * batch, end - 1)
-        mask = condition.mask(end - 2).repeat(copies, 1, 1, 1) if isinstance(condition, Captions) else None
-        h = network.embed(halves, codes[:, : first - 1])
+        # No job draws from captions, so their masks need no place in a recording.
+        recorded = first == 1 and isinstance(condition, Labels)
+        recording = self.recording(batch, lambda: Pass(self, batch, self.layout.length)) if recorded else None
+        sequence = recording.memory if recording else Pass(self, batch, end - 1, first, condition)
+        draw = recording or eagerly
+        halves = [condition, self.network.null(condition)][: self.copies(first)]
         for t in range(first, end):
-            if copies == 2 and not self._guided(t):  # from here on only the conditional half counts
-                copies, h, cache = 1, h[:batch], cache[:, :, :batch]
-                mask = mask[:batch] if mask is not None else None
-            here = self.config.conditions - 1 + t
-            start = here - h.shape[1]
-            logits = network.extend(h, rotations[start:here], cache, start, mask)
-            if copies == 2:
-                cond, uncond = logits.chunk(2)
-                logits = uncond + self.filter.guidance * (cond - uncond)
-            codes[:, t - 1 : t] = choose(t, log_probabilities(logits, self.filter))
-            h = network.tok_embeddings(codes[:, t - 1 : t].repeat(copies, 1))
+            if t == first:
+                log_p = draw(t, sequence.begin, self.network.embed(halves, codes[:, : t - 1]))
+            else:
+                log_p = draw(t, sequence.follow, codes[:, t - 2 : t - 1])
+            codes[:, t - 1 : t] = choose(t, log_p)
         return codes
 
-    def _guided(self, t: int) -> bool:
-        """Whether AR step t is guided: without an interval all are, else the first and K + 1 after it."""
+    def copies(self, t: int) -> int:
+        """Sequences per image in AR step t: two where it is guided, conditional ones first.
+
+        Without an interval all steps are, else the first and K + 1 after it.
+        """
         last = self.config.guidance_interval
-        return self.filter.guidance != 1 and (last < 0 or t <= last + 2)
+        return 2 if self.filter.guidance != 1 and (last < 0 or t <= last + 2) else 1
+
+
+class Pass:
+    """One generation on its way through the network, AR step after AR step: its cache, its rotations, its mask."""
+
+    def __init__(
+        self, teacher: Teacher, batch: int, length: int, first: int = 1, condition: Labels | Captions | None = None
+    ) -> None:
+        """Room for ``length`` codes of ``batch`` images, drawn from AR step ``first`` on."""
+        self.teacher, self.network, self.batch = teacher, teacher.network, batch
+        copies = teacher.copies(first)
+        self.cache = self.network.cache(copies * batch, length)
+        self.rotations = rotary(teacher.config, self.cache.device)
+        self.mask = None
+        if isinstance(condition, Captions):
+            self.mask = condition.mask(length - 1).repeat(copies, 1, 1, 1)
+
+    def begin(self, t: int, h: Tensor) -> Tensor:
+        """AR step t from the inputs [copies * B, g, dim] of all positions up to its own -> log p [B, 1, V]."""
+        return self._draw(t, h)
+
+    def follow(self, t: int, codes: Tensor) -> Tensor:
+        """AR step t from the codes [B, 1] of the one before -> log p [B, 1, V]."""
+        return self._draw(t, self.network.tok_embeddings(codes).repeat(self.teacher.copies(t), 1, 1))
+
+    def _draw(self, t: int, h: Tensor) -> Tensor:
+        # In the step after guidance ends the unconditional half is left behind.
+        here, rows = self.teacher.config.conditions - 1 + t, len(h)
+        start = here - h.shape[1]
+        mask = None if self.mask is None else self.mask[:rows]
+        logits = self.network.extend(h, self.rotations[start:here], self.cache[:, :, :rows], start, mask)
+        if rows == 2 * self.batch:
+            cond, uncond = logits.chunk(2)
+            logits = torch.lerp(uncond, cond, self.teacher.filter.guidance)
+        return log_probabilities(logits, self.teacher.filter)

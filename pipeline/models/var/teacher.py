@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
 from pipeline.models import base
 from pipeline.models.base import Choose, Condition
+from pipeline.models.graphs import eagerly
 from pipeline.models.var.config import Config
 from pipeline.models.var.tokenizer import Tokenizer
 from pipeline.models.var.transformer import Transformer, initialise, modulated
@@ -44,6 +47,16 @@ class Pass:
         self.modulations = network.modulations(condition)
         self.head = network.head_nm.modulation(condition)
         self.cache = network.cache(len(labels), length) if length else None
+
+    def restart(self, labels: Tensor) -> None:
+        """Other labels, as many, in the memory of the former ones: where graphs look for them."""
+        fresh = Pass(self.network, labels)
+        for mine, new in zip(self._given(), fresh._given(), strict=True):
+            mine.copy_(new)
+
+    def _given(self) -> list[Tensor]:
+        """All that depends on the class."""
+        return [self.start, *self.head, *chain.from_iterable(self.modulations)]
 
     def __call__(self, inputs: Tensor, masked: bool = True, last: int = 0) -> Tensor:
         """The next m positions -> their logits [B, m, V], or those of the ``last`` ones only.
@@ -105,15 +118,26 @@ class Teacher(base.Teacher):
             return prefix
         if self.filter.guidance:
             labels = torch.cat([labels, torch.full_like(labels, layout.classes)])
-        network = Pass(self.network, labels, layout.before(end))
+        whole = layout.before(layout.steps + 1)
+        recording = self.recording(len(prefix), lambda: Pass(self.network, labels, whole)) if first == 1 else None
+        if recording:
+            sequence: Pass = recording.memory
+            sequence.restart(labels)
+        else:
+            sequence = Pass(self.network, labels, layout.before(end))
         f_hat, inputs = quantize.replay(self.codebook[prefix])
         x = torch.cat([self.codebook.new_empty(len(prefix), 0, layout.code_dim), *inputs], dim=1)
-        codes = [prefix]
-        for t in range(first, end):
+
+        def step(t: int, x: Tensor) -> Tensor:
+            sequence.end = layout.before(t) if t > first else 0  # a replay does not count
             # With a prefix, the first pass holds several scales, and only there does a mask say something.
             masked = t == first > 1 and self.config.prefix_mask == "causal"
-            logits = guided(network(x, masked, layout.groups[t - 1]), self.filter.guidance, t, layout.steps)
-            codes.append(choose(t, filtered(logits, self.filter)))
+            logits = sequence(x, masked, layout.groups[t - 1])
+            return filtered(guided(logits, self.filter.guidance, t, layout.steps), self.filter)
+
+        draw, codes = recording or eagerly, [prefix]
+        for t in range(first, end):
+            codes.append(choose(t, draw(t, step, x)))
             if t + 1 < end:
                 added = quantize.contribution(self.codebook[codes[-1]], t - 1)
                 f_hat = added if f_hat is None else f_hat + added
@@ -130,8 +154,7 @@ def guided(logits: Tensor, guidance: float, t: int, steps: int) -> Tensor:
     if not guidance:
         return logits
     conditional, unconditional = logits.chunk(2)
-    w = guidance * (t - 1) / (steps - 1)
-    return (1 + w) * conditional - w * unconditional
+    return torch.lerp(unconditional, conditional, 1 + guidance * (t - 1) / (steps - 1))
 
 
 def filtered(logits: Tensor, filter: Filter) -> Tensor:
@@ -143,11 +166,11 @@ def filtered(logits: Tensor, filter: Filter) -> Tensor:
     if filter.temperature != 1:
         logits = logits / filter.temperature
     if 0 < filter.top_k < logits.shape[-1]:
-        least = logits.topk(filter.top_k).values[..., -1:]
+        least = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if filter.top_p < 1:
         ascending, order = logits.sort(dim=-1)
         gone = ascending.softmax(-1).cumsum(-1) <= 1 - filter.top_p
-        gone[..., -1] = False
+        gone[..., -1].fill_(False)
         logits = logits.masked_fill(gone.scatter(-1, order, gone), -torch.inf)
     return logits.log_softmax(-1)
