@@ -71,13 +71,15 @@ def taught(teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
     ids = np.arange(max(10, math.ceil(4 * TOKENS / layout.length)))
     device = teacher.codebook.device
     x = torch.from_numpy(noise.gaussian(0, ids, layout.length, layout.code_dim)).float().to(device)
+    matcher = flow.Matcher(teacher.codebook)
 
     def choose(t: int, log_p: Tensor) -> Tensor:
         part = x[:, layout.span(t)]
         kept.append((part.flatten(0, 1), log_p.flatten(0, 1)))
-        return flow.match(part, log_p, teacher.codebook)
+        return matcher(part, log_p)
 
     teacher.generate(Condition(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), choose)
+    matcher.check()
     points, log_p = torch.cat([a for a, _ in kept]), torch.cat([b for _, b in kept])
     some = torch.linspace(0, len(points) - 1, TOKENS, device=device).long()
     return points[some], log_p[some], teacher.codebook
@@ -130,8 +132,11 @@ def speed(teacher: Teacher, student_of: type[Student]) -> list[str]:
         def best(t: int, log_p: Tensor) -> Tensor:
             return log_p.argmax(-1)
 
-        def matched(t: int, log_p: Tensor, x: Tensor = x) -> Tensor:
-            return flow.match(x[:, layout.span(t)], log_p, teacher.codebook)
+        def matched(condition: Condition = condition, x: Tensor = x) -> Tensor:
+            matcher = flow.Matcher(teacher.codebook)
+            codes = teacher.generate(condition, lambda t, log_p: matcher(x[:, layout.span(t)], log_p))
+            matcher.check()
+            return codes
 
         def uncached(condition: Condition = condition) -> Tensor:
             codes = None
@@ -142,7 +147,7 @@ def speed(teacher: Teacher, student_of: type[Student]) -> list[str]:
 
         cached = _median(partial(teacher.generate, condition, best), device)
         slow = _median(uncached, device)
-        flowing = _median(partial(teacher.generate, condition, matched), device)
+        flowing = _median(matched, device)
         step = _median(partial(student.jump, x, x, 1, condition, layout.steps), device)
         lines.append(
             f"| {batch} | {1000 * cached / batch:.2f} | {slow / cached:.1f}x | {flowing / cached:.2f}x |"
