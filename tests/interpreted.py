@@ -25,10 +25,10 @@ def on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow_triton, "LIST", 128)
 
 
-def plain(noise: Tensor, log_p: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def plain(noise: Tensor, log_p: Tensor, codebook: Tensor, solver: Solver = flow.ADAPTIVE) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "has_kernel", lambda codebook, solver: False)
-        return flow.match_counted(noise, log_p, codebook)
+        return flow.match_counted(noise, log_p, codebook, solver)
 
 
 def case(codes: int, dimension: int, tokens: int, kept: int | None = None, sharpness: float = 2.0) -> list[Tensor]:
@@ -62,6 +62,20 @@ def test_codes_and_counts_are_those_of_torch_and_of_the_oracle(
     given = case(codes, dimension, tokens, kept)
     found, _ = assert_as_in_torch(*given)
     assert torch.equal(found, flow_oracle.exact(*given))
+
+
+def test_every_step_ends_where_it_does_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read off early, the code nearest to y / u on a fine grid is a measurement of y; large steps, so that all terms
+    of the method count."""
+    monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
+    monkeypatch.setattr(flow_triton, "TILE", 8192)
+    monkeypatch.setattr(flow_triton, "LIST", 8192)
+    codebook, solver = torch.linspace(-1, 1, 8192)[:, None], Solver(tolerance=0.1)
+    noise, log_p = torch.tensor([[-0.8], [0.1], [1.5]]), (2 * torch.cos(9 * codebook[:, 0])).expand(3, -1)
+    for steps in (1, 2, 6):
+        monkeypatch.setattr(flow_solvers, "MAX_STEPS", steps)
+        found, (expected, _) = flow.match(noise, log_p, codebook, solver), plain(noise, log_p, codebook, solver)
+        assert (found - expected).abs().max() <= 1, "a corrector of 1/13 instead of 1/12 moves it by 4"
 
 
 def test_the_filter_may_cut_anywhere() -> None:
