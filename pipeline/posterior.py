@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 EXIT_WEIGHT, EXIT_GAIN = 0.9, 20.0  # a token is decided when its best weight and the growth of its odds exceed these
 GATHER_BELOW = 3  # each token's K survivors are gathered if K (C + 4) is below this times V
@@ -24,6 +25,11 @@ def standardise(codebook: Tensor) -> Tensor:
 def augment(codebook: Tensor) -> Tensor:
     """[V, C + 1]: |c|^2 / 2 as one more column makes the logits a single matrix product."""
     return torch.cat([codebook, codebook.square().sum(-1, keepdim=True) / 2], -1)
+
+
+def pad_columns(codebook: Tensor) -> Tensor:
+    """[V, W], W the power of two from C on: zeros, which change no product, are the columns that are added."""
+    return pad(codebook, (0, (1 << (codebook.shape[1] - 1).bit_length()) - codebook.shape[1])).contiguous()
 
 
 def blocks(log_p: Tensor, dimension: int) -> Iterator[tuple[Tensor, int | None]]:

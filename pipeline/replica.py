@@ -92,16 +92,18 @@ class Replica:
     ) -> Tensor:
         """Codes [B, n] of the noise; with ``forced`` the teacher goes on from those, and its own go to ``found``."""
         x = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
-        codebook, layout = self.teacher.codebook.float(), self.teacher.layout
+        matcher, layout = flow.Matcher(self.teacher.codebook, self.recipe.pairs.solver), self.teacher.layout
 
         def choose(step: int, log_p: Tensor) -> Tensor:
-            codes = flow.match(x[:, layout.span(step)], log_p, codebook, self.recipe.pairs.solver)
+            codes = matcher(x[:, layout.span(step)], log_p)
             if forced is None or found is None:
                 return codes
             found.append(codes)
             return forced[:, layout.span(step)]
 
-        return self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        tokens = self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        matcher.check()
+        return tokens
 
 
 def outcome(number: int, shard: Shard | None = None, error: Exception | None = None) -> dict[str, np.ndarray]:

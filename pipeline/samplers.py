@@ -231,11 +231,14 @@ class FlowMatched(Sampler):
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
         """Generation in which every token is the code that its noise flows to."""
         codebook, layout = models.teacher.codebook, models.layout
+        matcher = flow.Matcher(codebook, models.solver)
 
         def choose(t: int, log_p: Tensor) -> Tensor:
-            return flow.match(inputs.noise[:, layout.span(t)], log_p, codebook, models.solver)
+            return matcher(inputs.noise[:, layout.span(t)], log_p)
 
-        return codebook[models.generate(choose, inputs)]
+        codes = models.generate(choose, inputs)
+        matcher.check()
+        return codebook[codes]
 
 
 @dataclass(frozen=True)

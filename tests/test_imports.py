@@ -16,8 +16,9 @@ HOMES = {  # package -> the modules that may import it
     "PIL": {"real_images"},
     "matplotlib": {"plots", "ablation_report"},
     "mlxtend": {"digits"},
+    "triton": {"flow_triton"},
 }
-FLOW = {"pipeline.flow", "pipeline.flow_oracle", "pipeline.flow_solvers", "pipeline.posterior"}
+FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
 LOWEST = FLOW | {f"pipeline.{name}" for name in ("compilation", "noise", "precision", "progress", "storage")}
 LOWEST |= {"pipeline.torchvision_ops"}
 
