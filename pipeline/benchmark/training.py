@@ -13,23 +13,27 @@ from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import standin
 from pipeline.pair_stream import Pairs, PairStream
 from pipeline.recipe import Recipe
+from pipeline.training_plan import at_once
+from pipeline.training_speed import WHOLE, pieces
 from pipeline.training_state import TrainingState
 
 ROWS = 4_096  # of the sets that are streamed
 STEPS = 40  # optimiser steps whose waiting is counted
 
 
-def parts(recipe: Recipe, device: torch.device, seconds: float) -> tuple[Section, float]:
+def parts(recipe: Recipe, device: torch.device) -> tuple[Section, float]:
     """Where one optimiser step goes; and its samples a second."""
-    found = distill.pieces(recipe, device, seconds)
-    batch, whole = found.batch, found.seconds["whole step"]
+    found = pieces(recipe, device)
+    samples, whole = at_once(recipe.train), found[WHOLE]
+    weights = f"cross-entropy {recipe.train.cross_entropy:g}, perceptual {recipe.train.lpips:g}"
     section = Section(
         "A training step",
-        f"One optimiser step of {batch} samples (micro-batch {recipe.train.micro_batch or batch}), {found.how}",
+        f"One optimiser step of {samples} samples on one worker ({weights}, {recipe.train.precision}), medians of five;"
+        " its parts in turns with the whole. Targets are decoded once, without gradients.",
     )
-    for name, value in found.seconds.items():
-        section.rows.append({"part": name, "ms": 1000 * value, "share of the step, %": 100 * value / whole})
-    return section, batch / whole
+    for name, seconds in sorted(found.items(), key=lambda part: part[0] == WHOLE):
+        section.rows.append({"part": name, "ms": 1000 * seconds, "share, %": 100 * seconds / whole})
+    return section, samples / whole
 
 
 def stream(recipe: Recipe, folder: str, device: torch.device, rate: float) -> Section:
