@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import manifest, storage
+from pipeline.ahead import ahead
 from pipeline.manifest import Shard
 from pipeline.models.base import Layout
 from pipeline.pairs import Rows, load_shard, noise_of, row_bytes
 
 WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is read once and kept
-T = TypeVar("T")
 
 
 class Pairs(NamedTuple):
@@ -76,8 +75,8 @@ class PairStream:
             )
         if batch > self.count:
             raise ValueError(f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it.")
-        windows = _ahead(self._windows(epoch, seed, batch, start, rank, world))
-        return _ahead(self._pairs(rows) for rows in _cut(windows, batch // world))
+        windows = ahead(self._windows(epoch, seed, batch, start, rank, world))
+        return ahead(self._pairs(rows) for rows in _cut(windows, batch // world))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """The ids of an epoch in order, int64 [count]: what ``batches`` follows."""
@@ -157,13 +156,3 @@ def _cut(windows: Iterator[Rows], size: int) -> Iterator[Rows]:
             yield rows.take(slice(at, at + size))
             at += size
         rest = rows.take(slice(at, None)) if at < len(rows.ids) else None
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made in a thread while the last one is used."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, items, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline import flow, manifest, noise, pairs
+from pipeline.ahead import ahead
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -55,14 +56,15 @@ class Replica:
         """
         size, batch = self.known["shard_rows"], self.recipe.pairs.batch
         ids = number * size + np.arange(size)
-        parts = [self.make(ids[begin : begin + batch]) for begin in range(0, rows, batch)]
+        batches = [ids[begin : begin + batch] for begin in range(0, rows, batch)]
+        drawn = ahead(manifest.gaussian(self.known, some) for some in batches)  # the teacher need not wait for noise
+        parts = [self.make(*one) for one in zip(batches, drawn, strict=True)]
         made = Rows.join(parts).take(slice(0, rows))
         return made if self.known["noise"] == "stored" else made._replace(noise=None)
 
-    def make(self, ids: np.ndarray) -> Rows:
-        """Alg. 1 for the given samples, together."""
+    def make(self, ids: np.ndarray, drawn: np.ndarray) -> Rows:
+        """Alg. 1 for the given samples, together; ``drawn`` [B, n, C] is their noise."""
         labels = noise.labels(ids, self.teacher.layout.classes)
-        drawn = manifest.gaussian(self.known, ids)
         tokens = self._generate(labels, drawn)
         return Rows(ids, labels, drawn, tokens.cpu().numpy().astype(np.uint16))
 
@@ -77,9 +79,10 @@ class Replica:
     def measure(self) -> float:
         """Seconds of one batch, after a short one to warm up."""
         batch = min(self.recipe.pairs.batch, self.known["shard_rows"])
-        self.make(np.arange(min(2, batch)))
+        drawn = manifest.gaussian(self.known, np.arange(batch))
+        self.make(np.arange(min(2, batch)), drawn[:2])
         start = time.perf_counter()
-        self.make(np.arange(batch))
+        self.make(np.arange(batch), drawn)
         return time.perf_counter() - start
 
     @torch.no_grad()

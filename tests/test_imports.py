@@ -19,7 +19,7 @@ HOMES = {  # package -> the modules that may import it
     "triton": {"flow_triton"},
 }
 FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
-LOWEST = FLOW | {f"pipeline.{name}" for name in ("compilation", "noise", "precision", "progress", "storage")}
+LOWEST = FLOW | {f"pipeline.{name}" for name in ("ahead", "compilation", "noise", "precision", "progress", "storage")}
 LOWEST |= {"pipeline.torchvision_ops"}
 
 

@@ -65,7 +65,7 @@ def test_a_short_shard_holds_the_first_rows_of_the_whole_one(tmp_path: Path) -> 
 def test_batches_are_cut_at_fixed_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = replica(tiny(tmp_path)), []
     make = made.make
-    monkeypatch.setattr(made, "make", lambda ids: asked.append(ids.tolist()) or make(ids))
+    monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(ids.tolist()) or make(ids, drawn))
     made.rows(1, 8)
     assert asked == [list(range(16, 22)), list(range(22, 28))], "the batch that row 8 lies in is made whole"
     asked.clear()
@@ -94,7 +94,7 @@ def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path) -> None:
 
 def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
-    monkeypatch.setattr(made, "make", lambda ids: asked.append(len(ids)))
+    monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
     assert made.measure() > 0
     assert asked == [2, 16], "no batch is larger than a shard"
 
