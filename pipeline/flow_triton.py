@@ -50,7 +50,8 @@ def solve(noise: Tensor, log_p: Tensor, codes: Tensor, tolerance: float, flags: 
         tensors = noise[rows], log_p[rows], codes, places, levels, answer[rows], count[rows], flags
         # Named, or Triton warns that its default will change: products and sums may become one rounding.
         options = {"num_warps": WARPS, "enable_fp_fusion": True}
-        _follow[(rows.stop - rows.start,)](*tensors, *sizes, *settings, **tiles, **options)
+        with torch.cuda.device_of(noise):  # Triton launches on the current device, whatever holds the tensors
+            _follow[(rows.stop - rows.start,)](*tensors, *sizes, *settings, **tiles, **options)
     return answer, count
 
 
@@ -155,7 +156,7 @@ def _norm(x):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["dimension", "steps"])
 def _follow(
     noise, log_p, codes, places, levels, answer, count, flags,  # tensors
     stride, vocabulary, dimension,

@@ -94,13 +94,19 @@ def test_the_filter_may_cut_anywhere() -> None:
     assert counts[4:].tolist() == [2.5, 2.5, 2.5]
 
 
-def test_of_equal_codes_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token between two equal codes is never decided: it is read off after the last step, as in torch."""
-    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 12)
-    noise, log_p, codebook = case(100, 16, 3)
+def test_survivors_far_from_the_middle_of_the_codebook() -> None:
+    """Their spread, and not their distance, sets the first step."""
+    noise, log_p, codebook = case(60, 8, 2)
+    codebook = 0.1 * codebook + 10 * (torch.arange(60) < 30)[:, None]
+    assert_as_in_torch(noise, log_p.index_fill(1, torch.arange(30, 60), -math.inf), codebook)
+
+
+def test_of_equal_codes_the_first_is_taken() -> None:
+    """A token between two equal codes is never decided: it is read off after the last step, before u overflows."""
+    noise, log_p, codebook = case(50, 16, 1)
     codes, counts = assert_as_in_torch(noise, log_p.repeat(1, 2), codebook.repeat(2, 1))
-    assert (codes < 100).all()
-    assert counts.tolist() == [13.5] * 3
+    assert (codes < 50).all()
+    assert counts.tolist() == [65.5]
 
 
 def test_a_token_stops_when_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,6 +421,20 @@ def test_shapes_and_normalisation_do_not_matter(solver: Solver) -> None:
     assert torch.equal(case.log_p, kept)  # the caller's tensors are untouched
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
+def test_a_matcher_serves_many_calls(solver: Solver) -> None:
+    case = golden_case("l2_64x8")
+    matcher, other = flow.Matcher(case.codebook, solver), flow.match_counted(*case[2:0:-1], case.codebook, solver)
+    for a, b in zip(matcher.counted(case.noise, case.log_p), other, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(matcher(case.noise[:7], case.log_p[:7]), other[0][:7])
+    with pytest.raises(ValueError, match="noise holds NaN"):  # at once, where no device is waited for
+        matcher(case.noise * math.nan, case.log_p)
+    matcher.check()
+    with pytest.raises(ValueError, match="codebook holds NaN"):
+        flow.Matcher(case.codebook / 0, solver)
+
+
 # ---- difficult tokens
 
 
