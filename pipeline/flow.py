@@ -113,7 +113,7 @@ class Matcher:
         with full_precision(codebook.device):
             # The paper's grid in t is not free of scale and position, so it gets the codebook as it is.
             codes = codebook.float() if solver.name == "paper" else standardise(codebook.float())
-        self.codes = pad_columns(codes) if self.kernel else augment(codes)
+        self.codes, self.padded = augment(codes), pad_columns(codes) if self.kernel else codes
         self.flags = torch.zeros(len(REFUSED), dtype=torch.int32, device=codebook.device)
 
     def __call__(self, noise: Tensor, log_p: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Matcher:
         if self.kernel:
             from pipeline.flow_triton import solve  # not on every machine
 
-            codes, counts = solve(noise, log_p, self.codes, self.solver.tolerance, self.flags)
+            codes, counts = solve(noise, log_p, self.padded, self.solver.tolerance, self.flags)
         else:
             check_numbers(noise, log_p)
             codes, counts = self._solve(noise, log_p)

@@ -6,6 +6,7 @@ coordinates.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +23,20 @@ def standardise(codebook: Tensor) -> Tensor:
     return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
 
 
-def augment(codebook: Tensor) -> Tensor:
-    """[V, C + 1]: |c|^2 / 2 as one more column makes the logits a single matrix product."""
-    return torch.cat([codebook, codebook.square().sum(-1, keepdim=True) / 2], -1)
+class Codes(NamedTuple):
+    """The codes (c, |c|^2 / 2): the half square as one more number makes the logits a single matrix product.
+
+    By rows [V, C + 1], from which a token gathers its survivors, and by columns [C + 1, V], both contiguous.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+def augment(codebook: Tensor) -> Codes:
+    """The codes of a codebook [V, C]."""
+    rows = torch.cat([codebook, codebook.square().sum(-1, keepdim=True) / 2], -1)
+    return Codes(rows, rows.mT.contiguous())
 
 
 def pad_columns(codebook: Tensor) -> Tensor:
@@ -60,19 +72,19 @@ class Block:
     tokens only; answer and count are of all.
     """
 
-    def __init__(self, log_p: Tensor, augmented: Tensor, width: int | None = None) -> None:
+    def __init__(self, log_p: Tensor, augmented: Codes, width: int | None = None) -> None:
         self.open = torch.arange(len(log_p), device=log_p.device)
         self.answer = torch.zeros_like(self.open)
         self.count = torch.zeros_like(self.open, dtype=torch.float32)
         self.places: Tensor | None = None  # [n, K] in the codebook, if gathered
         if width is None:
-            self.codes = augmented.mT.contiguous()
+            self.codes = augmented.columns
         else:  # survivors in the codebook's order, then codes of probability 0
             alive = log_p > -math.inf
             filled = torch.arange(width, device=log_p.device) < alive.sum(-1, keepdim=True)
             self.places = filled.long().masked_scatter_(filled, alive.nonzero()[:, 1])
             log_p = log_p.gather(1, self.places).masked_fill(~filled, -math.inf)
-            codes = augmented.index_select(0, self.places.flatten()).view(*self.places.shape, -1)
+            codes = augmented.rows.index_select(0, self.places.flatten()).view(*self.places.shape, -1)
             self.codes = codes.mT.contiguous()
         self.log_p = log_p.log_softmax(-1)
 
@@ -84,7 +96,7 @@ class Block:
 
     def logits(self, y: Tensor, u: Tensor) -> Tensor:
         """log w_j but for a constant: y [n, C], u [n, 1] -> [n, K]."""
-        return self.project(torch.cat([u * y, -u * u], -1), self.log_p)
+        return self.project(torch.cat([u * y, u * -u], -1), self.log_p)
 
     def moments(self, weights: Tensor) -> Tensor:
         """sum_j w_j (c_j, |c_j|^2 / 2): weights [n, K] -> [n, C + 1]."""
