@@ -17,6 +17,7 @@ from tape import Tapes
 from tiny import CONFIG, Family, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from pipeline import flow
 from pipeline.compilation import compiled
@@ -161,6 +162,22 @@ def test_captions_are_not_recorded(tmp_path: Path) -> None:
         codes = recorded.generate(captions, lambda t, log_p: log_p.argmax(-1))
         assert torch.equal(codes, eager.generate(captions, lambda t, log_p: log_p.argmax(-1)))
     assert recorded.graphs.recording is None
+
+
+# ---- nothing waits for a GPU
+
+
+@pytest.mark.parametrize(("family", "filter", "config"), CASES)
+def test_no_step_asks_what_was_computed(tmp_path: Path, family: Family, filter: Filter, config: dict) -> None:
+    """Tensors without numbers do: no item, no bool, no index by a mask."""
+    teacher = checkpoints.teacher(replace(tiny(tmp_path, family, **config).teacher, filter=filter))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        condition = Condition(torch.zeros(3, dtype=torch.long))
+        with pytest.raises(DataDependentOutputException):
+            bool(condition.labels.any())
+        codes = teacher.generate(condition, lambda t, log_p: log_p.argmax(-1))
+        assert isinstance(codes, FakeTensor)
+        teacher.generate(condition, lambda t, log_p: log_p.argmax(-1), codes[:, : teacher.layout.before(3)])
 
 
 # ---- the tape itself
