@@ -227,8 +227,10 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{}, {"compile": True}, {"precision": "bf16"}, {"compile": True, "precision": "bf16"}])
 def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, how: dict) -> None:
     settings = replace(tiny(tmp_path, family).teacher, **how)
-    eager = checkpoints.teacher(settings).cuda()
-    recorded = checkpoints.teacher(replace(settings, graphs=True)).cuda()
+    eager, recorded = checkpoints.teacher(settings), checkpoints.teacher(replace(settings, graphs=True))
+    for teacher in (eager, recorded):
+        stirred(teacher.network)
+        teacher.cuda()
     for seed, batch in enumerate((4, 4, 4, 1, 4, 2, 2, 2)):
         assert_equal(Drawn(recorded, seed, batch), Drawn(eager, seed, batch))
     assert len(recorded.graphs.recording.steps) == eager.layout.steps
