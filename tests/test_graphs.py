@@ -17,6 +17,7 @@ from tape import Tapes
 from tiny import CONFIG, Family, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from pipeline import flow
 from pipeline.compilation import compiled
@@ -163,6 +164,22 @@ def test_captions_are_not_recorded(tmp_path: Path) -> None:
     assert recorded.graphs.recording is None
 
 
+# ---- nothing waits for a GPU
+
+
+@pytest.mark.parametrize(("family", "filter", "config"), CASES)
+def test_no_step_asks_what_was_computed(tmp_path: Path, family: Family, filter: Filter, config: dict) -> None:
+    """Tensors without numbers do: no item, no bool, no index by a mask."""
+    teacher = checkpoints.teacher(replace(tiny(tmp_path, family, **config).teacher, filter=filter))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        condition = Condition(torch.zeros(3, dtype=torch.long))
+        with pytest.raises(DataDependentOutputException):
+            bool(condition.labels.any())
+        codes = teacher.generate(condition, lambda t, log_p: log_p.argmax(-1))
+        assert isinstance(codes, FakeTensor)
+        teacher.generate(condition, lambda t, log_p: log_p.argmax(-1), codes[:, : teacher.layout.before(3)])
+
+
 # ---- the tape itself
 
 
@@ -210,8 +227,10 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{}, {"compile": True}, {"precision": "bf16"}, {"compile": True, "precision": "bf16"}])
 def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, how: dict) -> None:
     settings = replace(tiny(tmp_path, family).teacher, **how)
-    eager = checkpoints.teacher(settings).cuda()
-    recorded = checkpoints.teacher(replace(settings, graphs=True)).cuda()
+    eager, recorded = checkpoints.teacher(settings), checkpoints.teacher(replace(settings, graphs=True))
+    for teacher in (eager, recorded):
+        stirred(teacher.network)
+        teacher.cuda()
     for seed, batch in enumerate((4, 4, 4, 1, 4, 2, 2, 2)):
         assert_equal(Drawn(recorded, seed, batch), Drawn(eager, seed, batch))
     assert len(recorded.graphs.recording.steps) == eager.layout.steps
