@@ -1,4 +1,4 @@
-"""Measure the flow-matching solvers on the recipe's codebook, and what the cache and a student save, as ratios."""
+"""Measure the speed of everything a recipe runs, as ratios in one run; write a table, JSON and a plot of growth."""
 
 from pipeline.benchmark import benchmark
 from pipeline.command_line import main

@@ -163,6 +163,7 @@ def test_teachers_have_both_loops(recipe: Recipe) -> None:
     )
     assert [row["batch"] for row in section.rows] == [1, 4]
     assert all(float(row["plain / ours"]) > 0 and 0 < float(row["roofline, %"]) < 100 for row in section.rows)
+    assert all(0 < float(row["in products, %"]) < 100 for row in section.rows)
     assert [claim.bound for claim in section.claims] == [1.3]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ from pipeline.samplers import Autoregressive, FewStep, FlowMatched, Models, Samp
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4
 TRACED = 6  # AR steps of a raster sequence
+PROFILED = 32  # AR steps
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product")
 
 
 @torch.no_grad()
@@ -39,8 +42,11 @@ def teachers(
         " same weights: two passes for guidance, keys and values appended, LlamaGen's attention over the whole padded"
         f" sequence. This machine multiplies matrices at {peaks.flops / 1e9:,.0f} GFLOP/s and reads memory at"
         f" {peaks.bytes / 1e9:,.1f} GB/s, both measured; *roofline* is the time that the arithmetic or the reading of"
-        " weights and cache takes at least, whichever is more in each AR step, over the time taken.",
+        " weights and cache takes at least, whichever is more in each AR step, over the time taken; *in products* is"
+        " the share of matrix products and attention, which both loops have to compute, in a profile of ours"
+        f" ({min(PROFILED, teacher.layout.steps)} AR steps).",
     )
+    profiled = min(PROFILED, teacher.layout.steps) + 1
     for batch in batches:
         condition, _ = inputs(teacher, batch)
         calls = {
@@ -55,11 +61,27 @@ def teachers(
         row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
         row["FLOP utilisation, %"] = 100 * sum(work.flops) / times["ours"] / peaks.flops
         row["roofline, %"] = 100 * work.least(peaks) / times["ours"]
+        row["in products, %"] = 100 * in_products(
+            partial(teacher.generate, condition, likeliest, stop=profiled), device
+        )
         section.rows.append(row)
         if batch == BEATEN_AT:
             text = f"Plain AR loop over ours, batch {batch}, {device.type}"
             section.claims.append(Claim(text, times["plain"] / times["ours"], BEAT[device.type]))
     return section
+
+
+def in_products(call: Callable[[], object], device: torch.device) -> float:
+    """Share of a call's time on the device that goes into matrix products and attention, by torch's profiler."""
+    cuda = device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
+    own = {
+        name: time for name, time in times.items() if name.startswith("aten::")
+    }  # kernels stand below their operator
+    return sum(time for name, time in own.items() if name.startswith(PRODUCTS)) / sum(own.values())
 
 
 def likeliest(step: int, log_p: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,9 @@ import torch
 from pipeline import distill, generate, storage, training_data
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import standin
+from pipeline.observer import timed
 from pipeline.pair_stream import Pairs, PairStream
+from pipeline.precision import set_products
 from pipeline.recipe import Recipe
 from pipeline.training_plan import at_once
 from pipeline.training_speed import WHOLE, pieces
@@ -70,25 +73,23 @@ def _rate(pairs: PairStream, batch: int) -> float:
     return rows / (time.perf_counter() - start)
 
 
-def _endless(pairs: PairStream, batch: int) -> Iterator[tuple[int, Pairs]]:
-    epoch = 0
-    while True:
-        for share in pairs.batches(epoch, 0, batch):
-            yield epoch, share
-        epoch += 1
+def _endless(pairs: PairStream, batch: int, steps: int) -> Iterator[tuple[int, Pairs]]:
+    """(epoch, batch) of so many steps."""
+    epochs = (zip(itertools.repeat(epoch), pairs.batches(epoch, 0, batch)) for epoch in itertools.count())
+    return itertools.islice(itertools.chain.from_iterable(epochs), steps)
 
 
 def _waited(recipe: Recipe, pairs: PairStream, device: torch.device) -> float:
     """Share of the time of some real optimiser steps that went into waiting for the next batch."""
+    set_products(recipe.train.precision)
     student, loss = distill.build(recipe, device)
     state, settings = TrainingState(student, recipe.train), recipe.train
-    stream, waiting, start = _endless(pairs, settings.batch), 0.0, 0.0
-    for step in range(STEPS + 2):
+    distill.prepare(student, loss)
+    waiting = start = 0.0
+    for step, (waited, (epoch, share)) in enumerate(timed(_endless(pairs, settings.batch, STEPS + 2))):
         if step == 2:  # the first open files and threads
-            waiting, start = 0.0, time.perf_counter()
-        asked = time.perf_counter()
-        epoch, share = next(stream)
-        waiting += time.perf_counter() - asked
+            waiting, start = -waited, time.perf_counter()
+        waiting += waited
         batch = training_data.noised(share, epoch, settings, pairs.layout, loss.tokenizer.codebook)
         distill.step(student, loss, state, batch, STEPS + 2)
         if device.type == "cuda":
