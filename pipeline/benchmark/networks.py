@@ -61,9 +61,8 @@ def teachers(
         row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
         row["FLOP utilisation, %"] = 100 * sum(work.flops) / times["ours"] / peaks.flops
         row["roofline, %"] = 100 * work.least(peaks) / times["ours"]
-        row["in products, %"] = 100 * in_products(
-            partial(teacher.generate, condition, likeliest, stop=profiled), device
-        )
+        looked_at = partial(teacher.generate, condition, likeliest, stop=profiled)
+        row["in products, %"] = 100 * in_products(looked_at, device)
         section.rows.append(row)
         if batch == BEATEN_AT:
             text = f"Plain AR loop over ours, batch {batch}, {device.type}"
@@ -78,9 +77,8 @@ def in_products(call: Callable[[], object], device: torch.device) -> float:
     with torch.profiler.profile(activities=kinds) as profile:
         call()
     times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()}
-    own = {
-        name: time for name, time in times.items() if name.startswith("aten::")
-    }  # kernels stand below their operator
+    # A GPU's kernels have rows of their own beside their operators', which count them already.
+    own = {name: time for name, time in times.items() if name.startswith("aten::")}
     return sum(time for name, time in own.items() if name.startswith(PRODUCTS)) / sum(own.values())
 
 
