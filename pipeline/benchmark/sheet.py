@@ -52,15 +52,15 @@ class Section:
         return f"## {self.title}\n\n{self.about}\n\n{as_markdown(Table(headings, cells, max(1, text)))}"
 
 
-def number(value: str | int | float | None) -> str:
-    """Text as it is, whole numbers with commas, others to three digits; a dash where there is none."""
+def number(value: str | int | float | None, digits: int = 3) -> str:
+    """Text as it is, whole numbers with commas, others to so many digits; a dash where there is none."""
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def claims(sections: list[Section]) -> str:
@@ -69,7 +69,7 @@ def claims(sections: list[Section]) -> str:
     for claim in (claim for section in sections for claim in section.claims):
         bound = "" if claim.bound is None else f"{'<=' if claim.at_most else '>='} {number(claim.bound)}"
         verdict = "" if claim.bound is None else "yes" if claim.met else "**no**"
-        cells.append([claim.text, number(claim.value), bound, verdict])
+        cells.append([claim.text, number(claim.value, 4), bound, verdict])
     return as_markdown(Table(["claim", "measured", "wanted", "met"], cells))
 
 
