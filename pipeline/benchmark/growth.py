@@ -27,7 +27,7 @@ from pipeline.recipe import Recipe
 BATCHES = (8, 16, 32, 64)
 SIDES = (4, 8, 16)  # of a LlamaGen grid: 16 to 256 tokens
 CODES = (1024, 4096, 16384, 65536)
-PAIRS = (2_000, 4_000, 8_000, 16_000)
+PAIRS = (4_000, 8_000, 16_000, 32_000)
 ACTORS = (1, 2, 4)
 SHARDS, ROWS, SLEEP = 9, 16, 1.0  # of each sleeping replica; rows and seconds of a shard
 
@@ -139,14 +139,21 @@ def _over_codes(device: torch.device, seconds: float) -> Curve:
 def _over_pairs(recipe: Recipe, folder: str) -> Curve:
     """Seconds that the machinery around a teacher that costs nothing takes, from a set's first shard to its last."""
     points = []
-    for count in PAIRS:
-        place = storage.join(folder, f"pairs-{count}")
-        idle = standin.of(recipe, place)
+    for count in (PAIRS[0], *PAIRS):  # the first time starts the process that writes
+        place = storage.join(folder, f"pairs-{len(points)}")
+        idle = _idle(recipe, place, 0.0)
         pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), count=count, shard_rows=500, actors=1)
         pairs = replace(pairs, noise="derived")
         times = list(scale.commit_times(replace(idle, run=place, pairs=pairs), count // 500))
         points.append((float(count - 500), times[-1] - times[0]))
-    return Curve("pairs without a teacher", "pairs", "seconds after the first shard", points, 1.0)
+    return Curve("pairs without a teacher", "pairs", "seconds after the first shard", points[1:], 1.0)
+
+
+def _idle(recipe: Recipe, place: str, seconds: float) -> Recipe:
+    """With a stand-in for the teacher, and next to no CPU for each, so that there is always room for who writes."""
+    idle, cluster = standin.of(recipe, place, seconds), replace(recipe.cluster, cpus=0.1, gpus=0)
+    train, evaluate = replace(recipe.train, precision="fp32"), replace(recipe.evaluate, precision="fp32")
+    return replace(idle, cluster=cluster, train=train, evaluate=evaluate)
 
 
 def _over_actors(recipe: Recipe, folder: str) -> Curve:
@@ -154,7 +161,7 @@ def _over_actors(recipe: Recipe, folder: str) -> Curve:
     points = []
     for actors in ACTORS:
         place = storage.join(folder, f"actors-{actors}")
-        sleepers = standin.of(recipe, place, SLEEP)
+        sleepers = _idle(recipe, place, SLEEP)
         pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
         pairs = replace(pairs, count=actors * SHARDS * ROWS, noise="derived")
         times = list(scale.commit_times(replace(sleepers, run=place, pairs=pairs), actors * SHARDS))

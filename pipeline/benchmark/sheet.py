@@ -49,7 +49,7 @@ class Section:
         headings = list(self.rows[0])
         text = sum(isinstance(value, str) for value in self.rows[0].values())
         cells = [[number(row.get(heading)) for heading in headings] for row in self.rows]
-        return f"## {self.title}\n\n{self.about}\n\n{as_markdown(Table(headings, cells, max(1, text)))}"
+        return f"## {self.title}\n\n{self.about}\n\n{as_markdown(Table(headings, cells, text))}"
 
 
 def number(value: str | int | float | None, digits: int = 3) -> str:
