@@ -138,7 +138,7 @@ def _over_codes(device: torch.device, seconds: float) -> Curve:
 
 def _over_pairs(recipe: Recipe, folder: str) -> Curve:
     """Seconds that the machinery around a teacher that costs nothing takes, from a set's first shard to its last."""
-    points = []
+    points: list[tuple[float, float]] = []
     for count in (PAIRS[0], *PAIRS):  # the first time starts the process that writes
         place = storage.join(folder, f"pairs-{len(points)}")
         idle = _idle(recipe, place, 0.0)
