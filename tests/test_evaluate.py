@@ -217,7 +217,7 @@ def test_a_rerun_draws_nothing_that_is_in_the_cache(
 ) -> None:
     recipe, _ = finished
     drawn = []
-    monkeypatch.setattr(evaluate, "_rows", lambda plan, todo, frequencies: drawn.extend(todo) or [])
+    monkeypatch.setattr(evaluate, "parts_of", lambda plan, todo, frequencies: drawn.extend(todo) or [])
     made = plan.prepare(recipe)
     statistics = evaluate.collect(made, None)
     assert drawn == []
@@ -240,7 +240,7 @@ def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_t
     other = tmp_path / "other.json"  # of a run on half as many pairs
     half = before | {"made": before["made"] | {"student": before["made"]["student"] | {"pairs_count": 20}}}
     other.write_text(json.dumps(half))
-    monkeypatch.setattr(evaluate, "_rows", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
     monkeypatch.setattr(evaluate, "time_alone", lambda *args: pytest.fail("it measures speed again"))
     figures = {"fid": 9.94, "seconds": 0.021}
     listed = [entry | ({"paper": figures} if i == 2 else {}) for i, entry in enumerate(SAMPLERS)]
@@ -387,7 +387,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
             for item in reversed(range(draw.items)):
                 yield {k: v[0] for k, v in artist({"draw": np.array([i]), "item": np.array([item])}).items()}
 
-    monkeypatch.setattr(evaluate, "_rows", here)
+    monkeypatch.setattr(evaluate, "parts_of", here)
     shelf = evaluate.collect(made, None)
     assert drawn == [["teacher, AR", "DD 1 step"]], "whose statistics were there, but no images"
     samples = tmp_path / "report" / "samples"

@@ -67,7 +67,7 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
         assert int(file["count"]) == 4
 
     # a report on the statistics that this one leaves: nothing is drawn again, and the distance is the same
-    monkeypatch.setattr(evaluate, "_rows", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("drawn again"))
     again = changed(recipe, reference=storage.join(recipe.report_uri, "reference.npz"))
     evaluate.evaluate(again)
     other = storage.read_json(storage.join(recipe.report_uri, "report.json"))

@@ -347,7 +347,7 @@ def make_pairs(recipe: Recipe) -> None:
 
 def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -> list[str]:
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
-    committed, log, rows = generate.commits, Observer.log, evaluate._rows
+    committed, log, rows = generate.commits, Observer.log, evaluate.parts_of
 
     def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[dict[str, Any]]:
         """What Ray's workers do, here: they take seconds to start."""
@@ -390,7 +390,7 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     with pytest.raises(Stopped):
         evaluate_job(recipe)
     patch.setattr(evaluate, "time_alone", lambda plan, *rest: evaluate.time_samplers(plan, *rest[:2], threads=1))
-    patch.setattr(evaluate, "_rows", noted)
+    patch.setattr(evaluate, "parts_of", noted)
     evaluate_job(recipe)
     return drawn
 
