@@ -105,12 +105,13 @@ def trace(work: Callable[[int], None], square: int = 0) -> Footprint:
 
     ``work`` may not look at the content of a tensor. ``square`` as in ``Meter``: 0 counts what a CPU needs.
     """
-    peaks = [_peak(work, size, square) for size in SIZES]
+    peaks = [peak(work, size, square) for size in SIZES]
     sample = (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
     return Footprint(round(peaks[0] - SIZES[0] * sample), round(sample))
 
 
-def _peak(work: Callable[[int], None], samples: int, square: int) -> int:
+def peak(work: Callable[[int], None], samples: int, square: int = 0) -> int:
+    """Bytes at the moment of most memory of ``work(samples)``, which, like ``square``, is as ``trace`` wants it."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), Meter(square) as meter:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copy.deepcopy asks
         work(samples)

@@ -245,7 +245,7 @@ def test_growth_has_a_row_and_a_panel_for_every_curve(
     monkeypatch.setattr(plots, "png", lambda figure: drawn.setdefault("titles", [a.get_title() for a in figure.axes]))
     section, curves = growth.growth(recipe, checkpoints.teacher(recipe.teacher), str(tmp_path / "growth"), 0.02)
     growth.picture(curves)
-    assert len(section.rows) == len(curves) == 7
+    assert len(section.rows) == len(curves) == 9
     assert drawn["titles"][: len(curves)] == [curve.title for curve in curves]
 
 

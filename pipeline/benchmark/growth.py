@@ -6,6 +6,7 @@ power law beside the one that it should have.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,10 +54,11 @@ def growth(recipe: Recipe, teacher: Teacher, folder: str, seconds: float) -> tup
     """All curves as a section, and for a picture."""
     small = _small(recipe)
     curves = [
-        *_over_batch(teacher, seconds),
+        _over_batch(teacher, seconds),
+        _memory_over_batch(small),
         *_over_length(small, teacher.codebook.device, seconds),
         _over_codes(teacher.codebook.device, seconds),
-        _over_pairs(recipe, folder),
+        *_over_pairs(recipe, folder),
         _over_actors(recipe, folder),
     ]
     section = Section(
@@ -78,14 +80,21 @@ def _small(recipe: Recipe) -> Recipe:
     return replace(parse(None, []), run=recipe.run, cluster=recipe.cluster)
 
 
-def _over_batch(teacher: Teacher, seconds: float) -> list[Curve]:
+def _over_batch(teacher: Teacher, seconds: float) -> Curve:
     """One generation of the recipe's teacher."""
     device = teacher.codebook.device
     calls = {str(b): partial(teacher.generate, inputs(teacher, b)[0], likeliest) for b in BATCHES}
     with torch.no_grad():
         times = turns(calls, device, seconds)
     points = [(float(b), times[str(b)]) for b in BATCHES]
-    return [Curve("the teacher", "batch", "seconds of a generation", points, 1.0)]
+    return Curve("the teacher", "batch", "seconds of a generation", points, 1.0)
+
+
+def _memory_over_batch(recipe: Recipe) -> Curve:
+    """What a generation of the small LlamaGen takes, its weights included."""
+    work = _generation(checkpoints.family(recipe.teacher), recipe.teacher)
+    points = [(float(b), footprint.peak(work, b) / 1e6) for b in BATCHES]
+    return Curve("LlamaGen teacher", "batch", "MB of memory, traced", points, 1.0)
 
 
 def _over_length(recipe: Recipe, device: torch.device, seconds: float) -> list[Curve]:
@@ -136,9 +145,12 @@ def _over_codes(device: torch.device, seconds: float) -> Curve:
     return Curve("flow matching, C 8, no filter", "codes", "microseconds a token", points, 1.0)
 
 
-def _over_pairs(recipe: Recipe, folder: str) -> Curve:
-    """Seconds that the machinery around a teacher that costs nothing takes, from a set's first shard to its last."""
+def _over_pairs(recipe: Recipe, folder: str) -> list[Curve]:
+    """Seconds that the machinery around a teacher that costs nothing takes, from a set's first shard to its last, and
+    the driver's memory.
+    """
     points: list[tuple[float, float]] = []
+    memory: list[tuple[float, float]] = []
     for count in (PAIRS[0], *PAIRS):  # the first time starts the process that writes
         place = storage.join(folder, f"pairs-{len(points)}")
         idle = _idle(recipe, place, 0.0)
@@ -146,7 +158,11 @@ def _over_pairs(recipe: Recipe, folder: str) -> Curve:
         pairs = replace(pairs, noise="derived")
         times = list(scale.commit_times(replace(idle, run=place, pairs=pairs), count // 500))
         points.append((float(count - 500), times[-1] - times[0]))
-    return Curve("pairs without a teacher", "pairs", "seconds after the first shard", points[1:], 1.0)
+        memory.append((float(count), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    return [
+        Curve("pairs without a teacher", "pairs", "seconds after the first shard", points[1:], 1.0),
+        Curve("pairs without a teacher", "pairs", "MiB of the driver, peak", memory[1:], 0.0),
+    ]
 
 
 def _idle(recipe: Recipe, place: str, seconds: float) -> Recipe:
