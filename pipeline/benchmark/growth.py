@@ -47,7 +47,7 @@ class Curve:
     def found(self) -> float:
         """The exponent of the power law that fits best."""
         x, y = np.log(np.array(self.points)).T
-        return float(np.polyfit(x, y, 1)[0])
+        return round(float(np.polyfit(x, y, 1)[0]), 4) + 0.0  # no -0.0
 
 
 def growth(recipe: Recipe, teacher: Teacher, folder: str, seconds: float) -> tuple[Section, list[Curve]]:
