@@ -132,7 +132,7 @@ def generation(recipe: Recipe, folder: str) -> Section:
     row |= {"bytes a row": size / count, "first shard began after, s": spans[0].begin - begun}
     row |= {"of it a replica's start, s": spans[0].born, "driver, % of a core": 100 * (_cpu() - cpu) / wall}
     section.rows.append(row)
-    section.claims.append(Claim(f"Pairs end to end over the bare teacher loop, {_kind(recipe)}", share, 0.97))
+    section.claims.append(Claim(f"Pairs end to end over the bare teacher loop, {recipe.cluster.runs_on}", share, 0.97))
     return section
 
 
@@ -151,7 +151,7 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
     )
     for draw in plan.table():
         row = _scored(plan, draw)
-        text = f"Evaluation of {draw.name} end to end over its device, {_kind(recipe)}"
+        text = f"Evaluation of {draw.name} end to end over its device, {recipe.cluster.runs_on}"
         section.rows.append(row)
         section.claims.append(Claim(text, float(row["end to end / device"] or 0), 0.9))
     return section
@@ -185,7 +185,3 @@ def _share(spans: list[Span], kind: str) -> float:
 def _cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _kind(recipe: Recipe) -> str:
-    return recipe.cluster.runs_on

@@ -18,9 +18,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pipeline import flow, footprint, plots, scale, storage
 from pipeline.benchmark.clock import turns
-from pipeline.benchmark.matching import inputs
-from pipeline.benchmark.networks import likeliest
+from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Row, Section
+from pipeline.command_line import parse
 from pipeline.models import checkpoints, standin
 from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe
@@ -75,8 +75,6 @@ def growth(recipe: Recipe, teacher: Teacher, folder: str, seconds: float) -> tup
 
 def _small(recipe: Recipe) -> Recipe:
     """The digits' LlamaGen with fresh weights, whose grid may be of any side."""
-    from pipeline.command_line import parse
-
     return replace(parse(None, []), run=recipe.run, cluster=recipe.cluster)
 
 
@@ -100,7 +98,7 @@ def _memory_over_batch(recipe: Recipe) -> Curve:
 def _over_length(recipe: Recipe, device: torch.device, seconds: float) -> list[Curve]:
     """A generation, the student's step and the memory of both, of a small LlamaGen of each side."""
     family = checkpoints.family(recipe.teacher)
-    drawn, jumped, memory, calls = [], [], [], {}
+    memory, calls = [], {}
     for side in SIDES:
         settings = replace(recipe.teacher, config=recipe.teacher.config | {"side": side})
         teacher = family.Teacher(checkpoints.config(settings), settings.filter).to(device).eval()

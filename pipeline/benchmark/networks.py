@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline import footprint, sampler_list, speed
 from pipeline.benchmark.clock import Peaks, turns
-from pipeline.benchmark.matching import inputs
+from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
@@ -80,11 +80,6 @@ def in_products(call: Callable[[], object], device: torch.device) -> float:
     # A GPU's kernels have rows of their own beside their operators', which count them already.
     own = {name: time for name, time in times.items() if name.startswith("aten::")}
     return sum(time for name, time in own.items() if name.startswith(PRODUCTS)) / sum(own.values())
-
-
-def likeliest(step: int, log_p: Tensor) -> Tensor:
-    """Choose the code of the highest probability: next to nothing beside the network."""
-    return log_p.argmax(-1)
 
 
 class Work:
