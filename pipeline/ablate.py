@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline import ablation_plan, ablation_report, cluster, manifest, storage, tracking
 from pipeline.ablation_plan import TEACHER, Plan, Trial
-from pipeline.command_line import ours
 from pipeline.distill import distill
+from pipeline.errors import Unfinished
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.models import checkpoints
@@ -42,7 +42,7 @@ def ablate(recipe: Recipe) -> str:
         _link(plan, run, lost)
     where = f"The ablation is {plan.at('ablation.md')}."
     if lost:
-        raise RuntimeError(
+        raise Unfinished(
             f"{len(lost)} of {sum(map(len, plan.trials)) + bool(plan.teacher)} reports were not made"
             f" ({'; '.join(lost)}), see above for why; {plan.at('ablation.md')} holds the others, and the same command"
             " makes what is missing."
@@ -72,9 +72,7 @@ def _work(plan: Plan) -> list[str]:
         print(f"[{done} of {total}] {what}", flush=True)
         try:
             print(job(recipe).splitlines()[-1], flush=True)
-        except (RuntimeError, FloatingPointError) as error:  # of a job: shards, steps or images that it could not make
-            if not ours(error):
-                raise
+        except Unfinished as error:  # shards, steps or images that the job could not make
             print(f"{what} failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             return False
         return True

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from pipeline import manifest, sampler_list, scoring, storage, training_plan
 from pipeline.command_line import with_settings
+from pipeline.errors import Refused
 from pipeline.manifest import Facts
 from pipeline.models import checkpoints
 from pipeline.recipe import EvaluateSettings, Recipe, fingerprint, leaves
@@ -154,12 +155,12 @@ def _base(recipe: Recipe) -> Variant:
     """The recipe as it is, scored on its few-step samplers alone."""
     few = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "FewStep"]
     if not few:
-        raise ValueError(
+        raise Refused(
             "evaluate.samplers lists no FewStep, and an ablation compares few-step samplers; list one, e.g."
             " {name: FewStep, steps: [1]}."
         )
     if not recipe.ablate.axes:
-        raise ValueError(
+        raise Refused(
             "ablate.axes is empty, so there is nothing to vary; list fields with their values, e.g."
             " {train.start_steps: [[1, 11], [1, 31]]}, as jobs/recipes/ablate-digits.yaml does."
         )
@@ -173,7 +174,7 @@ def _varied(base: Variant, axis: str, value: Any) -> Variant:
     settings = value if titled(axis) and isinstance(value, dict) else {axis: value}
     for name in (leaf for key, inside in settings.items() for leaf in leaves(inside, key)):
         if name in OWN or (name != SPLIT and not name.startswith(SECTIONS)):
-            raise ValueError(
+            raise Refused(
                 f"ablate.axes has {name}, which cannot be varied; use fields of teacher, pairs and train other than"
                 f" {', '.join(OWN)}, or {SPLIT}; an axis with a title of its own has values like"
                 " {pairs.count: 1000, train.epochs: 8}."
@@ -186,7 +187,7 @@ def _varied(base: Variant, axis: str, value: Any) -> Variant:
             recipe = with_settings(base.recipe, settings)
         return Variant(axis, value, recipe, _samplers(recipe, base.recipe.train.start_steps))
     except ValueError as error:
-        raise ValueError(f"ablate.axes varies {axis}, and {text(value)} is refused: {error}") from None
+        raise Refused(f"ablate.axes varies {axis}, and {text(value)} is refused: {error}") from None
 
 
 def _samplers(recipe: Recipe, before: tuple[int, ...]) -> list[FewStep]:
@@ -214,7 +215,7 @@ def _check_folders(variants: list[Variant]) -> None:
     for variant in variants:
         other = found.setdefault(variant.folder, variant)
         if other is not variant:
-            raise ValueError(
+            raise Refused(
                 f"ablate.axes lists {text(other.value)} and {text(variant.value)} for {variant.axis}, which would share"
                 f" the folder {variant.folder}; take one of them out."
             )
@@ -275,7 +276,7 @@ def _check(recipe: Recipe, known: Facts, variant: Variant) -> None:
     except ValueError as error:
         if not variant.axis:
             raise
-        raise ValueError(f"ablate.axes varies {variant.axis}, and {text(variant.value)} is refused: {error}") from None
+        raise Refused(f"ablate.axes varies {variant.axis}, and {text(variant.value)} is refused: {error}") from None
 
 
 def _check_changes(variants: list[Variant], trials: list[list[Trial]]) -> None:
@@ -285,7 +286,7 @@ def _check_changes(variants: list[Variant], trials: list[list[Trial]]) -> None:
     ]
     for variant, outcome in zip(variants[1:], outcomes[1:], strict=True):
         if outcome == outcomes[0]:
-            raise ValueError(
+            raise Refused(
                 f"ablate.axes varies {variant.axis}, and {text(variant.value)} makes the base's students again: it says"
                 " how they are made, not what they are; take it out."
             )

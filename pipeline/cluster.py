@@ -18,6 +18,7 @@ from ray.data import DataContext
 from tqdm import tqdm
 
 from pipeline import storage
+from pipeline.errors import Refused
 from pipeline.recipe import FORMULA, Recipe
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
@@ -30,7 +31,7 @@ LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
 
 
-class NoGpu(ValueError):
+class NoGpu(Refused):
     """The recipe asks for GPUs that the local machine lacks; one sentence."""
 
 

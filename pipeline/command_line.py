@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from pipeline.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
@@ -64,20 +64,20 @@ def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         for key in sections:
             inside = inside[key] if isinstance(inside.get(key), dict) else {}
         if last not in inside:
-            raise ValueError(f"a recipe has no field {name}; see pipeline/recipe.py for those that there are.")
+            raise Refused(f"a recipe has no field {name}; see pipeline/recipe.py for those that there are.")
         _check_sections(value, inside[last], name)
         inside[last] = inside[last] | value if isinstance(inside[last], dict) else value
     try:
         return Recipe(**parser.instantiate_classes(parser.parse_object(tree)))
     except (ArgumentError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise Refused(" ".join(str(error).split())) from error
 
 
 def _check_sections(given: Any, known: Any, name: str) -> None:
     """jsonargparse passes over a section that is not a mapping, like ``pairs: 3``."""
     if isinstance(known, dict):
         if not isinstance(given, dict):
-            raise ValueError(f"the section {name} of the recipe is {given!r}; it must hold named settings.")
+            raise Refused(f"the section {name} of the recipe is {given!r}; it must hold named settings.")
         for key in given.keys() & known.keys():
             _check_sections(given[key], known[key], f"{name}.{key}".lstrip("."))
 
@@ -85,22 +85,14 @@ def _check_sections(given: Any, known: Any, name: str) -> None:
 def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     """The body of a job script: parse the command line, run, print the summary.
 
-    A ValueError or FileNotFoundError that this package raised is about the input: one sentence, exit status 2; a
-    RuntimeError says that work is left: status 1. From anywhere else they are bugs and keep their traceback.
+    ``Refused`` ends the program with its sentence and exit status 2, ``Unfinished`` with status 1. Whatever else is
+    raised is a bug and keeps its traceback.
     """
     recipe = parse(doc)
     try:
         print(job(recipe))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if not ours(error):
-            raise
-        stop(error, status=1 if isinstance(error, RuntimeError) else 2)
-
-
-def ours(error: Exception) -> bool:
-    """Whether this package raised it, knowing what it says; from anywhere else it is a bug."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(__file__).parent in Path(raised_in).parents and not isinstance(error, NotImplementedError)
+    except (Refused, Unfinished) as error:
+        stop(error, error.status)
 
 
 def stop(error: Exception, status: int = 2) -> NoReturn:

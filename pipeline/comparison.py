@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from pipeline import storage
+from pipeline.errors import Refused
 from pipeline.plan import Plan
 
 OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
@@ -27,7 +28,7 @@ def read(plan: Plan, title: str) -> list[dict[str, Any]]:
     if not uris:
         return out
     if "pairs_count" not in plan.exported:
-        raise ValueError(
+        raise Refused(
             f"evaluate.compare needs a student that says from how many pairs it was distilled, and {plan.student} does"
             " not, or no sampler asks for it; leave evaluate.compare out, or distil it again with this version."
         )
@@ -38,12 +39,12 @@ def read(plan: Plan, title: str) -> list[dict[str, Any]]:
         found = _facts(results, uri)
         for key in own.keys() - {"pairs"}:
             if found[key] != own[key]:
-                raise ValueError(
+                raise Refused(
                     f"evaluate.compare names {uri}, whose {key} is {found[key]} where this recipe's is {own[key]};"
                     " only reports that differ in pairs.count alone can be compared."
                 )
         if found["pairs"] in counts:
-            raise ValueError(
+            raise Refused(
                 f"evaluate.compare names {uri}, whose student is of {found['pairs']:,} pairs, as many as"
                 f" {counts[found['pairs']]}; leave one of them out."
             )
@@ -71,13 +72,11 @@ def _facts(results: Any, uri: str) -> dict[str, Any]:
         facts["reference"] = {key: value for key, value in made["reference"].items() if key != "uri"}
         facts |= {"pair set": student.get("pairs_fingerprint")}
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(
+        raise Refused(
             f"evaluate.compare names {uri}, which is no report of this package; give the URI of a report.json."
         ) from None
     if "pairs_count" not in student:
-        raise ValueError(
-            f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}."
-        )
+        raise Refused(f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}.")
     return facts | {"pairs": student["pairs_count"]}
 
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from pipeline.errors import Refused
+
 # Kinds of input that blocks of one class may meet in a process. A teacher makes 8 at most, a student 3, and LlamaGen's
 # two share a class; torch's own limit is 8. Beyond it torch raises: nothing becomes slow without a word.
 FORMS = 32
@@ -46,7 +48,7 @@ def check(setting: str, device: str) -> None:
         variable, language, usual = "CXX", "C++", ["clang++" if sys.platform == "darwin" else "g++"]
     wanted = [os.environ[variable]] if variable in os.environ else usual
     if not any(map(shutil.which, wanted)):
-        raise ValueError(
+        raise Refused(
             f"{setting} is true, but this machine has no {language} compiler ({' or '.join(wanted)}), which"
             f" torch.compile calls; install one, name it in {variable}, or set {setting} to false."
         )

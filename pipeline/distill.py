@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
 from pipeline.compilation import blocks, compiled
+from pipeline.errors import Unfinished
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
@@ -177,7 +178,7 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
         except TrainingFailedError as error:
             done, reason = training_state.steps_done(folder), str(error).strip().splitlines()[-1]
             print(f"Lost workers {FAILURES + 1} times; the last checkpoint is of step {done:,}.", flush=True)
-    raise RuntimeError(
+    raise Unfinished(
         f"training stopped ({reason}) after step {done:,} of {total:,}; what was learnt until then is in {folder}, and"
         " the same command goes on from there."
     )

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.errors import Refused
 from pipeline.flow_solvers import GRIDS, adaptive, fixed, paper
 from pipeline.posterior import Block, augment, blocks, pad_columns, standardise
 from pipeline.precision import full_precision
@@ -44,14 +45,14 @@ class Solver:
 
     def __post_init__(self) -> None:
         if self.name not in SOLVERS:
-            raise ValueError(f"solver name is {self.name!r}; choose one of {', '.join(SOLVERS)}")
+            raise Refused(f"solver name is {self.name!r}; choose one of {', '.join(SOLVERS)}")
         if self.name == "fixed" and self.evaluations not in GRIDS:
             choices = ", ".join(map(str, GRIDS))
-            raise ValueError(f"solver evaluations is {self.evaluations}; for the fixed solver choose one of {choices}")
+            raise Refused(f"solver evaluations is {self.evaluations}; for the fixed solver choose one of {choices}")
         if self.name == "paper" and self.evaluations < 1:
-            raise ValueError(f"solver evaluations is {self.evaluations}; give the paper's solver 1 or more")
+            raise Refused(f"solver evaluations is {self.evaluations}; give the paper's solver 1 or more")
         if self.name == "adaptive" and not 1e-6 <= self.tolerance <= 0.1:
-            raise ValueError(f"solver tolerance is {self.tolerance}; choose one between 1e-6 and 0.1 (float32)")
+            raise Refused(f"solver tolerance is {self.tolerance}; choose one between 1e-6 and 0.1 (float32)")
 
 
 ADAPTIVE = Solver()

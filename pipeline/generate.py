@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from pipeline import cluster, compilation, footprint, manifest, pairs, storage, tracking
+from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -147,7 +148,7 @@ def _make(
         if len(made) < len(todo):
             _record(recipe, known, kept + made)
     if len(made) < len(todo):
-        raise RuntimeError(_lost(recipe, todo, made, failed))
+        raise Unfinished(_lost(recipe, todo, made, failed))
     return made
 
 
@@ -199,7 +200,7 @@ def commits(
     try:
         yield from written.iter_rows()
     except RayError as error:
-        raise RuntimeError(f"Ray ended the work early ({_last_line(error)}); the same command goes on.") from error
+        raise Unfinished(f"Ray ended the work early ({_last_line(error)}); the same command goes on.") from error
 
 
 def commit(table: Any, uri: str, known: Facts) -> dict[str, np.ndarray]:
@@ -225,7 +226,7 @@ def verify(recipe: Recipe, known: Facts) -> str:
     picked = np.sort(np.random.default_rng().permutation(len(chosen.ids))[:VERIFIED_ROWS])
     share = _on_replica(recipe, known, "agreement", chosen.take(picked))
     if share < AGREEMENT:
-        raise ValueError(
+        raise Refused(
             f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (from"
             f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says: make the set again elsewhere."
         )
@@ -300,7 +301,7 @@ def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     try:
         return ray.get(getattr(replica, method).remote(*args))
     except RayError as error:
-        raise RuntimeError(f"the teacher could not run: {_last_line(error)}") from error
+        raise Unfinished(f"the teacher could not run: {_last_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.errors import Missing, Refused
 from pipeline.recipe import FORMULA, Flavour
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -89,13 +90,13 @@ def check(uri: str) -> str:
     the official ones or torch-fidelity is missing.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(
+        raise Refused(
             "evaluate.features is inception, which needs torch-fidelity; pip install 'distilled-decoding[fid]'."
         )
     if uri == FORMULA:
         return FORMULA
     if not storage.exists(uri):
-        raise FileNotFoundError(
+        raise Missing(
             f"evaluate.inception {uri} is not there; fetch weights-inception-2015-12-05-6726825d.pth of the"
             f" torch-fidelity release v0.2.0, or set it to {FORMULA} for a rehearsal whose numbers are no FID."
         )
@@ -141,7 +142,7 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def _checked(found: str, uri: str) -> str:
     if found != SHA256:
-        raise ValueError(
+        raise Refused(
             f"evaluate.inception {uri} has SHA-256 {found[:12]}..., not {SHA256[:12]}...;"
             " fetch weights-inception-2015-12-05-6726825d.pth of the torch-fidelity release v0.2.0."
         )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import convnet
 from pipeline.models.base import Layout, Prediction, Tokenizer
 from pipeline.recipe import TrainSettings
@@ -33,28 +34,28 @@ def check(settings: TrainSettings, layout: Layout) -> None:
     """
     steps, split, last = layout.steps, settings.split, settings.start_steps[-1]
     if last > steps:
-        raise ValueError(
+        raise Refused(
             f"train.start_steps holds {last}, but the teacher's AR steps run from 1 to {steps}; leave it out."
         )
     if split > steps:
-        raise ValueError(f"train.split is {split}, but the teacher has {steps} AR steps; use 0 to {steps}.")
+        raise Refused(f"train.split is {split}, but the teacher has {steps} AR steps; use 0 to {steps}.")
     if split == steps and settings.lpips > 0:
-        raise ValueError(
+        raise Refused(
             f"train.split {split} gives every AR step to the logits, so train.lpips {settings.lpips} has no"
             f" embedding to train; set train.lpips to 0 or train.split below {steps}."
         )
     if split < steps and settings.lpips == 0:
-        raise ValueError(
+        raise Refused(
             f"train.lpips is 0, so nothing trains the embedding head that train.split {split} uses after AR"
             f" step {split}; set train.lpips above 0 or train.split to {steps}."
         )
     if split > 0 and settings.cross_entropy == 0:
-        raise ValueError(
+        raise Refused(
             f"train.cross_entropy is 0, so nothing trains the logits that train.split {split} uses up to AR"
             f" step {split}; set train.cross_entropy above 0 or train.split to 0."
         )
     if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size > 32:
-        raise ValueError(
+        raise Refused(
             f"train.perceptual is digits, made for images of 32 pixels, and the teacher's have"
             f" {layout.image_size}; use vgg."
         )
@@ -72,7 +73,7 @@ def trunk_file(kind: str) -> Path:
     path = folder / name
     if not path.is_file():
         home = os.environ.get("TORCH_HOME", "not set")
-        raise ValueError(
+        raise Refused(
             f"train.perceptual is {kind}, whose weights {path} are missing (TORCH_HOME is {home}); fetch"
             f" https://download.pytorch.org/models/{name} into {folder} on every machine that trains."
         )
@@ -80,7 +81,7 @@ def trunk_file(kind: str) -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
-        raise ValueError(
+        raise Refused(
             f"{path} is damaged or another file: its SHA-256 starts with {found[:8]}, not {expected}; fetch"
             f" it again from https://download.pytorch.org/models/{name}."
         )
@@ -170,9 +171,7 @@ class Loss:
     def __init__(self, settings: TrainSettings, tokenizer: Tokenizer, network: nn.Module | None) -> None:
         """Both networks are on the training device; ``network`` is None if, and only if, train.lpips is 0."""
         if (network is None) != (settings.lpips == 0):
-            raise ValueError(
-                f"train.lpips is {settings.lpips} and the perceptual network is {network}; they must agree."
-            )
+            raise Refused(f"train.lpips is {settings.lpips} and the perceptual network is {network}; they must agree.")
         layout, device = tokenizer.layout, tokenizer.codebook.device
         self.settings, self.tokenizer, self.network = settings, tokenizer, network
         self.starts = torch.tensor(settings.start_steps, device=device)

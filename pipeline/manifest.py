@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import noise, storage
+from pipeline.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, fingerprint, leaves
@@ -60,9 +61,9 @@ def facts(recipe: Recipe, layout: Layout, checksums: dict[str, str]) -> Facts:
     float rounding but not the distribution (batch, actors, cores, device).
     """
     if layout.vocabulary > 2**16:
-        raise ValueError(f"the teacher has {layout.vocabulary} codes; a pair set stores tokens as uint16, up to 65536.")
+        raise Refused(f"the teacher has {layout.vocabulary} codes; a pair set stores tokens as uint16, up to 65536.")
     if not layout.classes:
-        raise ValueError(
+        raise Refused(
             "the teacher takes captions, and there is no reader of captions here yet; give a class-conditional one."
         )
     teacher, pairs = asdict(recipe.teacher), asdict(recipe.pairs)
@@ -164,14 +165,14 @@ def check_claim(uri: str, known: Facts) -> bool:
     with suppress(FileNotFoundError):  # asked for by name: a bucket lists 12,000 shards in seconds
         there = storage.read_json(storage.join(uri, "recipe.json"))
         if there["fingerprint"] != fingerprint(known):
-            raise ValueError(
+            raise Refused(
                 f"{uri} holds a pair set made otherwise: {_differences(there['facts'], known)}; set pairs.uri (or run)"
                 " to another folder, or go back to the recipe that it was made with."
             )
         return True
     foreign = [name for name in storage.listing(uri) if not name.startswith(".")]
     if foreign:
-        raise ValueError(
+        raise Refused(
             f"{uri} is not empty ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and holds no"
             " recipe.json, so it is no pair set; set pairs.uri to a new or empty folder."
         )
@@ -235,17 +236,17 @@ def read(uri: str, expected: str | None = None) -> dict[str, Any]:
     if not storage.exists(storage.join(uri, "manifest.json")):
         begun = storage.exists(storage.join(uri, "recipe.json"))
         what = "holds a pair set that is not complete" if begun else "holds no pair set"
-        raise FileNotFoundError(f"{uri} {what}; run generate_pairs with this recipe first.")
+        raise Missing(f"{uri} {what}; run generate_pairs with this recipe first.")
     manifest = storage.read_json(storage.join(uri, "manifest.json"))
     known = manifest["facts"]
     if expected is not None and manifest["fingerprint"] != expected:
-        raise ValueError(
+        raise Refused(
             f"{uri} holds the pair set {manifest['fingerprint'][:12]} but this recipe describes {expected[:12]}; run"
             " generate_pairs with this recipe, or set pairs.uri."
         )
     if _noise_digest(known) != manifest["noise_digest"]:
         made_with = {name: manifest["made"][-1]["versions"][name] for name in ("numpy", "scipy")}
-        raise ValueError(
+        raise Refused(
             f"this machine makes other noise from seed {known['seed']} than the one that made {uri}; install the"
             f" versions that made it ({made_with})."
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import report, storage, tracking
+from pipeline.errors import Refused, Unfinished
 from pipeline.recipe import Recipe, fingerprint
 
 BEST = "best"  # the alias
@@ -39,7 +40,7 @@ def fetched(recipe: Recipe) -> tuple[Recipe, str]:
         return recipe, ""
     match = WANTED.fullmatch(asked)
     if not match:
-        raise ValueError(
+        raise Refused(
             f"evaluate.student is {asked}; write models:/NAME/3 for a version, models:/NAME@best for an alias."
         )
     store, _ = tracking.store(recipe)
@@ -47,13 +48,13 @@ def fetched(recipe: Recipe) -> tuple[Recipe, str]:
         client = tracking.loaded().MlflowClient(tracking_uri=store)
         found, why = _version(client, match)
     if found is None:
-        raise ValueError(
+        raise Refused(
             f"evaluate.student is {asked}, which the registry of {tracking.without_credentials(store)} does not have"
             f" ({why}); register a student with evaluate.register, or give the file of one."
         )
     version = f"models:/{found.name}/{found.version}"
     if not {"student_sha256", "file"} <= found.tags.keys():
-        raise ValueError(
+        raise Refused(
             f"evaluate.student is {asked}, and {version} does not say which student it is, so it was not registered by"
             " evaluate.register; give the student's file."
         )
@@ -90,12 +91,12 @@ def _download(client: Any, version: Any, store: str, place: str) -> None:
             local = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=store)
             found = storage.sha256(local)
         except Exception as error:  # whatever the artifacts' store raises
-            raise ValueError(
+            raise Refused(
                 f"{name} is registered, but its file could not be fetched ({tracking.first_line(error)}); restore the"
                 " artifacts of its run, or give another student."
             ) from error
         if found != wanted:
-            raise ValueError(
+            raise Refused(
                 f"the file of {name} has SHA-256 {found[:12]}... and was registered with {wanted[:12]}...; it was"
                 " replaced or damaged, so register the student again."
             )
@@ -112,7 +113,7 @@ def check(recipe: Recipe) -> None:
     if name is None:
         return
     if all(entry.get("name") != "FewStep" for entry in recipe.evaluate.samplers):
-        raise ValueError(
+        raise Refused(
             f"evaluate.register is {name}, and evaluate.samplers lists no FewStep, by whose distance the best student"
             " is chosen; list one, e.g. {name: FewStep, steps: [1]}."
         )
@@ -143,7 +144,7 @@ def register(run: tracking.Run, recipe: Recipe, results: dict[str, Any]) -> str:
             found = _create(run, name, storage.local(student), tags)
         return f"The student is models:/{name}/{found.version}; {_promoted(run.client, name, found)}."
     except Exception as error:  # whatever the registry's client raises
-        raise RuntimeError(
+        raise Unfinished(
             f"the report is {storage.join(recipe.report_uri, 'report.md')}, but its student could not be registered as"
             f" {name} ({tracking.first_line(error)}); the same command tries again."
         ) from error

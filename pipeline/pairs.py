@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import manifest, noise, storage
+from pipeline.errors import Refused
 from pipeline.manifest import Facts, Shard
 
 FREQUENCIES = 2 << 30  # bytes of the largest table of token frequencies
@@ -67,7 +68,7 @@ def table(known: Facts, rows: Rows) -> pa.Table:
     vocabulary = known["layout"]["vocabulary"]
     low, high = int(rows.tokens.min()), int(rows.tokens.max())
     if not 0 <= low <= high < vocabulary:
-        raise ValueError(f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}.")
+        raise Refused(f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}.")
     arrays = {
         "sample_id": pa.array(rows.ids.astype(np.uint64)),
         "label": pa.array(rows.labels.astype(np.int32)),
@@ -141,8 +142,8 @@ def _decode(data: bytes, uri: str, known: Facts, name: str) -> Rows:
     return Rows(ids, labels, _array(read["noise"]) if "noise" in read.column_names else None, tokens)
 
 
-def _damaged(uri: str, name: str, why: str) -> ValueError:
-    return ValueError(
+def _damaged(uri: str, name: str, why: str) -> Refused:
+    return Refused(
         f"{storage.join(uri, name)} is damaged ({why}); delete it and run generate_pairs again with the same recipe,"
         " which makes it anew, bit for bit."
     )
@@ -193,7 +194,7 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
     groups = layout["classes"] if by_class else 1
     size = groups * length * vocabulary
     if 8 * size > FREQUENCIES:
-        raise ValueError(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
+        raise Refused(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
     counts = np.zeros(size, dtype=np.int64)
     for shard in found["shards"]:
         rows = load_shard(uri, known, shard["name"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import compilation, manifest, sample_files, sampler_list, scoring, storage
+from pipeline.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.progress import duration
@@ -209,9 +210,7 @@ def _with_students(plan: Plan) -> Plan:
     """
     recipe = plan.recipe
     if not storage.exists(plan.student):
-        raise FileNotFoundError(
-            f"there is no student at {plan.student}; run jobs/distill.py first or set evaluate.student."
-        )
+        raise Missing(f"there is no student at {plan.student}; run jobs/distill.py first or set evaluate.student.")
     # the authors' own files are .pth and .pt and say nothing of themselves
     exported = checkpoints.metadata(plan.student) if plan.student.endswith(".safetensors") else {}
     if exported:
@@ -227,7 +226,7 @@ def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
     wanted = {"family": plan.facts["family"], "teacher": plan.facts["teacher"]}
     for key, value in (wanted | {"pairs_fingerprint": fingerprint(of_pairs)}).items():
         if settings.get(key) != value:
-            raise ValueError(
+            raise Refused(
                 f"the student at {plan.student} was distilled with {key} {settings.get(key)}, but this"
                 f" recipe has {value}; use the recipe that it was distilled with, or set evaluate.student."
             )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline import digits, storage
+from pipeline.errors import Refused
 
 DIGITS = 5_000  # real digits, all of them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -45,7 +46,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
     if uri.endswith(".npz"):
         array = Array(uri)
         if len(array) and array.shape[1:3] != (side, side):
-            raise ValueError(
+            raise Refused(
                 f"evaluate.reference {uri} holds images of {array.shape[2]}x{array.shape[1]} pixels and the teacher"
                 f" makes {side}x{side}; give a reference of that size."
             )
@@ -54,7 +55,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
     tables = [storage.join(uri, name) if name else uri for name in files if (name or uri).endswith(".parquet")]
     pictures = [storage.join(uri, name) for name in files if name.lower().endswith(SUFFIXES)]
     if not tables and not pictures:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} is a folder without images or Parquet; it may hold {', '.join(SUFFIXES)} or"
             " .parquet files, in folders of its own, too."
         )
@@ -156,9 +157,9 @@ def _group_sizes(uri: str) -> list[int]:
             kind = next((str(field.type) for field in table.schema_arrow if field.name == "image"), None)
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     except pa.ArrowException as error:
-        raise ValueError(f"evaluate.reference {uri} is no Parquet file ({error}); write it again.") from None
+        raise Refused(f"evaluate.reference {uri} is no Parquet file ({error}); write it again.") from None
     if kind is None or "binary" not in kind:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} has {'no column image' if kind is None else f'a column image of {kind}'}; it"
             " must hold encoded images: bytes, or the Hub's structs of bytes and path."
         )
@@ -179,7 +180,7 @@ def decoded(data: bytes, side: int, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as file:
             image = file.convert("RGB")
     except (OSError, TypeError, SyntaxError) as error:
-        raise ValueError(f"{name} is no readable image ({error}); take it out or fetch it again.") from None
+        raise Refused(f"{name} is no readable image ({error}); take it out or fetch it again.") from None
     return _cropped(image, side)
 
 
@@ -201,7 +202,7 @@ def header(file: Any) -> tuple[int, ...]:
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = reader(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-        raise ValueError(f"the reference's arr_0 is {dtype} of shape {shape}; it must be uint8 [N, H, W, 3].")
+        raise Refused(f"the reference's arr_0 is {dtype} of shape {shape}; it must be uint8 [N, H, W, 3].")
     return shape
 
 

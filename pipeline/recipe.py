@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from pipeline import storage
+from pipeline.errors import Refused
 from pipeline.flow import Solver
 from pipeline.noise import Dtype
 from pipeline.precision import Precision
@@ -456,4 +457,4 @@ def leaves(tree: Any, name: str = "") -> dict[str, Any]:
 
 def _check(good: bool, sentence: str) -> None:
     if not good:
-        raise ValueError(sentence)
+        raise Refused(sentence)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pipeline import inception, storage
+from pipeline.errors import Refused
 from pipeline.metrics import Gaussian
 from pipeline.recipe import FORMULA, EvaluateSettings, Flavour
 
@@ -50,7 +51,7 @@ def read(uri: str) -> References | None:
     try:
         arrays = _npz(uri) if uri.endswith(".npz") else _pth(uri)
     except (ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} could not be read ({str(error).splitlines()[0][:200]}); give ADM's or"
             " pytorch-fid's .npz, the authors' statistic.pth, or a folder of images."
         ) from None
@@ -68,7 +69,7 @@ def read(uri: str) -> References | None:
     elif "arr_0" in names:
         return None
     else:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} holds {', '.join(sorted(names)) or 'nothing'}; it must hold mu and sigma, m and"
             " s, or images as arr_0."
         )
@@ -85,23 +86,23 @@ def check(found: References, settings: EvaluateSettings) -> Flavour:
         theirs, ours = (
             "random weights" if name == FORMULA else "trained weights" for name in (found.weights, settings.inception)
         )
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} was made with {theirs} and evaluate.inception is {ours}; give a folder of images"
             " as the reference, or the other weights."
         )
     if found.stated and said and said != found.flavour:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference_flavour is {said}, but {uri} says that it is {found.flavour}; leave the field out."
         )
     flavour = said or found.flavour
     if flavour is None:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} holds mu and sigma alone, which does not tell the flavour; set"
             " evaluate.reference_flavour to torch-fidelity (copies of ADM's, such as adm_in256_stats.npz) or"
             " pytorch-fid (what its --save-stats writes)."
         )
     if flavour != settings.flavour:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} is of flavour {flavour} and evaluate.flavour is {settings.flavour}, whose"
             f" features differ; set evaluate.flavour to {flavour}, or give another reference."
         )
@@ -143,9 +144,9 @@ def _pth(uri: str) -> dict[str, np.ndarray]:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(storage.local(uri), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # with a long story about trust
-        raise ValueError("it is damaged, or holds more than arrays and would have to be run") from None
+        raise Refused("it is damaged, or holds more than arrays and would have to be run") from None
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dictionary")
+        raise Refused(f"it holds a {type(content).__name__}, not a dictionary")
     return {str(key): _double(np.asarray(value)) for key, value in content.items()}
 
 
@@ -160,9 +161,9 @@ def _check_shapes(found: References, uri: str) -> None:
             continue
         mean, cov = gaussian
         if mean.shape != (dim,) or cov.shape != (dim, dim):
-            raise ValueError(
+            raise Refused(
                 f"evaluate.reference {uri} has a {name} mean of shape {mean.shape} and covariance of {cov.shape};"
                 f" Inception statistics have ({dim},) and ({dim}, {dim})."
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise ValueError(f"evaluate.reference {uri} holds NaN or infinity; it is damaged, fetch it again.")
+            raise Refused(f"evaluate.reference {uri} holds NaN or infinity; it is damaged, fetch it again.")

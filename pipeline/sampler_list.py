@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any, get_origin, get_type_hints
 
+from pipeline.errors import Refused
 from pipeline.models.base import Layout
 from pipeline.samplers import SAMPLERS, Sampler
 
@@ -25,13 +26,13 @@ def build(settings: list[dict[str, Any]], layout: Layout, split: int) -> list[Sa
     outside the layout, a sampler listed twice, and figures of the paper that are none.
     """
     if not settings:
-        raise ValueError("evaluate.samplers is empty; list at least one, e.g. {name: FewStep, steps: [1]}.")
+        raise Refused("evaluate.samplers is empty; list at least one, e.g. {name: FewStep, steps: [1]}.")
     out: list[Sampler] = []
     for entry in settings:
         sampler = _construct(entry, split)
         sampler.check(layout)
         if sampler in out:
-            raise ValueError(f"evaluate.samplers lists {entry} twice; remove one.")
+            raise Refused(f"evaluate.samplers lists {entry} twice; remove one.")
         out.append(sampler)
     paper(settings)
     return out
@@ -47,12 +48,12 @@ def paper(settings: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def _figures(name: str, figures: Any) -> dict[str, float]:
     if not isinstance(figures, dict):
-        raise ValueError(f"sampler {name} has paper {figures!r}; it must hold named figures, e.g. {{fid: 9.94}}.")
+        raise Refused(f"sampler {name} has paper {figures!r}; it must hold named figures, e.g. {{fid: 9.94}}.")
     for key, value in figures.items():
         if key not in PAPER:
-            raise ValueError(f"sampler {name} has no figure {key!r} of the paper; it knows {', '.join(PAPER)}.")
+            raise Refused(f"sampler {name} has no figure {key!r} of the paper; it knows {', '.join(PAPER)}.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"sampler {name} has the paper's {key} {value!r}; it must be a number above 0.")
+            raise Refused(f"sampler {name} has the paper's {key} {value!r}; it must be a number above 0.")
     return dict(figures)
 
 
@@ -68,7 +69,7 @@ def names(samplers: Sequence[Sampler]) -> list[str]:
 def _construct(entry: dict[str, Any], split: int) -> Sampler:
     kinds = {kind.__name__: kind for kind in SAMPLERS}
     if not isinstance(entry, dict) or entry.get("name") not in kinds:
-        raise ValueError(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}.")
+        raise Refused(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}.")
     kind, hints = kinds[entry["name"]], get_type_hints(kinds[entry["name"]])
     own = {f.name: f for f in fields(kind)}
     values = {key: value for key, value in entry.items() if key not in ("name", "paper")}
@@ -76,13 +77,13 @@ def _construct(entry: dict[str, Any], split: int) -> Sampler:
         values["split"] = split
     for key, value in values.items():
         if key not in own:
-            raise ValueError(
+            raise Refused(
                 f"sampler {kind.__name__} has no field {key!r}; it knows {', '.join(own) or 'none besides its name'}."
             )
         values[key] = _typed(kind, key, value, hints[key])
     missing = [key for key, f in own.items() if key not in values and f.default is MISSING]
     if missing:
-        raise ValueError(f"sampler {kind.__name__} needs {missing[0]}; add it to its entry in evaluate.samplers.")
+        raise Refused(f"sampler {kind.__name__} needs {missing[0]}; add it to its entry in evaluate.samplers.")
     return kind(**values)
 
 
@@ -95,4 +96,4 @@ def _typed(kind: type[Sampler], key: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple and numbers:
         return tuple(value)
     wanted = {bool: "true or false", int: "a whole number"}.get(hint, "a list of whole numbers")
-    raise ValueError(f"sampler {kind.__name__} has {key} {value!r}; it must be {wanted}.")
+    raise Refused(f"sampler {kind.__name__} has {key} {value!r}; it must be {wanted}.")

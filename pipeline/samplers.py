@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline import flow, noise
+from pipeline.errors import Refused
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
 from pipeline.precision import Precision, autocast, products
 
@@ -134,7 +135,7 @@ class FewStep(Sampler):
         """The steps must rise from 1 and end within the layout."""
         rising = list(self.steps) == sorted(set(self.steps))
         if not (self.steps and rising and self.steps[0] == 1 and self.steps[-1] <= layout.steps):
-            raise ValueError(
+            raise Refused(
                 f"sampler FewStep has steps {list(self.steps)}; they must rise, begin with 1 and end by"
                 f" {layout.steps}, the last AR step of this teacher."
             )
@@ -173,7 +174,7 @@ class WithTeacher(Sampler):
     def check(self, layout: Layout) -> None:
         """start and resume must be rising AR steps of the layout."""
         if not 1 <= self.start < self.resume <= layout.steps + 1:
-            raise ValueError(
+            raise Refused(
                 f"sampler WithTeacher has start {self.start} and resume {self.resume}; they must satisfy 1"
                 f" <= start < resume <= {layout.steps + 1} for the {layout.steps} AR steps of this teacher."
             )
@@ -261,7 +262,7 @@ class Skip(Sampler):
 
     def check(self, layout: Layout) -> None:
         if not 1 <= self.n < layout.steps:
-            raise ValueError(
+            raise Refused(
                 f"sampler Skip has n {self.n}; it must be from 1 to {layout.steps - 1}, one less than the AR"
                 " steps of this teacher."
             )
@@ -331,7 +332,7 @@ def inverse_cdf(log_p: Tensor, u: Tensor) -> Tensor:
 
 def _check_split(sampler: Sampler, split: int, layout: Layout) -> None:
     if not 0 <= split <= layout.steps:
-        raise ValueError(
+        raise Refused(
             f"sampler {type(sampler).__name__} has split {split}; it must be from 0 (embedding head only) to"
             f" {layout.steps} (logits head only) for this teacher."
         )

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipeline import cluster, generate, manifest, storage
+from pipeline.errors import Refused, Unfinished
 from pipeline.models import checkpoints, standin
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe
@@ -32,7 +33,7 @@ def scale(recipe: Recipe) -> str:
     recipe = cluster.portable(recipe)
     folder = storage.join(recipe.run, "scale")
     if storage.listing(folder):
-        raise ValueError(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")
+        raise Refused(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")
     layout = checkpoints.config(recipe.teacher).layout
     lines = [
         f"# Scale of {recipe.name}",
@@ -116,6 +117,6 @@ def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     with Progress(shards, "shards") as progress:
         for row in generate.commits(recipe, known, recipe.pairs.count, list(range(shards))):
             if row["error"]:
-                raise RuntimeError(f"shard {row['number']} failed: {row['error']}; see Ray's logs.")
+                raise Unfinished(f"shard {row['number']} failed: {row['error']}; see Ray's logs.")
             progress.update()
             yield time.monotonic()

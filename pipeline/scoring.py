@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline import digits, inception, real_images, references, storage
+from pipeline.errors import Missing, Refused
 from pipeline.real_images import RealImages
 from pipeline.recipe import FORMULA, EvaluateSettings
 
@@ -95,7 +96,7 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
     """
     if settings.features == "digits":
         if (image_size, classes) != (32, digits.CLASSES):
-            raise ValueError(
+            raise Refused(
                 f"evaluate.features is digits, which scores 32x32 images of {digits.CLASSES} classes, but"
                 f" the teacher makes {image_size}x{image_size} images of {classes}; use evaluate.features"
                 " inception."
@@ -113,14 +114,14 @@ def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, An
         return {"images": real_images.DIGITS, "statistics": "made here"}
     uri = settings.reference or ""
     if not storage.exists(uri):
-        raise FileNotFoundError(f"evaluate.reference {uri} is not there; check the path, or fetch ADM's.")
+        raise Missing(f"evaluate.reference {uri} is not there; check the path, or fetch ADM's.")
     found, images = references.read(uri), real(settings, image_size)
     facts: dict[str, Any] = {"SHA-256": real_images.fingerprint(uri), "images": len(images) if images else 0}
     if found:
         references.check(found, settings)
         return facts | {"statistics": "read", "count": found.count, "sFID": found.spatial is not None}
     if facts["images"] < 2:
-        raise ValueError(
+        raise Refused(
             f"evaluate.reference {uri} holds {facts['images']} images; a covariance needs 2 or more, and FID tens of"
             " thousands."
         )

@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import fsspec
 
+from pipeline.errors import Missing, Refused
+
 ASSETS = Path(__file__).parent / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
 TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
@@ -74,7 +76,7 @@ def home() -> Path:
 def check_no_credentials(uri: str, name: str) -> None:
     """ValueError, which does not repeat them, if a URI carries user and password; ``name`` says whose URI it is."""
     if USER_INFO.search(uri):
-        raise ValueError(
+        raise Refused(
             f"{name} carries a user and a password; take them out of the URI and set them in the environment (for S3:"
             " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
         )
@@ -96,11 +98,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, path = fsspec.core.url_to_fs(resolve(uri))
     except ImportError as error:
         extra = f"[{EXTRAS[protocol]}]" if protocol in EXTRAS else ""
-        raise ValueError(
+        raise Refused(
             f"{uri} needs a package that is not installed ({error}); pip install 'distilled-decoding{extra}'."
         ) from None
     except ValueError as error:
-        raise ValueError(f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://.") from None
+        raise Refused(f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://.") from None
     fs.invalidate_cache()
     return fs, path
 
@@ -208,7 +210,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{uri} is not JSON ({error}); it was not written by this package or was edited.") from None
+        raise Refused(f"{uri} is not JSON ({error}); it was not written by this package or was edited.") from None
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -293,9 +295,7 @@ def check_writable(uri: str, needed: int = 0) -> None:
     if not is_remote(uri):
         free = shutil.disk_usage(resolve(uri)).free
         if free < needed:
-            raise ValueError(
-                f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some."
-            )
+            raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")
 
 
 @contextmanager
@@ -305,14 +305,14 @@ def _sentences(uri: str, doing: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         what = "bucket" if doing == "written" and is_remote(uri) else "file"
-        raise FileNotFoundError(f"{uri} could not be {doing}: there is no such {what}; check the path.") from None
+        raise Missing(f"{uri} could not be {doing}: there is no such {what}; check the path.") from None
     except PermissionError as error:
-        raise ValueError(f"{uri} could not be {doing}: permission denied ({error.strerror or error}).") from None
+        raise Refused(f"{uri} could not be {doing}: permission denied ({error.strerror or error}).") from None
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "check the path and the credentials")
-        raise ValueError(f"{uri} could not be {doing} ({error.strerror or error}); {advice}.") from None
+        raise Refused(f"{uri} could not be {doing} ({error.strerror or error}); {advice}.") from None
     except Exception as error:
         # Backends have their own families (botocore's NoCredentialsError, EndpointConnectionError, ...).
         if isinstance(error, ValueError) or not is_remote(uri):
             raise
-        raise ValueError(f"{uri} could not be {doing} ({error}); check the address and the credentials.") from None
+        raise Refused(f"{uri} could not be {doing} ({error}); check the address and the credentials.") from None

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import storage
+from pipeline.errors import Refused
 from pipeline.recipe import Recipe, leaves
 
 Job = Literal["pairs", "distill", "evaluate", "ablate", "benchmark"]
@@ -169,7 +170,7 @@ def usable(uri: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(
+        raise Refused(
             f"the MLflow store {without_credentials(uri)} cannot be used ({first_line(error)}); start"
             " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import compilation, losses, manifest, storage
+from pipeline.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, TrainSettings, fingerprint, leaves
@@ -109,18 +110,18 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
         pairs_fingerprint=fingerprint(known),
     )
     if plan.per_epoch < 1:
-        raise ValueError(
+        raise Refused(
             f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
             f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
             " make the batch smaller."
         )
     if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
-        raise ValueError(
+        raise Refused(
             f"train.export is released, but nobody released students of {recipe.teacher.family}, whose layout the file"
             " could have; use safetensors."
         )
     if recipe.cluster.runs_on == "cuda" and not recipe.train.workers and not torch.cuda.is_available():
-        raise ValueError(
+        raise Refused(
             f"cluster.gpus is {recipe.cluster.gpus:g} and train.workers 0, but this machine has no GPU; set"
             " cluster.gpus to 0, or train.workers to the number of GPUs of the cluster."
         )
@@ -130,7 +131,7 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     if not recipe.dry_run:
         there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
         if there < recipe.pairs.count:
-            raise ValueError(
+            raise Refused(
                 f"{recipe.pairs_uri} holds {there} pairs and pairs.count is {recipe.pairs.count}; run"
                 f" generate_pairs with this recipe, or set pairs.count to {there}."
             )
@@ -148,7 +149,7 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
     place = plan.at("recipe.json")
     if not storage.exists(place):
         if storage.exists(plan.result):
-            raise ValueError(
+            raise Refused(
                 f"{plan.at()} holds a student.safetensors but no recipe.json to say whose; set train.uri (or run) to"
                 " another folder."
             )
@@ -158,7 +159,7 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
         return there
     old, new = leaves(there["facts"]), leaves(plan.facts)
     name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
-    raise ValueError(
+    raise Refused(
         f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"
         " here; set train.uri or run to another folder, or go back to the recipe that it was made with."
     )

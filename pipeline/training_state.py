@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.errors import Refused, Unfinished
 from pipeline.models.base import Student
 from pipeline.recipe import TrainSettings
 
 SUFFIX = ".pt"
+
+
+class Diverged(Unfinished, FloatingPointError):
+    """A gradient was not finite; the checkpoints before it are sound."""
 
 
 class TrainingState:
@@ -56,10 +61,10 @@ class TrainingState:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - decay)
 
     def check(self) -> None:
-        """Raise FloatingPointError if a gradient was not finite; called before anything is logged or saved."""
+        """Raise Diverged if a gradient was not finite; called before anything is logged or saved."""
         failed = int(self.failed_at)
         if failed:
-            raise FloatingPointError(
+            raise Diverged(
                 f"the gradient of step {failed} is not finite; the last checkpoint is older and sound, so"
                 f" lower train.lr ({self.settings.lr}) or train.clip, or train in fp32, and start in a new"
                 " folder."
@@ -104,7 +109,7 @@ def newest(folder: str, say: Callable[[str], None] = lambda sentence: None) -> s
             return name
         say(f"{storage.join(folder, name)} is damaged; looking for the checkpoint before it.")
     if names:
-        raise ValueError(
+        raise Refused(
             f"every checkpoint in {folder} is damaged ({', '.join(names)}); delete them to train from the start."
         )
     return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from pipeline import command_line as module
-from pipeline import sampler_list, samplers, storage
+from pipeline import metrics, sampler_list, samplers, storage
 from pipeline.command_line import DEFAULT, main, parse
+from pipeline.errors import Unfinished
 from pipeline.flow import Solver
 from pipeline.models import checkpoints
 from pipeline.recipe import Filter, PairSettings, Recipe, fingerprint
@@ -208,9 +209,8 @@ def test_main_prints_the_summary_and_one_sentence_for_bad_input(
     assert "must be 1 or more" in ends(lambda recipe: PairSettings(count=0), 2)
 
     def unfinished(recipe: Recipe) -> str:
-        raise RuntimeError("2 of 6 shards\nwere not made")
+        raise Unfinished("2 of 6 shards\nwere not made")
 
-    monkeypatch.setattr(module, "__file__", __file__)  # as if this file were one of the package
     assert ends(unfinished, 1) == "error: 2 of 6 shards were not made\n"
 
 
@@ -218,6 +218,15 @@ def test_main_keeps_the_traceback_of_a_bug(config: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["job", "--config", config])
     with pytest.raises(ValueError, match="invalid literal"):
         main("doc", lambda recipe: str(int("a bug")))
+
+
+def test_main_keeps_the_traceback_of_an_error_that_a_library_raised_in_a_line_of_ours(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C code has no frame of its own, so numpy's error ends in a line of this package; it is a bug all the same."""
+    monkeypatch.setattr(sys, "argv", ["job", "--config", config])
+    with pytest.raises(ValueError, match="mismatch"):
+        main("doc", lambda recipe: str(metrics.mmd2(np.zeros((3, 2)), np.zeros((3, 4)))))
 
 
 def test_a_fingerprint_ignores_order_and_sees_values() -> None:

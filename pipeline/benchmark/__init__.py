@@ -22,6 +22,7 @@ from pipeline import cluster, manifest, storage, tracking
 from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
+from pipeline.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.precision import set_products
@@ -39,7 +40,7 @@ def benchmark(recipe: Recipe) -> str:
     recipe = cluster.portable(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
-        raise ValueError("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
+        raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
     storage.check_writable(recipe.benchmark_uri)
     with tracking.Run.start(recipe, "benchmark") as run, tempfile.TemporaryDirectory(prefix="dd-") as folder:
         bench = Bench(recipe, folder)

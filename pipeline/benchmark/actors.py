@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline import cluster, evaluate, generate, manifest, storage
 from pipeline.benchmark.clock import Stopwatch
 from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.errors import Unfinished
 from pipeline.evaluate import Artist
 from pipeline.manifest import Facts
 from pipeline.plan import ITEM, Draw, Plan, prepare
@@ -115,7 +116,7 @@ def generation(recipe: Recipe, folder: str) -> Section:
     with tempfile.TemporaryDirectory() as watched:
         for made in generate.commits(recipe, known, count, numbers, WatchedReplica, folder=watched):
             if made["error"]:
-                raise RuntimeError(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
+                raise Unfinished(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
             size += json.loads(made["shard"])["bytes"]
         spans, wall = read(watched), time.time() - begun
     rows, share = recipe.pairs.shard_rows, _share(spans, "teacher")

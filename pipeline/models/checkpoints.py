@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.compilation import compiled
+from pipeline.errors import Refused
 from pipeline.models.base import Student, Teacher, Tokenizer
 from pipeline.models.graphs import Graphs
 from pipeline.models.mismatch import advice
@@ -41,7 +42,7 @@ HARMLESS: list[Any] = [argparse.Namespace]  # the arguments of a training run, a
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refused):
     """A weight file that cannot be read, or that does not fit the model of the recipe; one sentence."""
 
 
@@ -181,7 +182,7 @@ def family(settings: TeacherSettings) -> ModuleType:
     try:
         package = importlib.import_module(settings.family)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise Refused(
             f"teacher.family is {settings.family!r}, and there is no such package; use pipeline.models.var,"
             " pipeline.models.llamagen or the dotted path of your own."
         ) from error
@@ -194,7 +195,7 @@ def config(settings: TeacherSettings) -> Any:
     known = {f.name for f in fields(kind)}
     unknown = [name for name in settings.config if name not in known]
     if unknown:
-        raise ValueError(
+        raise Refused(
             f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}."
         )
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.config.items()}
@@ -217,7 +218,7 @@ def checksums(settings: TeacherSettings) -> dict[str, str]:
     """SHA-256 of the teacher's two files; a missing one is named before anything is built."""
     for name in ("tokenizer", "checkpoint"):
         if not getattr(settings, name):
-            raise ValueError(f"teacher.{name} is not set; give the path or URI of the weights.")
+            raise Refused(f"teacher.{name} is not set; give the path or URI of the weights.")
     return {
         "tokenizer": storage.sha256(settings.tokenizer),
         "checkpoint": storage.sha256(settings.checkpoint),

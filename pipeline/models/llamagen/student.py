@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.llamagen.teacher import INIT_STD, ClassEmbedding, Layer, RMSNorm, Teacher, rotary
 from pipeline.models.llamagen.tokenizer import Config
@@ -38,11 +39,9 @@ class Student(base.Student):
 
     def __init__(self, config: Config, codebook: Tensor, mask: str = "released") -> None:
         if mask != "released":
-            raise ValueError(
-                f"train.mask is {mask}; LlamaGen students are causal and have no such choice, use released."
-            )
+            raise Refused(f"train.mask is {mask}; LlamaGen students are causal and have no such choice, use released.")
         if config.caption_dim:
-            raise ValueError(
+            raise Refused(
                 f"teacher.config.caption_dim is {config.caption_dim}; students of captions do not exist yet, so give a"
                 " class-conditional teacher (caption_dim 0)."
             )

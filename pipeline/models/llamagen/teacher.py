@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.attention import attend
 from pipeline.models.base import Condition as Labels
@@ -239,7 +240,7 @@ class Teacher(base.Teacher):
 
     def __init__(self, config: Config, filter: Filter) -> None:
         if filter.guidance < 1:
-            raise ValueError(
+            raise Refused(
                 f"teacher.filter.guidance is {filter.guidance}; for LlamaGen 1 means none, so give 1 or more."
             )
         super().__init__()

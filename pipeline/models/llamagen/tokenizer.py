@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.convnet import Down, ResBlock, SplitAttention, Up, norm, to_map, widths
 
@@ -67,14 +68,14 @@ class Config:
             smallest = {"guidance_interval": -1, "attention": 0, "caption_dim": 0}.get(name, 1)
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or min(numbers) < smallest:
-                raise ValueError(f"LlamaGen config {name} is {value}; it must be {smallest} or more.")
+                raise Refused(f"LlamaGen config {name} is {value}; it must be {smallest} or more.")
         if self.dim % (4 * self.heads):
-            raise ValueError(
+            raise Refused(
                 f"LlamaGen config dim is {self.dim} with {self.heads} heads; rotary positions need a"
                 f" multiple of 4 channels per head, so make dim a multiple of {4 * self.heads}."
             )
         if self.channels % 32:
-            raise ValueError(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
+            raise Refused(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
 
     @property
     def conditions(self) -> int:
@@ -217,9 +218,7 @@ class Tokenizer(base.Tokenizer):
         """Images [B, 3, H, W] -> vectors [B, n, C] of length 1, to be replaced by their nearest codes."""
         size = self.layout.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"the tokenizer got images of shape {list(images.shape)}; it takes [B, 3, {size}, {size}]."
-            )
+            raise Refused(f"the tokenizer got images of shape {list(images.shape)}; it takes [B, 3, {size}, {size}].")
         z = self.quant_conv(self.encoder(images))
         return F.normalize(z.flatten(2).transpose(1, 2), dim=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.errors import Refused
 from pipeline.models.base import Layout
 
 
@@ -105,4 +106,4 @@ class Config:
 
 def _check(good: bool, sentence: str) -> None:
     if not good:
-        raise ValueError(f"teacher.config: {sentence}.")
+        raise Refused(f"teacher.config: {sentence}.")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.base import Condition, Prediction
 from pipeline.models.var.config import Config
@@ -37,7 +38,7 @@ class Student(Transformer, base.Student):
         generator: torch.Generator | None = None,
     ) -> None:
         if mask not in MASKS:
-            raise ValueError(f"the student's mask is {mask!r}; it must be one of {', '.join(MASKS)}.")
+            raise Refused(f"the student's mask is {mask!r}; it must be one of {', '.join(MASKS)}.")
         super().__init__(config, (1, *config.patch_nums), MASKS[mask])
         self.layout = config.layout
         self.n_d_embed = nn.Embedding(2, config.width)  # row 0 is noise, row 1 is data

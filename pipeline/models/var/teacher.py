@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.base import Choose, Condition
 from pipeline.models.graphs import eagerly
@@ -113,7 +114,7 @@ class Teacher(base.Teacher):
         if prefix is None:
             prefix = labels.new_empty(len(labels), 0)
         if len(prefix) != len(labels):
-            raise ValueError(f"the prefix has {len(prefix)} rows for {len(labels)} labels; give one per label.")
+            raise Refused(f"the prefix has {len(prefix)} rows for {len(labels)} labels; give one per label.")
         if first == end:
             return prefix
         if self.filter.guidance:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.convnet import Down, FusedAttention, ResBlock, Up, norm, to_map, widths
 from pipeline.models.var.config import Config
@@ -98,7 +99,7 @@ class Tokenizer(base.Tokenizer):
         """Images [B, 3, H, W] -> f [B, C, side, side], before quantization."""
         size = self.layout.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {list(images.shape)}; this tokenizer takes [B, 3, {size}, {size}].")
+            raise Refused(f"images are {list(images.shape)}; this tokenizer takes [B, 3, {size}, {size}].")
         return self.quant_conv(self.encoder(images))
 
     def draw(self, quantized: Tensor) -> Tensor:
