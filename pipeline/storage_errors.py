@@ -28,7 +28,7 @@ UNREACHABLE = {  # names of classes that stand for a connection: none, broken of
     *("TimeoutError", "TimeoutException", "IncompleteReadError", "IncompleteRead", "ResponseStreamingError"),
 }
 CERTIFICATE = "certificate verify failed"  # the server answers, and waiting does not help
-BLOCK = 4 << 20  # bytes that an open file is read or written in
+BLOCK = 1 << 20  # bytes that an open file is read or written in
 AGAIN = "run the same command again later"
 ADVICE = {  # by the number of an OSError that does not pass
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
