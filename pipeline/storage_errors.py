@@ -54,7 +54,7 @@ def sentence(error: Exception, uri: str, doing: str, remote: bool) -> Refused | 
     status, failed = _status(error), f"{uri} could not be {doing}"
     reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".") or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, FileNotFoundError) or status == 404:
+    if isinstance(error, FileNotFoundError) or status == 404 or (number == errno.ENOTDIR and doing == "looked up"):
         what = "bucket" if doing == "written" and remote else "file"
         return Missing(f"{failed}: there is no such {what}; check the path.")
     if isinstance(error, PermissionError) or status in (401, 403):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline import cluster, manifest, noise, pairs, storage, tracking, training_data, training_plan, training_state
 from pipeline import distill as job
 from pipeline.distill import distill
+from pipeline.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.observer import Message, Observer
 from pipeline.pairs import Rows
@@ -502,8 +503,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         return original(network, loss, state, batch, total)
 
     monkeypatch.setattr(job, "step", poisoned)
-    with pytest.raises(FloatingPointError, match="the gradient of step 5 is not finite"):
+    with pytest.raises(
+        Unfinished, match=r"the gradient of step 5 is not finite\. Set train\.lr, now 0\.003,"
+    ) as caught:
         distill(with_train(recipe, log_every=6))
+    assert "train.uri to a new folder" in str(caught.value)
+    assert "same command" not in str(caught.value), "that is another advice"
+    assert "fp32" not in str(caught.value), "it is set"
     assert [path.name for path in Path(recipe.student_uri, "checkpoints").iterdir()] == ["step-00000003.pt"]
 
 

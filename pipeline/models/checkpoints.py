@@ -215,3 +215,12 @@ def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "
         model: Student = family(settings).Student(config(settings), codebook, mask)
     load(model, uri, settings.unpickle)
     return model.eval().requires_grad_(False)
+
+
+def unfilled_student(settings: TeacherSettings, codebook: Tensor, mask: str, device: torch.device) -> Student:
+    """A student to train whose weights are still to come: its memory on the device holds anything."""
+    with torch.device("meta"):
+        model: Student = family(settings).Student(config(settings), codebook, mask)
+    state = {name: torch.empty_like(weight, device=device) for name, weight in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)  # the constants are real already
+    return model.to(device)
