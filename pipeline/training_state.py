@@ -95,14 +95,13 @@ class TrainingState:
         """
         for name in reversed(names):
             with storage.borrowed(storage.join(folder, name)) as path:
-                if whole(path):
-                    self._load(path)
+                if content := _content(path):
+                    self._take(content)
                     return name
             say(_is_damaged(folder, name))
         raise _all_damaged(folder, names)
 
-    def _load(self, path: Path) -> None:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    def _take(self, content: dict[str, Any]) -> None:
         self.student.load_state_dict(content["student"])
         self.average.load_state_dict(content["average"])
         # On a CPU the optimiser would keep the mapped file's own memory.
@@ -227,13 +226,15 @@ def complete(uri: str) -> bool:
         return False
 
 
-def whole(path: Path) -> bool:
-    """Whether the checksums of a checkpoint fit, which torch does not ask."""
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, mapped from the file; None for a damaged one. Torch asks no checksums itself."""
     try:
         with ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # as above
-        return False
+            if archive.testzip() is not None:
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as above, and torch knows the archive's format less well than zipfile
+        return None
 
 
 def steps_done(folder: str, say: Callable[[str], None] = lambda sentence: None) -> int:

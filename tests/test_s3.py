@@ -21,7 +21,7 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import cluster, evaluate, generate, manifest, noise, pairs, storage, tracking
+from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, storage, tracking
 from pipeline.command_line import parse
 from pipeline.distill import distill
 from pipeline.errors import Outage, Refused
@@ -449,6 +449,52 @@ def test_a_job_that_cannot_write_ends_with_one_sentence_and_goes_on_later(
     assert "\n" not in str(caught.value)
     assert storage.listing(f"{folder}/student/checkpoints") == ["step-00000002.pt"]
     assert "after 6 steps" in distill(recipe)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.faults("S3: checkpoint cut short, emptied or with a flipped bit")
+@pytest.mark.parametrize("damage", [cut, flipped, lambda data: b""], ids=["cut", "flipped", "emptied"])
+def test_a_damaged_checkpoint_is_passed_over(
+    journey: Journey, folder: str, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(journey.recipe, train=replace(journey.recipe.train, uri=f"{folder}/student"))
+    there = f"{journey.recipe.student_uri}/checkpoints"
+    for name in ("step-00000004.pt", "step-00000006.pt"):
+        data = storage.read_bytes(f"{there}/{name}")
+        storage.write_bytes(f"{folder}/student/checkpoints/{name}", damage(data) if "6" in name else data)
+    storage.write_bytes(
+        f"{folder}/student/recipe.json", storage.read_bytes(f"{journey.recipe.student_uri}/recipe.json")
+    )
+    assert "after 6 steps" in distill(recipe)
+    said = capsys.readouterr().out
+    assert "step-00000006.pt is damaged; looking for the checkpoint before it." in said
+    assert "from step 4 of 6" in said
+    one, other = (load_file(storage.local(f"{r.student_uri}/student.safetensors")) for r in (journey.recipe, recipe))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.faults("S3: down for a while")
+@pytest.mark.usefixtures("no_work")
+def test_a_job_on_a_server_that_is_down_exits_1(
+    journey: Journey, s3_server: Relay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is wrong with the input, so the status is not that of a bad recipe."""
+    monkeypatch.setattr(command_line, "parse", lambda doc: journey.recipe)
+    for job in (generate_job, distill, evaluate_job):
+        with client(**REFUSED), pytest.raises(SystemExit) as caught:
+            command_line.main(None, job)
+        assert caught.value.code == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: s3://")
+        assert "run the same command again later" in said
+        assert said.count("\n") == 1
 
 
 # ---- secrets
