@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import IMAGES, tiny, with_pairs
 
-from pipeline import benchmark, flow, plots, storage, tracking
+from pipeline import benchmark, flow, plots, stopwatch, storage, tracking
 from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
@@ -61,13 +61,13 @@ def test_calls_take_turns_and_change_their_order(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(clock, "once", lambda call, device: (call(), next(seconds))[1])
     calls = {name: (lambda name=name: called.append(name)) for name in "ab"}
     assert clock.turns(calls, CPU, 60.0) == {"a": 2.0, "b": 6.0}, "medians of 1, 2, 3 and of 5, 6, 7"
-    assert called == [*"ab", *"ab", *"ba", *"ab"], "a warm-up, then in turns"
+    assert called == [*"aabb", *"ab", *"ba", *"ab"], "warmed up each, then in turns"
 
 
 def test_a_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 3.0, 10.0, 14.0])
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(times))
-    watch = clock.Stopwatch(CPU)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times))
+    watch = stopwatch.Stopwatch(CPU)
     for _ in range(2):
         with watch:
             pass
@@ -173,10 +173,11 @@ def test_sampling_has_the_papers_figures(recipe: Recipe) -> None:
     section = networks.sampling(recipe, checkpoints.teacher(recipe.teacher), (2,), 2.0)
     assert [row["sampler"] for row in section.rows[:4:2]] == ["teacher, AR", "teacher, FM"]
     ours = section.rows[-2:]
-    assert [row["batch"] for row in ours] == [1, 2]
+    assert [row["batch"] for row in section.rows] == [1, 2] * 3, "every sampler at every batch"
     assert [row["paper"] for row in ours] == [6.3, None]
-    assert section.rows[0]["speed-up"] == 1.0
-    assert [claim.value for claim in section.claims] == [ours[0]["speed-up"]]
+    assert [row["speed-up"] for row in section.rows[:2]] == [1.0, 1.0]
+    assert [claim.value for claim in section.claims] == [row["speed-up"] for row in ours]
+    assert [claim.text for claim in section.claims] == [f"Speed-up of DD 1 step, batch {b}, cpu" for b in (1, 2)]
 
 
 # ---- the pools

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import tiny
 
+from pipeline import training_speed
 from pipeline.losses import Loss
-from pipeline.training_speed import WHOLE, Clock, pieces
+from pipeline.training_speed import WHOLE, pieces
 
 LOSSES = {"decode", "decode of the target", "perceptual"}
 ALWAYS = {"batch", "student", "cross-entropy", "backward", "optimiser and average"}
@@ -34,7 +35,7 @@ def test_what_the_recipe_leaves_out_is_missing(tmp_path: Path) -> None:
 def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that each call of a network advances by another number."""
     at = [0.0]
-    monkeypatch.setattr(Clock, "now", lambda clock: at[0])
+    monkeypatch.setattr(training_speed, "now", lambda device: at[0])
 
     def slow(kind: type, name: str, seconds: float) -> None:
         call = getattr(kind, name)
