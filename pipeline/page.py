@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from pipeline import legend, plots, tables
+from pipeline.protocol import protocol
 from pipeline.tables import Column, Row, Table
 
 HEAD, ROW = ' scope="col"', ' scope="row"'
@@ -143,6 +144,7 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
         text = _figure(pictures, "pairs.png", legend.about_pairs(results))
         text += _plain_table(tables.over_pairs(results["pair_sets"]))
         out.append(("pairs", "Over the size of the pair set", text))
+    out.append(("protocol", "How these images were drawn, scored and timed", _list(protocol(results))))
     made = f'<div class="made">{_nested(results["made"])}</div>'
     out.append(("made", "How these numbers were made", made))
     return out

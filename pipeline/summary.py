@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
 from pipeline.samplers import Autoregressive
 from pipeline.speed import Speed
 from pipeline.tally import SCORE_BLOCK, Statistics
+from pipeline.timing import today
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
@@ -157,6 +160,7 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
     return {
         "count": settings.count,
         "seed": settings.seed,
+        "classes": plan.layout.classes,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(sampler_list.names(plan.samplers), plan.samplers, strict=True)
@@ -190,6 +194,7 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
         | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
         | {"CUDA graphs of the teacher": recipe.teacher.graphs},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "report": {"written": today(), "command": shlex.join(["python", *sys.argv])},
         "fingerprint": plan.fingerprint(),
     }
 

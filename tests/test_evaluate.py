@@ -264,8 +264,8 @@ def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_dr
     finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More actors (so threads), another batch, another machine, times lost, a report of the commit before."""
-    shutil.copytree(finished[0].report_uri, tmp_path / "report")
-    recipe = changed(finished[0], uri=str(tmp_path / "report"))
+    cache, few = f"{finished[0].report_uri}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    recipe = changed(finished[0], uri=str(tmp_path / "report"), cache=cache, samplers=few, curve_count=0)
     monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: None)
@@ -290,10 +290,11 @@ def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_dr
         for old, new in zip(before["rows"], after["rows"], strict=True):
             assert old.get("score") == new.get("score")
 
+    evaluate.evaluate(recipe)
     run(recipe, measures=False)
     run(changed(recipe, actors=recipe.evaluate.actors + 1), measures=True)
     evaluate.evaluate(recipe)
-    assert len(asked) == 1, "the first times are still there, and the report is theirs again"
+    assert len(asked) == 2, "the first times are still there, and the report is theirs again"
     run(recipe, measures=False)
     monkeypatch.setattr(machine, "device_name", lambda device: "another CPU")
     run(recipe, measures=True)
@@ -307,7 +308,7 @@ def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_dr
     run(recipe, measures=False)
     times.unlink()
     evaluate.evaluate(recipe)
-    assert len(asked) == 4, "who deletes the times wants them anew"
+    assert len(asked) == 5, "who deletes the times wants them anew"
 
 
 def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], tmp_path: Path) -> None:

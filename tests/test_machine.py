@@ -32,6 +32,7 @@ def test_what_others_took_is_all_work_but_our_own() -> None:
     assert machine.taken(start, Moment(20.0, None, 12.0)) is None
 
 
+@pytest.mark.faults("timing: others work on the machine")
 @pytest.mark.parametrize(
     ("user", "system", "steal", "busy"), [(0, 0, 0, False), (10, 5, 0, False), (60, 0, 0, True), (0, 0, 60, True)]
 )

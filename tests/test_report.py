@@ -300,6 +300,7 @@ def test_markdown_has_every_part() -> None:
         "## Flow matching against plain sampling",
         "## Speed",
         "## Over training",
+        "## How these images were drawn, scored and timed",
         "## How these numbers were made",
     ]
     assert TABLE in text

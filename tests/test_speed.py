@@ -90,6 +90,7 @@ def test_samplers_take_turns_until_their_time_is_over(clock: Clock) -> None:
     assert {len(one.rounds) for one in found[slow]} == {len(one.rounds) for one in found[fast]} == {6}
 
 
+@pytest.mark.faults("timing: CUDA graphs are recorded in the second call")
 def test_no_median_sees_a_recording(clock: Clock) -> None:
     """As with CUDA graphs: the first generation of a size is eager, the second records, the others are replayed."""
 
@@ -105,6 +106,7 @@ def test_no_median_sees_a_recording(clock: Clock) -> None:
         assert one.ms == 500.0 / one.batch
 
 
+@pytest.mark.faults("memory: a batch that does not fit while speed is measured")
 def test_what_does_not_fit_into_memory_is_an_empty_cell(clock: Clock) -> None:
     class Large(Sampling):
         def sample(self, models: Any, batch: int) -> int:
