@@ -87,8 +87,9 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         + "; behind ± its standard error, from drawing the rounds of calls anew (bootstrap of the ratio of medians).",
         f"images/s, batch {batch}": "the same calls' pace at the largest batch at which all of these samplers were"
         " timed: what a device makes that always has enough to do.",
-        f"speed-up, batch {batch}": f"over the AR teacher at batch {batch} too. A step that the teacher's small batches"
-        " leave idle is what a student saves first, so this one is smaller; no ratio here is of two batch sizes.",
+        f"speed-up, batch {batch}": f"over the AR teacher at batch {batch} too. At batch 1 the teacher's many small"
+        " steps leave much of a device idle, which a student does not; a full batch leaves less to save. No ratio here"
+        " is of two batch sizes.",
     }
     out = [(heading, text) for heading, text in texts.items() if heading in there]
     if not made["timing"]["device"]:

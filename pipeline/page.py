@@ -81,10 +81,15 @@ dl dl dt { font-weight: 400; color: var(--soft); }
   table { font-size: 7.6pt; } th, td { padding: .25rem .32rem; }
   table.wide { font-size: 6.6pt; width: 100%; } table.wide th, table.wide td { padding: .18rem .2rem; }
   thead th { min-width: 0; } tbody th { position: static; white-space: normal; }
-  h2, h3 { break-after: avoid; } h2 { margin-top: 1.2rem; } p, figcaption { max-width: none; }
-  figure, tr, .cards li { break-inside: avoid; } figure img { max-height: 120mm; max-width: 100%; width: auto; }
+  h2, h3 { break-after: avoid; } h2 { margin: 1rem 0 .4rem; padding-top: .5rem; } h3 { margin: .8rem 0 .3rem; }
+  h2 + p { break-after: avoid; } p, figcaption { max-width: none; }
+  .cards { margin-top: .8rem; } .cards b { font-size: 1.3rem; }
+  figure, tr, .cards li { break-inside: avoid; } figure { margin: .5rem 0; }
+  figure img { max-height: 98mm; max-width: 100%; width: auto; }
   dl { max-width: none; font-size: 8pt; line-height: 1.3; gap: .1rem .8rem; grid-template-columns: 8rem 1fr; }
-  .made { columns: 2; column-gap: 1.5rem; } .made > dl { display: block; } .made dt { break-after: avoid; }
+  .made { columns: 3; column-gap: 1.5rem; } .made dl { display: block; font-size: 7pt; }
+  .made dl dl { padding-left: .6rem; clear: left; } .made dt { float: left; clear: left; margin-right: .5rem; }
+  .made dd { overflow-wrap: anywhere; } .made dd > dl { margin-top: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 

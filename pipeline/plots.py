@@ -118,8 +118,8 @@ def tradeoff(results: dict[str, Any]) -> bytes:
     panels = [(1, [(row, row["ms"]) for row in rows])]
     if batch and (found := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
         panels.append((batch, found))
-    figure = Figure(figsize=(8.2, 5.0 * len(panels)), dpi=130, layout="constrained")
-    panes = np.atleast_1d(figure.subplots(len(panels), 1))
+    figure = Figure(figsize=(8.2 if len(panels) == 1 else 13.0, 5.0), dpi=130, layout="constrained")
+    panes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axes, (size, found) in zip(panes, panels, strict=True):
         plain(axes)
         _points(axes, [(row["type"], at, row["score"]) for row, at in found])
