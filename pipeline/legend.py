@@ -165,10 +165,12 @@ def about_agreement(results: dict[str, Any]) -> str:
     )
 
 
-ABOUT_SPEEDS = (
-    "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash did"
-    " not fit into the device's memory."
-)
+def about_speeds(results: dict[str, Any]) -> str:
+    """What the table of all batch sizes holds."""
+    return (
+        "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
+        f" did not fit into the device's memory. {about_load(results['made']['timing'])}."
+    )
 
 
 def about_training(results: dict[str, Any]) -> str:

@@ -58,7 +58,12 @@ class Watch:
         during = taken(self.start, moment())
         share = max(self.before or 0.0, during or 0.0) / (os.cpu_count() or 1)
         busy = share > QUIET or (self.gpu or 0.0) > 100 * QUIET
-        return Load(self.average, self.before, during, self.gpu, busy)
+        return Load(round(self.average, 2), rounded(self.before), rounded(during), self.gpu, busy)
+
+
+def rounded(cores: float | None) -> float | None:
+    """To a hundredth, as a report prints it."""
+    return None if cores is None else round(cores, 2)
 
 
 def moment() -> Moment:

@@ -140,7 +140,7 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
         text = _paragraph(legend.about_agreement(results))
         out.append(("agreement", "Flow matching against plain sampling", text))
     if results["made"]["timing"]["device"]:
-        text = _paragraph(legend.ABOUT_SPEEDS) + _plain_table(tables.speeds(results))
+        text = _paragraph(legend.about_speeds(results)) + _plain_table(tables.speeds(results))
         out.append(("speed", "Speed", text))
     if results["curve"]:
         text = _figure(pictures, "curve.png", legend.about_training(results))
@@ -176,9 +176,9 @@ def _cards(results: dict[str, Any]) -> str:
 
 def _both_speed_ups(row: dict[str, Any]) -> str:
     """A latency and a throughput in one breath: either alone would say too much."""
-    text = f"{row['speedup']:,.1f}x as fast as the teacher at batch 1"
+    text = f"{tables.speed_up(row, 'speedup')} as fast as the teacher at batch 1"
     if row.get("throughput_speedup"):
-        text += f", {row['throughput_speedup']:,.1f}x at batch {row['throughput_batch']:g}"
+        text += f", {tables.speed_up(row, 'throughput_speedup')} at batch {row['throughput_batch']:g}"
     return text
 
 

@@ -68,7 +68,7 @@ def markdown(results: dict[str, Any]) -> str:
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
     if results["made"]["timing"]["device"]:
-        parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
+        parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]

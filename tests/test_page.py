@@ -126,7 +126,7 @@ def test_prints_keep_tables_whole() -> None:
 def test_cards_say_both_speed_ups() -> None:
     text = Reader(rendered(full())).text
     assert "5 ms an image at batch 1" in text
-    assert "8.0x as fast as the teacher at batch 1, 2.5x at batch 64" in text
+    assert "8.0x ± 0.2 as fast as the teacher at batch 1, 2.5x ± 0.04 at batch 64" in text
 
 
 def test_wide_tables_are_set_smaller() -> None:
