@@ -42,12 +42,13 @@ from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.recomputation import recomputed
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
 FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
-MEASURED = 3  # steps that a dry run times, after one to warm up
+MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -398,8 +399,8 @@ def measure(recipe: Recipe) -> float:
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []
-    for _ in range(1 + MEASURED):
-        step(student, loss, state, batch, total=1 + MEASURED)
-        state.check()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / MEASURED
+    for _ in range(WARM_UP + MEASURED):
+        step(student, loss, state, batch, total=WARM_UP + MEASURED)
+        ends.append(now(device))
+    state.check()
+    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED
