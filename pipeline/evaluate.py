@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from torch import Tensor
 
 from pipeline import (
     cluster,
@@ -34,6 +32,7 @@ from pipeline import (
     page,
     pairs,
     plots,
+    provenance,
     references,
     report,
     sample_files,
@@ -42,104 +41,20 @@ from pipeline import (
     speed,
     storage,
     summary,
-    tally,
     tracking,
 )
-from pipeline.compilation import compiled
-from pipeline.models import checkpoints
-from pipeline.models.base import Student
-from pipeline.plan import Draw, Plan, describe, prepare
+from pipeline.artist import Artist, load, load_student
+from pipeline.plan import Draw, Plan, departures, describe, prepare
 from pipeline.precision import set_products
 from pipeline.progress import Progress
-from pipeline.real_images import RealImages
 from pipeline.recipe import Recipe
 from pipeline.references import References
-from pipeline.samplers import Autoregressive, Models, OneStepStar
-from pipeline.tally import Seen, Statistics, glance
+from pipeline.samplers import Autoregressive, OneStepStar
+from pipeline.tally import Glance, Statistics, glance
 
 RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
 
-# ---- the workers
-
-
-class Artist:
-    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
-
-    ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        draws: list[Draw],
-        frequencies: np.ndarray | None,
-        weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
-    ) -> None:
-        torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
-        set_products("fp32")  # of what scores; the models set their own
-        self.plan, self.draws = plan, draws
-        self.models = load(plan, frequencies)
-        arrays = None if weights is None else ray.get(weights)
-        self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
-        self.samples = plan.samples()
-        self.real: RealImages | None = None  # opened by the actor that scores them
-        self.loaded = ""  # the student in self.models
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """{draw [1], item [1]} -> the same with packed statistics."""
-        draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
-        statistics = self.statistics(draw, item)
-        return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
-
-    @torch.no_grad()
-    def statistics(self, draw: Draw, item: int) -> Statistics:
-        """Draw and score the images of one unit of work."""
-        started, settings, layout = time.perf_counter(), self.plan.recipe.evaluate, self.plan.layout
-        out = Statistics.empty(self.network, layout.classes, layout.image_size, draw.count)
-        places, seen, labels = np.array(draw.places(item)), [], []
-        for start in range(0, len(places), settings.batch):
-            images, known = self.images(draw, places[start : start + settings.batch])
-            seen.append(Seen.of(images, self.network))
-            labels += [] if known is None else [known]
-        rows, known = Seen.joined(seen), np.concatenate(labels) if labels else None
-        keep = tally.spread(places, draw.keep, draw.count)
-        out.add(rows, known, self.network.names_labels, places, keep, settings.grid)
-        if draw in self.samples:
-            sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
-        out.seconds = time.perf_counter() - started
-        return out
-
-    def images(self, draw: Draw, places: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
-        """Images [B, 3, H, W] at ``places`` of a draw, and their labels where they are known."""
-        if draw.sampler is None:
-            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.layout.image_size)
-            assert self.real is not None
-            images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
-            return images.to(self.plan.device), labels
-        if draw.student and draw.student != self.loaded:
-            self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
-            self.loaded = draw.student
-        ids = draw.first + places
-        embeddings = draw.sampler.draw(self.models, ids)
-        images = self.models.decode(embeddings, draw.sampler.student)
-        return images, noise.labels(ids, self.plan.layout.classes)
-
-
-def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
-    """The teacher of a plan on its device; the student is loaded when a draw needs it."""
-    teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
-    shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
-    recipe = plan.recipe
-    precisions = recipe.teacher.precision, recipe.evaluate.precision
-    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
-
-
-def load_student(plan: Plan, uri: str, models: Models) -> Student:
-    """A student of a plan on its device, compiled if the recipe says so."""
-    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
-    if plan.recipe.evaluate.compile:
-        compiled(student)
-    return student
+# ---- the statistics
 
 
 class Shelf(Mapping[Draw, Statistics]):
@@ -157,8 +72,8 @@ class Shelf(Mapping[Draw, Statistics]):
     def __len__(self) -> int:
         return len(self.draws)
 
-    def glance(self, draw: Draw) -> tuple[float, np.ndarray]:
-        """(seconds, images of the grid)."""
+    def glance(self, draw: Draw) -> Glance:
+        """The small parts, without reading the rest."""
         with storage.reading(self.plan.cache(draw)) as file:
             return glance(file)
 
@@ -166,10 +81,12 @@ class Shelf(Mapping[Draw, Statistics]):
 def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     """The statistics of all draws: out of the cache, or drawn now and put there."""
     draws = plan.draws()
-    finished = [draw for draw in draws if storage.exists(plan.cache(draw)) and _saved(plan, draw)]
+    finished = in_cache(plan)
     todo = [draw for draw in draws if draw not in finished]
     if not todo:
         return Shelf(plan, draws)
+    for sentence in plan.stale(todo):
+        print(sentence, file=sys.stderr, flush=True)
     total, done = (sum(draw.items for draw in some) for some in (draws, finished))
     growing: dict[Draw, Statistics] = {}
     parts = dict.fromkeys(range(len(todo)), 0)
@@ -187,10 +104,20 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     return Shelf(plan, draws)
 
 
+def in_cache(plan: Plan) -> list[Draw]:
+    """The draws of a plan of which nothing is missing: their statistics, and the images where they are wanted."""
+    there = set(storage.listing(plan.shelf))
+    draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in there]
+    return [draw for draw in draws if _saved(plan, draw)]
+
+
 def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
     """Put a whole draw away: its images, if they are wanted, and then its statistics, which say that it is done."""
     if draw in plan.samples():
         sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
+    settings = plan.recipe.evaluate
+    statistics.made = {"date": provenance.now(), "batch": settings.batch, "actors": settings.actors}
+    statistics.made |= {"code": plan.code(draw)[:12]} | provenance.version()
     storage.write_bytes(plan.cache(draw), statistics.pack())
 
 
@@ -225,15 +152,25 @@ def parts_of(
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
-    """(draw, part), the parts of each draw in the order of their ids, whoever came first."""
-    waiting: dict[tuple[int, int], bytes] = {}
+    """(draw, part), the parts of each draw in the order of their ids, whoever came first.
+
+    One that comes before its turn waits in a temporary file: parts of Inception's features have tens of megabytes, and
+    a slow first one may let hundreds pass.
+    """
     following: dict[int, int] = defaultdict(int)
-    for row in rows:
-        i = row["draw"]
-        waiting[i, row["item"]] = row["statistics"]
-        while (i, following[i]) in waiting:
-            yield i, Statistics.unpack(waiting.pop((i, following[i])))
-            following[i] += 1
+    with tempfile.TemporaryDirectory(prefix="dd-parts-") as folder:
+        for row in rows:
+            i, part = row["draw"], row["statistics"]
+            early = Path(folder, f"{i}-{row['item']}")
+            if row["item"] != following[i]:
+                early.write_bytes(part)
+                continue
+            while part is not None:
+                yield i, Statistics.unpack(part)
+                following[i] += 1
+                waiting = Path(folder, f"{i}-{following[i]}")
+                part = waiting.read_bytes() if waiting.exists() else None
+                waiting.unlink(missing_ok=True)
 
 
 def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
@@ -277,6 +214,8 @@ def evaluate(recipe: Recipe) -> str:
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)
     others = comparison.read(plan, scoring.title(recipe.evaluate))
+    for sentence in said_of(plan):
+        print(sentence, file=sys.stderr, flush=True)
     if recipe.dry_run:
         return _dry_run(plan)
     earlier = _earlier(plan)
@@ -287,13 +226,24 @@ def evaluate(recipe: Recipe) -> str:
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
         timing = summary.recalled(plan, earlier) if earlier else _timing(plan, frequencies)
-        seconds = sum(statistics.glance(draw)[0] for draw in statistics)
-        results = summary.summarise(plan, statistics, timing, seconds, others)
+        glances = {draw: statistics.glance(draw) for draw in statistics}
+        results = summary.summarise(plan, statistics, timing, glances, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
     place = storage.join(recipe.report_uri, "report.html")
     return f"{report.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
+
+
+def said_of(plan: Plan) -> list[str]:
+    """What the report will say of its student and its samplers that nobody should find there only."""
+    names = sampler_list.names(plan.samplers)
+    found = [(name, departures(plan, sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
+    asking = ((name, "; ".join(why)) for name, why in found if why)
+    return [
+        *plan.notes,
+        *(f"{name} asks more of its student than that was trained for: {why}." for name, why in asking),
+    ]
 
 
 def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
@@ -343,8 +293,8 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    names = sampler_list.names(plan.samplers)
-    files = {"samples.png": plots.samples(names, [statistics.glance(draw)[1] for draw in plan.table()], labels)}
+    grids = [images[:columns] for draw in plan.table() if (images := statistics.glance(draw).images) is not None]
+    files = {"samples.png": plots.samples(sampler_list.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)
     files["report.html"] = page.html(results, files).encode()
     files["report.md"] = report.markdown(results).encode()

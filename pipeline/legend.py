@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.tables import beside_paper, columns, further_columns, kernel_distance, ms, short_title
+from pipeline.tables import DEPARTS, beside_paper, columns, further_columns, kernel_distance, ms, short_title
 
 
 def introduction(results: dict[str, Any]) -> str:
@@ -50,7 +50,11 @@ ROWS = {
 def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, how it draws) of the samplers in the table."""
     there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
-    return [text for kind, text in ROWS.items() if kind in there]
+    departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
+    out = [text for kind, text in ROWS.items() if kind in there]
+    if departing:
+        out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
+    return out + [("note", note) for note in results.get("notes", [])]
 
 
 def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:

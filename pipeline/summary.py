@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline import comparison, metrics, references, sampler_list, scoring
-from pipeline.metrics import Gaussian, frechet, pixel_frechet, precision_recall
+from pipeline import comparison, metrics, provenance, references, sampler_list, scoring
+from pipeline.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.models import checkpoints
-from pipeline.plan import Draw, Plan
+from pipeline.plan import Draw, Plan, departures
 from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
 from pipeline.samplers import Autoregressive, Sampler
 from pipeline.speed import Speed
-from pipeline.tally import SCORE_BLOCK, Statistics
+from pipeline.tally import SCORE_BLOCK, Glance, Statistics
 
-VERSIONS = ("torch", "numpy", "scipy", "ray")
-FORMAT = 2  # of report.json: an older one is written again, from the same statistics and times
+FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -29,7 +28,9 @@ NEIGHBOURS = 3  # of precision and recall
 class Entry:
     """A row of the table before its numbers: a sampler's images and its speed.
 
-    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints.
+    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints;
+    ``rounds`` the round of classes that each kept image belongs to, None where there are no classes; ``departs`` says
+    in what it asks more of its student than that was trained for.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Entry:
     type: str = "baseline"
     parameters: int | None = None
     paper: dict[str, float] = field(default_factory=dict)
+    rounds: np.ndarray | None = None
+    departs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ def summarise(
     plan: Plan,
     statistics: Mapping[Draw, Statistics],
     timing: dict[str, Any],
-    seconds: float,
+    glances: Mapping[Draw, Glance],
     others: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything the report says, as JSON values; ``seconds`` are those of all actors, ``others`` as
+    """Everything the report says, as JSON values; ``glances`` say how the images were made, ``others`` are as
     ``comparison.read`` found them.
 
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
@@ -79,7 +82,8 @@ def summarise(
         "baseline": asdict(baseline) if baseline else None,  # the AR teacher at batch 1, which speed-ups are over
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
-        "made": _made(plan, timing, seconds),
+        "notes": list(plan.notes),
+        "made": _made(plan, timing, glances),
     }
     found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
     return found | {"pair_sets": comparison.pair_sets(found, others)}
@@ -115,10 +119,12 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str
             settings=dataclasses.asdict(sampler),
             steps=sampler.steps_label(plan.layout),
             statistics=statistics[draw],
+            rounds=draw.rounds(),
             speeds=timing["speeds"].get(sampler, []),
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
+            departs=departures(plan, sampler),
         )
 
 
@@ -160,7 +166,7 @@ def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Referen
     }
 
 
-def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) -> dict[str, Any]:
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
@@ -190,19 +196,29 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
         if min(kept)
         else None,
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]} if min(kept) else None,
-        "standard error and limit": f"jackknife over {metrics.GROUPS} groups of sample ids" if kept[0] else None,
-        "sampling": {
-            "device": plan.device,
-            "actors": settings.actors,
-            "batch": settings.batch,
-            "seconds of all actors": round(seconds, 1),
-        },
+        "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
+        "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
+        | sampling({draw.name: one.made for draw, one in glances.items()}),
         "timing": {key: timing[key] for key in ("device", "threads")}
         | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
         | {"CUDA graphs of the teacher": recipe.teacher.graphs},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "report": provenance.version() | {"written": provenance.now()},
         "fingerprint": plan.fingerprint(),
     }
+
+
+def sampling(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How images were made, from what their statistics say: once where it was alike for all, else by names of draws."""
+    days = sorted(one["date"] for one in made.values())
+    groups: dict[str, list[str]] = {}
+    for name, one in made.items():
+        facts = {key: value for key, value in one.items() if key not in ("date", "machines")}
+        for key in one["machines"][0]:
+            facts[key] = ", ".join(sorted({machine[key] for machine in one["machines"]}))
+        groups.setdefault(json.dumps(facts), []).append(name)
+    found = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
+    alike = next(iter(found.values())) if len(found) == 1 else found
+    return {"between": [days[0], days[-1]]} | alike
 
 
 def _weights(settings: EvaluateSettings) -> str:
@@ -250,6 +266,7 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
     row: dict[str, Any] = {
         "name": entry.name,
         "type": entry.type,
+        "departs": entry.departs,
         "parameters": entry.parameters,
         "paper": entry.paper,
         "sampler": {"name": entry.kind} | entry.settings,
@@ -263,7 +280,7 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
     }
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
-    row |= _of_rows(statistics, reference)
+    row |= _of_rows(statistics, entry.rounds, reference)
     if entry.speeds and baseline_ms is not None:
         best = min(entry.speeds, key=lambda speed: speed.ms)
         row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
@@ -271,15 +288,23 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
     return row | _quality(statistics)
 
 
-def _of_rows(statistics: Statistics, reference: Reference) -> dict[str, float | None]:
-    """What needs the images' features themselves, not their sums alone."""
+def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> dict[str, float | None]:
+    """What needs the images' features themselves, not their sums alone.
+
+    Of fewer images than all the error shrinks with the root of their share, as it does with more images.
+    """
     names = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
     out: dict[str, float | None] = dict.fromkeys(names)
     if not statistics.features:
         return out
     mine = np.concatenate(statistics.features)
-    if found := metrics.frechet_error(mine, statistics.moments, reference.gaussian):
-        out["score_std"], out["score_inf"] = found
+    rounds = np.arange(len(mine)) if rounds is None else rounds
+    share, total = len(mine) / statistics.moments.n, statistics.moments
+    if share < 1:
+        total = Moments(mine.shape[1])
+        total.add(mine)
+    if found := metrics.frechet_error(mine, total, reference.gaussian, rounds):
+        out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
     if reference.real and reference.real.features:
         theirs = np.concatenate(reference.real.features)
         if min(len(mine), len(theirs)) > NEIGHBOURS:

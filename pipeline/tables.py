@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+DEPARTS = "†"
 MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
 
 
@@ -41,7 +42,7 @@ def columns(results: dict[str, Any]) -> list[Column]:
     title, short = results["title"], short_title(results)
     one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
     found = [
-        Column("sampler", _text("name", str)),
+        Column("sampler", marked),
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
@@ -149,6 +150,11 @@ def _crossed(heading: str, form: Callable[[int], str], scores: dict[tuple[int, s
     return Table(
         [heading, *names], [[form(line), *(scores.get((line, name), "-") for name in names)] for line in lines]
     )
+
+
+def marked(row: Row) -> str:
+    """A row's name, with a mark where it asks more of its student than that was trained for."""
+    return row["name"] + (f" {DEPARTS}" if row.get("departs") else "")
 
 
 def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
