@@ -219,7 +219,7 @@ def evaluate(recipe: Recipe) -> str:
     if recipe.dry_run:
         return _dry_run(plan)
     earlier = _earlier(plan)
-    if earlier and earlier["shown"] == summary.shown(plan, others) and all(_saved(plan, draw) for draw in plan.draws()):
+    if earlier and earlier["shown"] == summary.shown(plan, others) and _complete(plan, earlier):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
@@ -231,6 +231,7 @@ def evaluate(recipe: Recipe) -> str:
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
+    sweep(plan)
     place = storage.join(recipe.report_uri, "report.html")
     return f"{report.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
 
@@ -257,6 +258,9 @@ def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
 
 def _dry_run(plan: Plan) -> str:
     """The plan with what is left to draw, from the seconds of one batch of every sampler."""
+    left = {draw.sampler for draw in plan.draws() if draw not in in_cache(plan)}
+    if not left - {None}:
+        return describe(plan, dict.fromkeys(plan.samplers, 0.0))
     cluster.connect(plan.recipe)
     timing = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
@@ -271,6 +275,12 @@ def _earlier(plan: Plan) -> dict[str, Any] | None:
     uri = storage.join(plan.recipe.report_uri, "report.json")
     results = storage.read_json(uri) if storage.exists(uri) else {}
     return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
+
+
+def _complete(plan: Plan, results: dict[str, Any]) -> bool:
+    """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
+    there = set(storage.listing(plan.recipe.report_uri))
+    return set(results["files"]) <= there and all(_saved(plan, draw) for draw in plan.draws())
 
 
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
@@ -290,12 +300,13 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
-    _write_reference(plan, statistics)
+    own = _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
     grids = [images[:columns] for draw in plan.table() if (images := statistics.glance(draw).images) is not None]
     files = {"samples.png": plots.samples(sampler_list.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)
+    results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()
     files["report.md"] = report.markdown(results).encode()
     files["report.json"] = (json.dumps(results, indent=2) + "\n").encode()
@@ -304,14 +315,38 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     return files
 
 
-def _write_reference(plan: Plan, statistics: Shelf) -> None:
-    """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them."""
+def sweep(plan: Plan) -> None:
+    """Delete what no report needs any more, once this one is written.
+
+    Killed writers' temporary files, everywhere; parts of images whose draw is another one; and in the report's own
+    cache statistics of draws that this report does not have. A cache that reports share is left alone: who else uses
+    what is in it, nobody here knows.
+    """
+    samples = storage.join(plan.recipe.report_uri, "samples")
+    for folder in (plan.recipe.report_uri, plan.shelf, samples):
+        storage.sweep(folder)
+    for name in storage.listing(samples):
+        if sample_files.PART in name:
+            storage.remove(storage.join(samples, name))
+    if plan.recipe.evaluate.cache is None:
+        wanted = {plan.cache(draw).rpartition("/")[2] for draw in plan.draws()}
+        for name in storage.listing(plan.shelf):
+            if name.endswith(".npz") and name not in wanted:
+                storage.remove(storage.join(plan.shelf, name))
+
+
+def _write_reference(plan: Plan, statistics: Shelf) -> list[str]:
+    """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them.
+
+    Returns the name of the file, if there is one.
+    """
     settings = plan.recipe.evaluate
     if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
-        return
+        return []
     found, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
     made = References(found.gaussian, found.spatial, settings.flavour, True, weights, plan.real)
     storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
+    return ["reference.npz"]
 
 
 def _frequencies(plan: Plan) -> np.ndarray | None:

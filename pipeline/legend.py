@@ -74,15 +74,16 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
         kernel_distance(results): "Kernel Inception Distance (Bińkowski et al. 2018)"
         + ("" if short == "FID" else " of these features, which are not Inception's")
-        + ", mean ± standard deviation over subsets.",
+        + ", the mean over subsets.",
         "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
-        " their ids, ± the deviation between blocks.",
+        " their ids, a shorter last one weighing less; behind ± the standard error of that mean, from five blocks on.",
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
         "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
         " diverse than the teacher.",
-        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images.",
+        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
+        + ("" if made.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
@@ -95,6 +96,12 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
     if beside_paper(results):
         out.append(("paper", ABOUT_PAPER))
+    if pairs := results.get("alike"):
+        text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
+        out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
+    if 0 < made.get("real images", 0) <= made["dimensions"] and made["reference"]["statistics"] == "made here":
+        few = f"Only {made['real images']} real images for {made['dimensions']} features"
+        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
     if made["count"] <= made["dimensions"]:
         warning = f"Only {made['count']} images for {made['dimensions']} features"
         why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."

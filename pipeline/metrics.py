@@ -144,10 +144,16 @@ class InceptionScore:
         self.p_log_p += other.p_log_p
 
     def value(self) -> float:
-        """The mean of the blocks' scores; a short last block counts as much as the others, as in ADM's
-        evaluator.
+        """The mean of the blocks' scores, each weighing as its images.
+
+        ADM's evaluator counts a short last block like the others; fewer images score lower, so it would pull the mean.
         """
-        return float(self.scores().mean())
+        return float(np.average(self.scores(), weights=self.n[self.n > 0]))
+
+    def error(self) -> float | None:
+        """Standard error of ``value``, from the spread of the whole blocks; None of fewer than five."""
+        found = self.scores()[self.n[self.n > 0] == self.n.max()]
+        return float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) >= FEWEST else None
 
     def scores(self) -> np.ndarray:
         """The score of each block."""

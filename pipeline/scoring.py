@@ -6,6 +6,7 @@ Inception with random weights is neither and says so.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,12 @@ def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, An
         raise Refused(
             f"evaluate.reference {uri} holds {facts['images']} images; a covariance needs 2 or more, and FID tens of"
             " thousands."
+        )
+    if facts["images"] <= DIMENSIONS[settings.features]:
+        print(
+            f"warning: evaluate.reference {uri} holds {facts['images']} images for {DIMENSIONS[settings.features]}"
+            " features, so its covariance is singular and a distance to it says little; give tens of thousands.",
+            file=sys.stderr,
         )
     return facts | {"statistics": "made here"}
 

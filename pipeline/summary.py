@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.tally import SCORE_BLOCK, Glance, Statistics
 
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
+MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ def summarise(
         "shown": shown(plan, others),
         "rows": numbers(entries, reference, baseline.ms if baseline else None),
         "baseline": asdict(baseline) if baseline else None,  # the AR teacher at batch 1, which speed-ups are over
+        "alike": [],
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
         "made": _made(plan, timing, glances),
     }
+    found["alike"] = alike(found["rows"])
     found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
     return found | {"pair_sets": comparison.pair_sets(found, others)}
 
@@ -190,12 +194,16 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         "features SHA-256": plan.facts["features"],
         "reference": {"uri": settings.reference if inception else "the digits"} | plan.facts["reference"],
         "real images": plan.real,
-        "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids"},
+        "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids", "weight of a block": "its images"}
+        if inception
+        else None,
         "KID": {"subsets": metrics.SUBSETS, "images of a subset": min(metrics.SUBSET_SIZE, *kept)}
         | {"kernel": "(x.y / D + 1)^3", "seed": metrics.SUBSET_SEED}
         if min(kept)
         else None,
-        "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]} if min(kept) else None,
+        "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
+        if inception and min(kept)
+        else None,
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
         "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
         | sampling({draw.name: one.made for draw, one in glances.items()}),
@@ -256,6 +264,21 @@ def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float |
     return rows
 
 
+def alike(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The pairs of rows whose distances are too close to tell one from the other, the nearest first.
+
+    Too close is less than the larger standard error, or than ``MARGIN`` of the distance where that is more: the images
+    are of one seed and one student, and the error knows of neither.
+    """
+    scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
+    found = []
+    for one, other in combinations(scored, 2):
+        apart = other["score"] - one["score"]
+        if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
+            found.append((apart, one["name"], other["name"]))
+    return [(one, other) for _, one, other in sorted(found)]
+
+
 def score(statistics: Statistics, reference: Reference) -> float:
     """Fréchet distance of a set of images to the reference."""
     return frechet(statistics.moments.gaussian(), reference.gaussian)
@@ -291,7 +314,8 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
 def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> dict[str, float | None]:
     """What needs the images' features themselves, not their sums alone.
 
-    Of fewer images than all the error shrinks with the root of their share, as it does with more images.
+    Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
+    recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
     """
     names = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
     out: dict[str, float | None] = dict.fromkeys(names)
@@ -307,18 +331,18 @@ def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Refer
         out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
     if reference.real and reference.real.features:
         theirs = np.concatenate(reference.real.features)
-        if min(len(mine), len(theirs)) > NEIGHBOURS:
+        if not statistics.labelled and min(len(mine), len(theirs)) > NEIGHBOURS:
             out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
         out["kid"], out["kid_std"] = metrics.kid(mine, theirs)
     return out
 
 
 def _quality(statistics: Statistics) -> dict[str, Any]:
-    """What needs no reference."""
-    labelled, scores = statistics.labelled, statistics.score.scores()
+    """What needs no reference. A network whose classes are the labels, that of the digits, makes no Inception Score."""
+    labelled = statistics.labelled
     return {
-        "inception_score": statistics.score.value(),
-        "inception_score_std": float(scores.std()) if len(scores) > 1 else None,
+        "inception_score": None if labelled else statistics.score.value(),
+        "inception_score_std": None if labelled else statistics.score.error(),
         "accuracy": statistics.right / labelled if labelled else None,
         "variance": statistics.variance.value(),
     }

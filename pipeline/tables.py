@@ -58,8 +58,6 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("ms/image, best batch", _best),
         Column("speed-up", _text("speedup", times), "speedup", "speed-up, paper", times),
     ]
-    if title == "FD":  # the digits scorer's classes make no Inception Score
-        found = [column for column in found if column.heading != "IS"]
     return _filled(found, results)
 
 
@@ -69,7 +67,7 @@ def further_columns(results: dict[str, Any]) -> list[Column]:
     found = [
         Column(f"{short}, limit", _text("score_inf", two)),
         Column("sFID", _text("sfid", two)),
-        Column(kernel_distance(results), _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
+        Column(kernel_distance(results), _text("kid", lambda value: f"{1000 * value:.2f}")),
     ]
     return _filled(found, results)
 
@@ -80,7 +78,12 @@ def kernel_distance(results: dict[str, Any]) -> str:
 
 
 def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
-    return [column for column in found if any(column.text(row) for row in results["rows"])]
+    shown = [(column, column.key in ("precision", "recall")) for column in found]  # the paper's where ours lack images
+    return [
+        column
+        for column, alone in shown
+        if any(column.text(row) or (alone and column.printed(row)) for row in results["rows"])
+    ]
 
 
 def further(results: dict[str, Any]) -> Table | None:
@@ -166,7 +169,7 @@ def _best(row: Row) -> str:
 
 
 def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A number with its error or deviation behind it, where there is one."""
+    """A number with its standard error behind it, where there is one."""
 
     def text(row: Row) -> str:
         if row.get(key) is None:
