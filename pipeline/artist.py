@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import noise, sample_files, scoring, speed
@@ -65,8 +66,8 @@ class Artist:
     @torch.no_grad()
     def statistics(self, draw: Draw, item: int) -> Statistics:
         """Draw and score the images of one unit of work."""
-        started, layout = time.perf_counter(), self.plan.layout
-        out = Statistics.empty(self.network, layout.classes, layout.image_size, draw.count)
+        started = time.perf_counter()
+        out = Statistics.empty(self.network, self.plan.layout.classes, self.plan.side, draw.count)
         places = np.array(draw.places(item))
         rows = looked_at(out, self.network, draw, places, self.plan.recipe.evaluate.batch, self.images)
         if draw in self.samples:
@@ -78,19 +79,21 @@ class Artist:
     def images(self, draw: Draw, places: np.ndarray) -> Labelled:
         """Images at ``places`` of a draw, and their labels where they are known."""
         if draw.sampler is None:
-            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.layout.image_size)
+            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.side)
             assert self.real is not None
             images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
             return images.to(self.plan.device), labels
         if draw.student and draw.student != self.loaded:
             self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
             self.loaded = draw.student
-        return drawn(self.models, draw.sampler, draw.first + places)
+        return drawn(self.models, draw.sampler, draw.first + places, self.plan.side)
 
 
-def drawn(models: Models, sampler: Sampler, ids: np.ndarray) -> Labelled:
-    """The images of the samples ``ids``."""
+def drawn(models: Models, sampler: Sampler, ids: np.ndarray, side: int) -> Labelled:
+    """The images of the samples ``ids``, resized to ``side`` pixels as LlamaGen's authors do before they round."""
     images = models.decode(sampler.draw(models, ids), sampler.student)
+    if images.shape[-1] != side:
+        images = F.interpolate(images, size=(side, side), mode="bicubic")
     return images, noise.labels(ids, models.layout.classes)
 
 

@@ -344,7 +344,7 @@ def _write_reference(plan: Plan, statistics: Shelf) -> list[str]:
     if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
         return []
     found, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
-    made = References(found.gaussian, found.spatial, settings.flavour, True, weights, plan.real)
+    made = References(found.gaussian, found.spatial, settings.flavours[0], True, weights, plan.real)
     storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
     return ["reference.npz"]
 

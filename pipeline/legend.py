@@ -68,6 +68,7 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         "type": "as in the paper's tables: AR is the teacher, DD ours, DD + AR ours with the teacher in the loop,"
         " baseline what the paper compares with.",
         title: f"{distance}.",
+        str(results.get("second_title")): "the same distance of the same images, in the flavour of the paper's FID.",
         f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
         f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
         " larger.",
@@ -110,9 +111,12 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 ABOUT_PAPER = (
-    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px, FID by"
-    " pytorch-fid, milliseconds per image in steady state on an A100; the paper does not say at which batch, nor"
-    " whether decoding is in it. Of pre-trained-n-m it counts the student alone, as here."
+    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px. FID of"
+    " the authors' own rows (teachers, DD, skip-n, onestep*) is by their copy of pytorch-fid; rows that the paper marks"
+    " with a dagger are the VAR paper's, by ADM's evaluator, whose flavour is torch-fidelity. No code was released for"
+    " IS, precision and recall, which ADM's evaluator most likely gave. Milliseconds per image are in steady state on"
+    " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
+    " student alone, as here."
 )
 
 

@@ -108,6 +108,11 @@ class Plan:
         return self.recipe.cluster.runs_on
 
     @property
+    def side(self) -> int:
+        """Pixels across an image that is scored."""
+        return scoring.side(self.recipe.evaluate, self.layout.image_size)
+
+    @property
     def student(self) -> str:
         return self.recipe.evaluate.student or storage.join(self.recipe.student_uri, "student.safetensors")
 
@@ -170,6 +175,8 @@ class Plan:
             facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
             facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
             facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
+        if self.side != self.layout.image_size:
+            facts["image_size"] = self.side
         if draw.student:
             facts["student_precision"] = evaluate.precision
         if isinstance(draw.sampler, FlowMatched):
@@ -250,7 +257,8 @@ def inputs(recipe: Recipe) -> Plan:
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
     listed = sampler_list.build(settings.samplers, layout, recipe.train.split)
-    features = scoring.check(settings, layout.image_size, layout.classes)
+    side = scoring.side(settings, layout.image_size)
+    features = scoring.check(settings, side, layout.classes)
     facts = {
         "family": recipe.teacher.family,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
@@ -258,14 +266,14 @@ def inputs(recipe: Recipe) -> Plan:
         "precision": recipe.teacher.precision,
         "teacher": checkpoints.checksums(recipe.teacher),
         "features": features,
-        "reference": scoring.check_reference(settings, layout.image_size),
+        "reference": scoring.check_reference(settings, side),
         "dim": scoring.DIMENSIONS[settings.features],
         "code": _code(recipe, [*listed, Autoregressive()]),
     }
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
             compilation.check(f"{name}.compile", recipe.cluster.runs_on)
-    pixels = settings.count * 3 * layout.image_size**2  # of a sampler, in parts and again in one file
+    pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
     return Plan(recipe, layout, listed, facts["reference"]["images"], facts)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import comparison, metrics, provenance, references, sampler_list, scoring
+from pipeline import comparison, metrics, provenance, sampler_list, scoring
 from pipeline.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.models import checkpoints
 from pipeline.plan import Draw, Plan, departures
 from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
+from pipeline.references import References
 from pipeline.samplers import Autoregressive, Sampler
 from pipeline.speed import Speed
 from pipeline.tally import SCORE_BLOCK, Glance, Statistics
@@ -51,12 +52,13 @@ class Entry:
 @dataclass(frozen=True)
 class Reference:
     """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
-    and the spatial features' mean and covariance where they are known.
+    the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
     """
 
     gaussian: Gaussian
     real: Statistics | None
     spatial: Gaussian | None = None
+    second: Gaussian | None = None
 
 
 def summarise(
@@ -77,6 +79,7 @@ def summarise(
     found: dict[str, Any] = {
         "name": plan.recipe.name,
         "title": scoring.title(settings),
+        "second_title": scoring.second_title(settings),
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
         "shown": shown(plan, others),
@@ -133,14 +136,22 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str
 
 
 def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
-    """The reference of a recipe: statistics out of its file, or those of the real images."""
-    real = statistics[plan.reference()] if plan.real else None
-    if plan.facts["reference"]["statistics"] == "made here":
-        assert real is not None
-        return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None)
-    found = references.read(plan.recipe.evaluate.reference or "")
-    assert found is not None
-    return Reference(found.pooled, real, found.spatial)
+    """The reference of a recipe, for each flavour: statistics out of its files, or those of the real images."""
+    settings, real = plan.recipe.evaluate, statistics[plan.reference()] if plan.real else None
+    found = {} if settings.features == "digits" else scoring.statistics(settings)
+    first, *others = settings.flavours
+    second = None
+    if others:
+        second = _gaussian(found.get(others[0]), real.second if real else None)
+    if first in found:
+        return Reference(found[first].pooled, real, found[first].spatial, second)
+    assert real is not None
+    return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None, second)
+
+
+def _gaussian(read: References | None, made: Moments | None) -> Gaussian | None:
+    """Statistics that were read, else those that were made here."""
+    return read.pooled if read else made.gaussian() if made else None
 
 
 def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> dict[str, float] | None:
@@ -192,7 +203,10 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         "weights": _weights(settings) if inception else None,
         "dimensions": plan.facts["dim"],
         "features SHA-256": plan.facts["features"],
-        "reference": {"uri": settings.reference if inception else "the digits"} | plan.facts["reference"],
+        "reference": {"uri": settings.reference if inception else "the digits"}
+        | ({"images": settings.images} if settings.images else {})
+        | plan.facts["reference"],
+        "pixels across an image": plan.side,
         "real images": plan.real,
         "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids", "weight of a block": "its images"}
         if inception
@@ -298,11 +312,14 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
         "score": score(statistics, reference),
         "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
         "sfid": None,
+        "second_score": None,
         "seconds": statistics.seconds,
         "speeds": [asdict(speed) for speed in entry.speeds],
     }
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
+    if reference.second and statistics.second:
+        row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
     row |= _of_rows(statistics, entry.rounds, reference)
     if entry.speeds and baseline_ms is not None:
         best = min(entry.speeds, key=lambda speed: speed.ms)

@@ -40,11 +40,14 @@ class Column(NamedTuple):
 def columns(results: dict[str, Any]) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
+    second = results.get("second_title")  # which is the flavour of the paper's FID, then
     one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
+    paper_fid: Any = ("fid", "FID, paper", two)
     found = [
         Column("sampler", marked),
         Column("type", _text("type", str)),
-        Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
+        Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
+        *([Column(second, _text("second_score", two), *paper_fid)] if second else []),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),

@@ -35,6 +35,7 @@ class Seen:
     logits: np.ndarray
     spatial: np.ndarray | None
     thumbnails: np.ndarray
+    second: np.ndarray | None = None  # features in the other flavour
 
     @classmethod
     @torch.no_grad()
@@ -43,7 +44,8 @@ class Seen:
         pixels = to_uint8(images)
         features, logits, spatial = network(pixels)
         deep = None if spatial is None else _rows(spatial)
-        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels))
+        second = None if network.second is None else _rows(network.second(pixels))
+        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second)
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
@@ -58,7 +60,8 @@ class Statistics:
     """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
     ids.
 
-    ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
+    ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
+    is their label, ``labelled`` those that were asked.
     ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
     says on what the parts were made, each kind once, ``made`` all else that the images depend on no more than rounding.
     """
@@ -68,6 +71,7 @@ class Statistics:
     variance: ClassVariance
     score: InceptionScore
     spatial: Moments | None = None
+    second: Moments | None = None
     right: int = 0
     labelled: int = 0
     seconds: float = 0.0
@@ -87,6 +91,7 @@ class Statistics:
             ClassVariance(classes, pixels),
             InceptionScore(blocks, network.classes),
             Moments(network.spatial) if network.spatial else None,
+            Moments(network.dim) if network.second else None,
         )
 
     def merge(self, other: Statistics) -> None:
@@ -97,6 +102,8 @@ class Statistics:
         self.score.merge(other.score)
         if self.spatial and other.spatial:
             self.spatial.merge(other.spatial)
+        if self.second and other.second:
+            self.second.merge(other.second)
         self.right += other.right
         self.labelled += other.labelled
         self.seconds += other.seconds
@@ -106,8 +113,8 @@ class Statistics:
 
     def pack(self) -> bytes:
         """As an npz file; nothing in it is pickled."""
-        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial")}
-        for moments in (self.moments, self.pixels, self.spatial):
+        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial", "second")}
+        for moments in (self.moments, self.pixels, self.spatial, self.second):
             if moments:
                 moments.flush()
         arrays: dict[str, Any] = {
@@ -138,6 +145,7 @@ class Statistics:
             ClassVariance(len(arrays["variance.n"]), pixels),
             InceptionScore(*arrays["score.p"].shape),
             Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
+            Moments(dim) if "second.mean" in arrays else None,
         )
         for key, value in arrays.items():
             if "." in key:
@@ -173,6 +181,8 @@ class Statistics:
         self.score.add(seen.logits, place // SCORE_BLOCK)
         if self.spatial and seen.spatial is not None:
             self.spatial.add(seen.spatial)
+        if self.second and seen.second is not None:
+            self.second.add(seen.second)
         if labels is not None:
             self.variance.add(seen.thumbnails, labels)
             if names_labels:
