@@ -103,6 +103,9 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
     if 0 < made.get("real images", 0) <= made["dimensions"] and made["reference"]["statistics"] == "made here":
         few = f"Only {made['real images']} real images for {made['dimensions']} features"
         out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
+    if 0 < (kept := made.get("features kept", {}).get("images", 0)) < made["count"]:
+        text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
+        out.append(("precision, recall, KID, limits and standard errors", text))
     if made["count"] <= made["dimensions"]:
         warning = f"Only {made['count']} images for {made['dimensions']} features"
         why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."

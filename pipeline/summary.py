@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
@@ -218,6 +219,7 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
         if inception and min(kept)
         else None,
+        "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
         "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
         | sampling({draw.name: one.made for draw, one in glances.items()}),
@@ -344,13 +346,16 @@ def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Refer
     if share < 1:
         total = Moments(mine.shape[1])
         total.add(mine)
-    if found := metrics.frechet_error(mine, total, reference.gaussian, rounds):
+    with ThreadPoolExecutor() as pool:  # most of each runs without Python's lock, on few cores
+        error = pool.submit(metrics.frechet_error, mine, total, reference.gaussian, rounds)
+        if reference.real and reference.real.features:
+            theirs = np.concatenate(reference.real.features)
+            kid = pool.submit(metrics.kid, mine, theirs)
+            if not statistics.labelled and min(len(mine), len(theirs)) > NEIGHBOURS:
+                out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
+            out["kid"], out["kid_std"] = kid.result()
+    if found := error.result():
         out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
-    if reference.real and reference.real.features:
-        theirs = np.concatenate(reference.real.features)
-        if not statistics.labelled and min(len(mine), len(theirs)) > NEIGHBOURS:
-            out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
-        out["kid"], out["kid_std"] = metrics.kid(mine, theirs)
     return out
 
 

@@ -171,7 +171,7 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     titles = {"title": scoring.title(replace(settings, inception="i")), "second_title": "FID (pytorch-fid)"}
     assert titles["second_title"] == scoring.second_title(replace(settings, inception="i"))
     shown = tables.main(titles | {"rows": [row | {"paper": {"fid": 9.94}}]})
-    assert shown.headings[1:4] == ["FID (torch-fidelity)", "FID (pytorch-fid)", "FID, paper"]
+    assert shown.headings[2:5] == ["FID (torch-fidelity)", "FID (pytorch-fid)", "FID, paper"]
 
 
 def test_images_of_384_pixels_are_scored_at_256() -> None:
