@@ -236,13 +236,13 @@ def sampling(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     days = sorted(one["date"] for one in made.values())
     groups: dict[str, list[str]] = {}
     for name, one in made.items():
-        facts = {key: value for key, value in one.items() if key not in ("date", "machines")}
+        facts = {key: value for key, value in one.items() if key not in ("date", "machines", "code")}
         for key in one["machines"][0]:
             facts[key] = ", ".join(sorted({machine[key] for machine in one["machines"]}))
         groups.setdefault(json.dumps(facts), []).append(name)
     found = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
     alike = next(iter(found.values())) if len(found) == 1 else found
-    return {"between": [days[0], days[-1]]} | alike
+    return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in made.items()}}
 
 
 def _weights(settings: EvaluateSettings) -> str:

@@ -636,9 +636,15 @@ def test_the_curve_holds_students_of_the_students_own_run(recipe: Recipe, tmp_pa
 
 
 def test_how_images_were_made_is_what_their_statistics_say() -> None:
-    one = {"date": "2026-01-02", "batch": 10, "machines": [{"host": "a", "device": "x"}, {"host": "b", "device": "x"}]}
-    other = {"date": "2026-01-01", "batch": 50, "machines": [{"host": "a", "device": "x"}]}
+    one: dict[str, Any] = {
+        "date": "2026-01-02",
+        "code": "a",
+        "batch": 10,
+        "machines": [{"host": "a", "device": "x"}, {"host": "b", "device": "x"}],
+    }
+    other = {"date": "2026-01-01", "code": "b", "batch": 50, "machines": [{"host": "a", "device": "x"}]}
     alike = summary.sampling({"real images": one, "DD 1 step": one | {"date": "2026-01-03"}})
+    assert alike.pop("code") == {"real images": "a", "DD 1 step": "a"}
     assert alike == {"between": ["2026-01-02", "2026-01-03"], "batch": 10, "host": "a, b", "device": "x"}
     apart = summary.sampling({"real images": one, "DD 1 step": other, "teacher": one})
     assert apart["real images, teacher"]["batch"] == 10
