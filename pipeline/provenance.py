@@ -30,7 +30,7 @@ WHOLE, ALWAYS = "*", ""  # of a module: all of it; what stands outside definitio
 Symbol = tuple[str, str]  # (module, name at its top level)
 
 
-@dataclass
+@dataclass(eq=False)  # one object for one text, by which its answers are remembered
 class Module:
     """A module as text: its definitions by name, what each imported name is, and all that stands outside definitions.
 
@@ -143,6 +143,7 @@ def _defined(statement: ast.stmt) -> list[str]:
     return [node.id for node in named if isinstance(node, ast.Name)] if plain else []
 
 
+@lru_cache(1 << 16)
 def _looked_up(module: Module, name: str) -> tuple[str, list[Symbol]]:
     """(the text that a name of a module stands for, the names that it leads to)."""
     if name == WHOLE:
@@ -270,6 +271,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def _of_checkout() -> tuple[str, bool] | None:
     """(commit, whether tracked files differ from it) of the repository that holds this file, not one around it."""
     folder = Path(__file__).parent
