@@ -130,6 +130,7 @@ def portable(recipe: Recipe) -> Recipe:
             student=optional(evaluate.student),
             inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
             reference=optional(evaluate.reference),
+            images=optional(evaluate.images),
         ),
     )
 

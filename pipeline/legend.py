@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.tables import beside_paper, columns, further_columns, kernel_distance, ms, short_title, throughput_batch
+from pipeline.tables import (
+    DEPARTS,
+    beside_paper,
+    columns,
+    further_columns,
+    kernel_distance,
+    ms,
+    short_title,
+    throughput_batch,
+)
 
 
 def introduction(results: dict[str, Any]) -> str:
@@ -50,7 +59,11 @@ ROWS = {
 def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, how it draws) of the samplers in the table."""
     there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
-    return [text for kind, text in ROWS.items() if kind in there]
+    departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
+    out = [text for kind, text in ROWS.items() if kind in there]
+    if departing:
+        out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
+    return out + [("note", note) for note in results.get("notes", [])]
 
 
 def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -64,21 +77,23 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         "type": "as in the paper's tables: AR is the teacher, DD ours, DD + AR ours with the teacher in the loop,"
         " baseline what the paper compares with.",
         title: f"{distance}.",
+        str(results.get("second_title")): "the same distance of the same images, in the flavour of the paper's FID.",
         f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
         f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
         " larger.",
         "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
         kernel_distance(results): "Kernel Inception Distance (Bińkowski et al. 2018)"
         + ("" if short == "FID" else " of these features, which are not Inception's")
-        + ", mean ± standard deviation over subsets.",
+        + ", the mean over subsets.",
         "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
-        " their ids, ± the deviation between blocks.",
+        " their ids, a shorter last one weighing less; behind ± the standard error of that mean, from five blocks on.",
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
         "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
         " diverse than the teacher.",
-        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images.",
+        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
+        + ("" if made.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
@@ -96,6 +111,15 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
     if beside_paper(results):
         out.append(("paper", ABOUT_PAPER))
+    if pairs := results.get("alike"):
+        text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
+        out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
+    if 0 < made.get("real images", 0) <= made["dimensions"] and made["reference"]["statistics"] == "made here":
+        few = f"Only {made['real images']} real images for {made['dimensions']} features"
+        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
+    if 0 < (kept := made.get("features kept", {}).get("images", 0)) < made["count"]:
+        text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
+        out.append(("precision, recall, KID, limits and standard errors", text))
     if made["count"] <= made["dimensions"]:
         warning = f"Only {made['count']} images for {made['dimensions']} features"
         why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."
@@ -104,9 +128,12 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 ABOUT_PAPER = (
-    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px, FID by"
-    " pytorch-fid, milliseconds per image in steady state on an A100; the paper does not say at which batch, nor"
-    " whether decoding is in it. Of pre-trained-n-m it counts the student alone, as here."
+    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px. FID of"
+    " the authors' own rows (teachers, DD, skip-n, onestep*) is by their copy of pytorch-fid; rows that the paper marks"
+    " with a dagger are the VAR paper's, by ADM's evaluator, whose flavour is torch-fidelity. No code was released for"
+    " IS, precision and recall, which ADM's evaluator most likely gave. Milliseconds per image are in steady state on"
+    " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
+    " student alone, as here."
 )
 
 

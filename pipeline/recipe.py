@@ -222,13 +222,17 @@ class EvaluateSettings:
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
             that holds it, at the same count, features, reference and number of steps.
         features: which network scores: digits, or inception (FID).
-        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score) or pytorch-fid (as the
-            paper's FID). Their numbers do not compare.
+        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score), pytorch-fid (as the paper's
+            FID), or both, two distances of the same images. Their numbers do not compare.
         inception: URI of the Inception weights, or formula: random ones, for rehearsals without the file (features:
             inception).
         reference: what samples are compared with (features: inception). URI of statistics: ADM's .npz, pytorch-fid's
             .npz, the authors' statistic.pth, or the reference.npz of an earlier report. Or of real images, whose
             statistics are then made here: a folder of them, Parquet with a column image, an .npz with arr_0 alone.
+        images: URI of real images beside a reference of statistics alone, for precision, recall and KID: a folder,
+            Parquet, or an .npz with arr_0, such as ADM's. What they lack as statistics of a flavour is made of them.
+        image_size: side that images are resized to before they are scored, bicubically, as LlamaGen's authors do; 0
+            takes the teacher's, but 256 of one that makes 384, for which nobody has a reference.
         reference_flavour: the flavour of statistics that do not say it themselves.
         npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
@@ -251,9 +255,11 @@ class EvaluateSettings:
     student: str | None = None
     register: str | None = None
     features: Literal["digits", "inception"] = "digits"
-    flavour: Flavour = "torch-fidelity"
+    flavour: Literal["torch-fidelity", "pytorch-fid", "both"] = "torch-fidelity"
     inception: str | None = None
     reference: str | None = None
+    images: str | None = None
+    image_size: int = 0
     reference_flavour: Flavour | None = None
     npz: bool = False
     precision: Precision = "fp32"
@@ -273,6 +279,11 @@ class EvaluateSettings:
                 bool(self.register.strip()) and not set(self.register) & set("/:@'"),
                 f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
             )
+        _check(self.image_size >= 0, f"evaluate.image_size is {self.image_size}; it must not be negative.")
+        _check(
+            self.features == "inception" or not self.images,
+            "evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.",
+        )
         _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
         if self.features == "inception":
             for name in ("inception", "reference"):
@@ -280,6 +291,11 @@ class EvaluateSettings:
                     bool(getattr(self, name)),
                     f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
                 )
+
+    @property
+    def flavours(self) -> tuple[Flavour, ...]:
+        """Those that are scored, the one of the main column first."""
+        return ("torch-fidelity", "pytorch-fid") if self.flavour == "both" else (self.flavour,)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+DEPARTS = "†"
 MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
 
 
@@ -39,11 +40,14 @@ class Column(NamedTuple):
 def columns(results: dict[str, Any]) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
+    second = results.get("second_title")  # which is the flavour of the paper's FID, then
     one, two, three = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
+    paper_fid: Any = ("fid", "FID, paper", two)
     found = [
-        Column("sampler", _text("name", str)),
+        Column("sampler", marked),
         Column("type", _text("type", str)),
-        Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
+        Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
+        *([Column(second, _text("second_score", two), *paper_fid)] if second else []),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
@@ -61,8 +65,6 @@ def columns(results: dict[str, Any]) -> list[Column]:
     if batch := throughput_batch(results):
         found.append(Column(f"images/s, batch {batch}", _text("throughput", ms)))
         found.append(Column(f"speed-up, batch {batch}", lambda row: speed_up(row, "throughput_speedup")))
-    if title == "FD":  # the digits scorer's classes make no Inception Score
-        found = [column for column in found if column.heading != "IS"]
     return _filled(found, results)
 
 
@@ -72,7 +74,7 @@ def further_columns(results: dict[str, Any]) -> list[Column]:
     found = [
         Column(f"{short}, limit", _text("score_inf", two)),
         Column("sFID", _text("sfid", two)),
-        Column(kernel_distance(results), _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
+        Column(kernel_distance(results), _text("kid", lambda value: f"{1000 * value:.2f}")),
     ]
     return _filled(found, results)
 
@@ -83,7 +85,12 @@ def kernel_distance(results: dict[str, Any]) -> str:
 
 
 def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
-    return [column for column in found if any(column.text(row) for row in results["rows"])]
+    shown = [(column, column.key in ("precision", "recall")) for column in found]  # the paper's where ours lack images
+    return [
+        column
+        for column, alone in shown
+        if any(column.text(row) or (alone and column.printed(row)) for row in results["rows"])
+    ]
 
 
 def further(results: dict[str, Any]) -> Table | None:
@@ -160,6 +167,11 @@ def _crossed(heading: str, form: Callable[[int], str], scores: dict[tuple[int, s
     )
 
 
+def marked(row: Row) -> str:
+    """A row's name, with a mark where it asks more of its student than that was trained for."""
+    return row["name"] + (f" {DEPARTS}" if row.get("departs") else "")
+
+
 def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
@@ -173,7 +185,7 @@ def speed_up(row: Row, key: str) -> str:
 
 
 def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A number with its error or deviation behind it, where there is one."""
+    """A number with its standard error behind it, where there is one."""
 
     def text(row: Row) -> str:
         if row.get(key) is None:

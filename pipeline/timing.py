@@ -38,7 +38,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "runs on": plan.device,
         "gpus": cluster.gpus,
         "cpus": cluster.cpus if cluster.gpus else cluster.cpus * settings.actors,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "distilled-decoding")},
+        "torch": importlib.metadata.version("torch"),
+        "code": plan.facts["code"],
     }
     return json.loads(json.dumps(found))
 
