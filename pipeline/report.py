@@ -12,13 +12,41 @@ from pipeline import legend, tables
 from pipeline.tables import Table
 
 
-def scalars(results: dict[str, Any]) -> dict[str, float]:
-    """The table's numbers for MLflow: {"DD_1_step/score": 5.2, ...}."""
+def headlines(results: dict[str, Any]) -> dict[str, float]:
+    """The few numbers that MLflow draws: {"DD_1_step/FD": 5.2, "DD_1_step/speed-up_at_batch_1": 40.1, ...}.
+
+    The distance of the AR teacher and of each few-step sampler, and how much less time the latter take than the former
+    at the smallest and the largest batch at which both were timed. All others are in ``scores``.
+    """
+    drawn = [row for row in results["rows"] if row.get("sampler", {}).get("name") in ("Autoregressive", "FewStep")]
+    teacher = next((row["speeds"] for row in drawn if row["sampler"]["name"] == "Autoregressive"), None)
+    yardstick = {speed["batch"]: speed["ms"] for speed in teacher or filter(None, [results["baseline"]])}
     out: dict[str, float] = {}
-    for row in results["rows"]:
+    for row in drawn:
         name = metric_name(row["name"])
-        out |= {f"{name}/{key}": float(v) for key, v in row.items() if isinstance(v, int | float)}
-    return out | {f"agreement/{key}": value for key, value in (results["agreement"] or {}).items()}
+        out[f"{name}/{metric_name(results['title'])}"] = row["score"]
+        if row["sampler"]["name"] == "FewStep":
+            ratios = {
+                speed["batch"]: yardstick[speed["batch"]] / speed["ms"]
+                for speed in row["speeds"]
+                if speed["batch"] in yardstick
+            }
+            ends = {min(ratios), max(ratios)} if ratios else set()
+            out |= {f"{name}/speed-up_at_batch_{batch}": ratios[batch] for batch in sorted(ends)}
+    return out
+
+
+def headline(results: dict[str, Any]) -> str:
+    """A report in a few words: "demo, DD 1 step FD 27.10", by its first few-step sampler."""
+    rows = [row for row in results["rows"] if "sampler" in row]
+    first = next((row for row in rows if row["sampler"]["name"] == "FewStep"), rows[0])
+    return f"{results['name']}, {first['name']} {results['title']} {first['score']:.2f}"
+
+
+def scores(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): every number that the report has of every sampler."""
+    keys = dict.fromkeys(key for row in results["rows"] for key, v in row.items() if isinstance(v, int | float))
+    return ["name", *keys], [[row["name"], *(row.get(key) for key in keys)] for row in results["rows"]]
 
 
 def metric_name(name: str) -> str:
