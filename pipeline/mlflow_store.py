@@ -168,7 +168,6 @@ def _is_whole(database: Path) -> bool:
 def _make(database: Path, artifacts: str) -> None:
     """Make a whole database or none; a half of one, which earlier versions could leave behind, is set aside."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from sqlalchemy.engine import URL
 
     with _alone(database.with_name(f".{database.name}.lock")):
         if _is_whole(database):
@@ -179,7 +178,7 @@ def _make(database: Path, artifacts: str) -> None:
             left.unlink()
         temporary = database.with_name(f"{beginning}{uuid.uuid4().hex}")
         try:
-            made = SqlAlchemyStore(URL.create("sqlite", database=str(temporary)).render_as_string(), artifacts)
+            made = SqlAlchemyStore(f"sqlite:///{temporary}", artifacts)
             made.engine.dispose()
             os.replace(temporary, database)
         finally:
