@@ -57,10 +57,10 @@ assets: setup
 bench: setup
 	$(BIN)/python jobs/benchmark.py
 
-# MLflow 3 opens on its page for language models; the address leads to the runs of the three jobs.
+# MLflow 3 opens on its page for language models; the address that is printed leads to the runs of the three jobs.
 RUN ?= runs/demo
 ui: setup
-	@echo 'Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning once MLflow is up.'
+	@$(BIN)/python -m pipeline.mlflow_store '$(RUN)'
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(RUN))/mlflow.db
 
 clean:

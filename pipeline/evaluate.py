@@ -15,7 +15,8 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline import (
     comparison,
     legend,
     machine,
+    mlflow_store,
     model_registry,
     noise,
     page,
@@ -50,11 +52,12 @@ from pipeline.artist import Artist, load, load_student
 from pipeline.plan import Draw, Plan, departures, describe, prepare
 from pipeline.precision import set_products
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, fingerprint
 from pipeline.references import References
 from pipeline.samplers import Autoregressive, OneStepStar
 from pipeline.tally import Glance, Statistics, glance
 
+SHOWN = (".html", ".md", "report.json", ".png")  # the files of a report that MLflow gets, by how their names end
 RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
 
 # ---- the statistics
@@ -214,6 +217,7 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
+    mlflow_store.check(recipe)
     recipe, registered = model_registry.fetched(cluster.portable(recipe))
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)
@@ -227,6 +231,7 @@ def evaluate(recipe: Recipe) -> str:
     if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     with tracking.Run.start(recipe, "evaluate") as run:
+        run.mark(recipe.report_uri)
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
@@ -296,6 +301,9 @@ def _complete(plan: Plan, results: dict[str, Any]) -> bool:
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
+    names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(SHOWN)]
+    files = {name: partial(storage.read_bytes, storage.join(plan.recipe.report_uri, name)) for name in names}
+    tracking.complete(plan.recipe, "evaluate", plan.recipe.report_uri, lambda run: _log(run, plan, results, files))
     said = f"Nothing is missing: {uri} holds this report; delete timing.json beside it to measure speed again."
     if not plan.recipe.evaluate.register:
         return said
@@ -368,22 +376,25 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     return counts if by_class else counts[None]
 
 
-def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str, bytes]) -> None:
+def _log(
+    run: tracking.Run, plan: Plan, results: dict[str, Any], files: Mapping[str, bytes | Callable[[], bytes]]
+) -> None:
     """Numbers, pictures and links into MLflow."""
-    run.metrics(report.scalars(results))
+    run.metrics(report.headlines(results))
     for point in (results["curve"] or {"points": []})["points"]:
         run.metrics({f"curve/{report.metric_name(point['name'])}": point["score"]}, step=point["step"])
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            Path(folder, name).write_bytes(data)
-            run.artifact(Path(folder, name))
+    for name, content in files.items():
+        run.artifact(name, content)
+    run.table("scores.json", *report.scores(results))
     run.tag("report_fingerprint", results["fingerprint"])
-    for key, value in plan.facts["teacher"].items():
-        run.tag(f"teacher_{key}", value)
     if plan.students:
         run.tag("student", plan.students[plan.student])
     if made_by := plan.exported.get("mlflow_run"):
-        run.tag("distill_run", made_by)
+        run.link("distill", made_by)
     if known := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):
         run.tag("pairs_fingerprint", known)
-        run.dataset("pairs", plan.recipe.pairs_uri, known, "evaluation")
+        run.link("pairs", pairs_fingerprint=known)
+        run.dataset("pairs", plan.recipe.pairs_uri, known, "training")
+    reference = results["made"]["reference"]
+    run.dataset("reference", str(reference["uri"]), fingerprint(reference), "evaluation")
+    run.conclude(report.headline(results), report.table(results))

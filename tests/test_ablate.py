@@ -358,7 +358,7 @@ def test_the_runs_behind_a_table_are_linked_to_it(finished: tuple[Recipe, str]) 
     assert "base, seed 3; evaluate.samplers.split 1, seed 3" in [run.data.tags["variant"] for run in linked]
     assert mine.data.metrics["base/DD_1_step/mean"] > 0
     assert {file.path for file in client.list_artifacts(mine.info.run_id)} == {
-        *("ablation.json", "ablation.md", "ablation.png")
+        *("ablation.json", "ablation.md", "ablation.png", "recipe.yaml")
     }
 
 

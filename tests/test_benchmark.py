@@ -299,7 +299,9 @@ def test_the_job_leaves_its_table_its_numbers_and_an_mlflow_run(recipe: Recipe) 
     (run,) = client.search_runs([client.get_experiment_by_name(recipe.name).experiment_id])
     claims = {Claim(**{k: c[k] for k in ("text", "value")}).key for s in found["sections"] for c in s["claims"]}
     assert set(run.data.metrics) == claims
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"benchmark.md", "benchmark.json"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        *("benchmark.md", "benchmark.json", "recipe.yaml")
+    }
 
 
 def test_a_missing_gpu_is_one_sentence(recipe: Recipe) -> None:

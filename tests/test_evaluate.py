@@ -406,11 +406,15 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     )
     rows = {row["name"]: row for row in results_of(recipe)["rows"]}
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["DD_1_step/score"] == pytest.approx(rows["DD 1 step"]["score"])
+    assert run.data.metrics["DD_1_step/FD"] == pytest.approx(rows["DD 1 step"]["score"])
+    assert len(run.data.metrics) <= 12, "each of them is a chart"
+    contexts = {one.dataset.name: one.tags[0].value for one in run.inputs.dataset_inputs}
+    assert contexts == {"pairs": "training", "reference": "evaluation"}
     assert run.data.tags["distill_run"] == "a-run"
     assert run.data.tags["pairs_fingerprint"] == fingerprint(manifest.facts_of(recipe))
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"report.html", "report.md", "report.json", "samples.png", "curve.png", "tradeoff.png"}
+    pictures = {"samples.png", "curve.png", "tradeoff.png"}
+    assert files == {"report.html", "report.md", "report.json", "scores.json", "recipe.yaml"} | pictures
     assert len(client.get_metric_history(run.info.run_id, "curve/DD_1_step")) == 2
 
 

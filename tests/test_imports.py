@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {"artist", "cluster", "generate", "distill", "evaluate", "benchmark"},
-    "mlflow": {"tracking", "model_registry"},
+    "mlflow": {"mlflow_store", "tracking", "model_registry"},
     "jsonargparse": {"command_line"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},

@@ -321,9 +321,17 @@ def test_parts_without_numbers_are_left_out_and_few_images_are_said() -> None:
     assert "**Only 64 images for 64 features**" in text
 
 
-def test_scalars_have_names_that_mlflow_takes() -> None:
-    found = report.scalars(RESULTS)
-    assert found["DD_2_steps_1_6/score"] == 6.75
-    assert found["teacher_AR/ms"] == 40.0
-    assert found["agreement/ratio"] == 1.5
+def test_mlflow_gets_a_few_numbers_and_a_table_of_all() -> None:
+    found = report.headlines(RESULTS)
+    assert found["DD_2_steps_1_6/FD"] == 6.75
+    assert found["DD_2_steps_1_6/speed-up_at_batch_1"] == 40.0 / 5.0
+    assert {name.partition("/")[0] for name in found} == {"teacher_AR", "DD_2_steps_1_6"}
+    assert report.headline(RESULTS) == f"{RESULTS['name']}, DD 2 steps (1, 6) FD 6.75"
+    columns, rows = report.scores(RESULTS)
+    assert [row[0] for row in rows] == [row["name"] for row in RESULTS["rows"]]
+    assert {len(row) for row in rows} == {len(columns)}
+    assert rows[[row["name"] for row in RESULTS["rows"]].index("teacher, AR")][columns.index("ms")] == 40.0
+
+
+def test_names_of_samplers_are_made_fit_for_files_and_tags() -> None:
     assert report.metric_name("onestep* given the class") == "onestep-star_given_the_class"

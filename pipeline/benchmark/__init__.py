@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import cluster, legend, machine, manifest, storage, tracking
+from pipeline import cluster, legend, machine, manifest, mlflow_store, storage, tracking
 from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
@@ -39,6 +39,7 @@ def benchmark(recipe: Recipe) -> str:
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
     recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
         raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
@@ -57,10 +58,12 @@ def benchmark(recipe: Recipe) -> str:
             files["growth.png"] = growth.picture(bench.curves)
         for name, data in files.items():
             storage.write_bytes(storage.join(recipe.benchmark_uri, name), data)
-            Path(folder, name).write_bytes(data)
-            run.artifact(Path(folder, name))
-        run.metrics({claim.key: claim.value for section in sections for claim in section.claims})
+            run.artifact(name, data)
+        claims = [claim for section in sections for claim in section.claims]
+        run.metrics({claim.key: claim.value for claim in claims})
         run.tag("device", bench.device_name)
+        kept = f"{sum(claim.met for claim in claims)} of {len(claims)} claims hold"
+        run.conclude(f"{recipe.name}, {kept}", f"On {bench.device_name}, {kept}; benchmark.md has the tables.")
     return files["benchmark.md"].decode()
 
 
