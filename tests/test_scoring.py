@@ -166,7 +166,7 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(parts[0].second.gaussian()[0], 2 * mean, rtol=1e-12)
     np.testing.assert_allclose(parts[0].second.gaussian()[1], 4 * cov, rtol=1e-9)
     reference = Reference((mean, cov), None, second=(2 * mean + 1, 4 * cov))
-    (row,) = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, parts[0])], reference, None)
+    (row,) = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, parts[0])], reference)
     assert (row["score"], row["second_score"]) == (pytest.approx(0, abs=1e-6), pytest.approx(3))
     titles = {"title": scoring.title(replace(settings, inception="i")), "second_title": "FID (pytorch-fid)"}
     assert titles["second_title"] == scoring.second_title(replace(settings, inception="i"))
