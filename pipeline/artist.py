@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import machine, noise, sample_files, scoring
+from pipeline import noise, sample_files, scoring
 from pipeline.compilation import compiled
+from pipeline.machine import device_name
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.plan import Draw, Plan
@@ -73,7 +74,7 @@ class Artist:
         if draw in self.samples:
             sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
         out.seconds = time.perf_counter() - started
-        out.machines = [described(self.plan.device)]
+        out.machines = [machine(self.plan.device)]
         return out
 
     def images(self, draw: Draw, places: np.ndarray) -> Labelled:
@@ -124,10 +125,10 @@ def _batches(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield places[start : start + size]
 
 
-def described(device: str) -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """What a part is made on, as far as rounding may depend on it."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    return {"host": socket.gethostname(), "device": machine.device_name(device)} | versions
+    return {"host": socket.gethostname(), "device": device_name(device)} | versions
 
 
 def load(plan: Plan, frequencies: np.ndarray | None) -> Models:

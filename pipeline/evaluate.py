@@ -282,15 +282,15 @@ def _earlier(plan: Plan) -> dict[str, Any] | None:
     return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
 
 
+def _shows(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows beside its images: its form, the figures beside its own, its times."""
+    return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
+
+
 def _complete(plan: Plan, results: dict[str, Any]) -> bool:
     """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
     there = set(storage.listing(plan.recipe.report_uri))
     return set(results["files"]) <= there and all(_saved(plan, draw) for draw in plan.draws())
-
-
-def _shows(results: dict[str, Any]) -> dict[str, Any]:
-    """What a report shows beside its images: its form, the figures beside its own, its times."""
-    return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
 
 
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:

@@ -30,7 +30,6 @@ def facts(plan: Plan) -> dict[str, Any]:
     found = {
         "batches": sorted({1, *settings.timing_batches}),
         "samplers": list(map(_named, plan.samplers)),
-        "code": [plan.code(draw) for draw in plan.table()],
         "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision", "teacher")},
         "student": {"SHA-256": plan.students.get(plan.student), "mask": plan.mask, "precision": settings.precision},
         "solver": dataclasses.asdict(recipe.pairs.solver),
@@ -39,7 +38,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "runs on": plan.device,
         "gpus": cluster.gpus,
         "cpus": cluster.cpus if cluster.gpus else cluster.cpus * settings.actors,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "distilled-decoding")},
+        "torch": importlib.metadata.version("torch"),
+        "code": plan.facts["code"],
     }
     return json.loads(json.dumps(found))
 

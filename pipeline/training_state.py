@@ -51,7 +51,9 @@ class TrainingState:
             group["lr"] = learning_rate(self.settings, self.step, total)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # DDP keeps the memory of all gradients anyway; one that is None would be made a second time by the first part
+        # of a batch, when the workers do not meet.
+        self.optimizer.zero_grad(set_to_none=not torch.distributed.is_initialized())
         self.step += 1
         first = (self.failed_at == 0) & ~norm.isfinite()
         self.failed_at = torch.where(first, self.step, self.failed_at)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import (
     cluster,
@@ -32,7 +33,7 @@ from pipeline import (
 )
 from pipeline import distill as job
 from pipeline.distill import distill
-from pipeline.errors import Outage, Unfinished
+from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.observer import Message, Observer
 from pipeline.pairs import Rows
@@ -476,6 +477,34 @@ def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan
         assert (value - parts[name]).norm() <= 1e-4 * value.norm() + 1e-9, name
 
 
+def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.Plan, tmp_path: Path) -> None:
+    """Without DDP's memory a batch in parts would hold all gradients twice; the numbers are the same."""
+    plan = replace(plan, recipe=with_train(plan.recipe, micro_batch=3))
+    settings, device = plan.recipe.train, torch.device("cpu")
+    stream = training_data.batches(plan, training_data.stream(plan), 0, 0, 1)
+    shares = [next(stream) for _ in range(3)]
+
+    def trained(wrap: bool) -> TrainingState:
+        student, loss = job.build(plan.recipe, device)
+        state = TrainingState(student, settings)
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True) if wrap else student
+        for epoch, share in shares:
+            batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            job.step(network, loss, state, batch, plan.total)
+        return state
+
+    alone = trained(wrap=False)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        together = trained(wrap=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in together.student.parameters())
+    for one, two in zip(alone.student.parameters(), together.student.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> None:
     """With one head untrained, nothing of the other is computed or moved."""
     logits = with_train(recipe, uri=f"{recipe.run}/logits", lpips=0.0, split=3, epochs=1, weight_decay=0.0)
@@ -584,6 +613,14 @@ def test_bad_input_is_one_sentence_before_work(recipe: Recipe, journal: Journal)
     other = replace(recipe.teacher.filter, top_k=3)
     refused(replace(recipe, teacher=replace(recipe.teacher, filter=other)), "made otherwise: teacher.filter.top_k")
     assert not journal.resumed, "nothing was started"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"fingerprint": "x"}', "\xff"])
+def test_a_claim_that_is_none_is_one_sentence(recipe: Recipe, journal: Journal, content: str) -> None:
+    Path(recipe.student_uri).mkdir()
+    Path(recipe.student_uri, "recipe.json").write_text(content, encoding="latin-1")
+    with pytest.raises(Refused, match=r"student/recipe\.json is not"):
+        distill(recipe)
 
 
 def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:

@@ -130,7 +130,10 @@ def metadata(uri: str) -> dict[str, Any]:
         raise weight_files.unreadable(uri, error) from error
     if "settings" not in stored:
         raise CheckpointError(f"{uri} carries no settings; it was not exported by distill.")
-    return json.loads(stored["settings"])
+    try:
+        return json.loads(stored["settings"])
+    except ValueError as error:
+        raise CheckpointError(f"{uri} carries settings that are no JSON ({error}); fetch or write it again.") from None
 
 
 def family(settings: TeacherSettings) -> ModuleType:
