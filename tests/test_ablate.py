@@ -154,7 +154,10 @@ def test_float16_is_what_sets_without_a_dtype_have(recipe: Recipe) -> None:
         ({"train.start_steps": [[2, 3]]}, "it must rise and begin with 1"),
         ({"train.start_steps": [[1, 9]]}, "train.start_steps, and [1, 9] is refused: "),
         ({"train.split": [2]}, "train.split, and 2 is refused: train.lpips is 0, so nothing trains the embedding head"),
-        ({"evaluate.samplers.split": ["x"]}, "x is refused: sampler FewStep has split 'x'; it must be a whole number"),
+        (
+            {"evaluate.samplers.split": ["x"]},
+            "x is refused: evaluate.samplers: FewStep.split is 'x'; it must be a whole number",
+        ),
         ({"train.seed": [4]}, "ablate.axes has train.seed, which cannot be varied"),
         ({"train": [{"uri": "x"}]}, "ablate.axes has train.uri, which cannot be varied"),
         ({"evaluate.count": [4]}, "ablate.axes has evaluate.count, which cannot be varied"),
