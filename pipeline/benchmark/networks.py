@@ -149,15 +149,15 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
-    listed, paper = _listed(recipe)
+    several, paper = listed(recipe)
     section = Section(
         "Sampling",
         "A student as it starts from its teacher (its weights do not matter here) in turns with the teacher; *network*"
         " ends at the embeddings, the rest is decoding. The paper's speed-ups are those of its tables, on an A100.",
     )
-    found = speed.measure(models, listed, batches, seconds)
+    found = speed.measure(models, several, batches, seconds)
     base = {s.batch: s for s in found[Autoregressive()]}
-    for sampler in listed:
+    for sampler in several:
         for one in found[sampler]:
             row: Row = {"sampler": sampler.name, "batch": one.batch, "network, ms / image": one.network_ms}
             row |= {"ms / image": one.ms, "images / s": 1000 / one.ms}
@@ -171,7 +171,7 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     return section
 
 
-def _listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
+def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers
