@@ -58,6 +58,7 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
+    recipe.check_filled("teacher", "pairs", "train")
     plan = training_plan.check(cluster.portable(recipe))
     if recipe.dry_run:
         return describe(plan)

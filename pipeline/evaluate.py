@@ -273,6 +273,7 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
+    recipe.check_filled("teacher", "pairs", "train", "evaluate")
     recipe, registered = model_registry.fetched(cluster.portable(recipe))
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)

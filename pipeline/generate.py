@@ -48,6 +48,7 @@ def generate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError for bad input before any work, RuntimeError when shards failed.
     """
     recipe = cluster.portable(recipe)
+    recipe.check_filled("teacher", "pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:

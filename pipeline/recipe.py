@@ -451,6 +451,14 @@ class Recipe:
             if isinstance(value, str) and value.startswith(PLACEHOLDER)
         }
 
+    def check_filled(self, *sections: str) -> None:
+        """Raises Refused for a field of the recipe itself or of ``sections`` that its user has still to set."""
+        for name, what in self.placeholders().items():
+            _check(
+                "." in name and name.partition(".")[0] not in sections,
+                f"{name} says {PLACEHOLDER}; set it to the {what}, in the recipe or with --{name}.",
+            )
+
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain nested dicts, as it is printed, logged and stored."""
         return json.loads(json.dumps(asdict(self)))

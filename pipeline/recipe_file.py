@@ -100,7 +100,7 @@ def parse(text: str) -> Any:
         raise Refused(f"{where}{problem}{hint}.") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise Refused(f"line {line}: the character {error.character!a} is not allowed in YAML.") from None
+        raise Refused(f"line {line}: the character {chr(error.character)!a} is not allowed in YAML.") from None
     except (ValueError, RecursionError) as error:  # a whole number of thousands of digits, thousands of brackets
         raise Refused(f"line 1 or later: {error}.") from None
 
