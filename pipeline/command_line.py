@@ -154,7 +154,7 @@ class Output:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream = io.StringIO() if stream is None else stream  # None: closed when the program started
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
@@ -168,8 +168,6 @@ class Output:
         self._forgiving(self._stream.flush)
 
     def _forgiving(self, call: Callable[[], Any]) -> Any:
-        if self._stream is None:  # closed when the program started
-            return None
         try:
             return call()
         except BrokenPipeError:

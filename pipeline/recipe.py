@@ -139,8 +139,8 @@ class TrainSettings:
         lr: peak learning rate.
         warmup: optimiser steps of linear warm-up.
         schedule: after the warm-up, constant or cosine to zero.
-        betas: AdamW's.
-        weight_decay: AdamW's, on matrices only.
+        betas: of AdamW: the decays of its averages of gradients and of their squares.
+        weight_decay: of AdamW, on matrices only.
         clip: largest gradient norm.
         ema: decay of the moving average that is exported.
         seed: of the order of the pairs, of t and of the student's new parameters.

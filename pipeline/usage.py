@@ -63,4 +63,5 @@ def _sections(section: Any, name: str, width: int) -> list[str]:
 
 
 def _wrapped(paragraph: str, width: int, indent: str) -> str:
-    return textwrap.fill(" ".join(paragraph.split()), width, initial_indent=indent, subsequent_indent=indent)
+    text = " ".join(paragraph.split())
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
