@@ -42,12 +42,13 @@ from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.recomputation import recomputed
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
 FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
-MEASURED = 3  # steps that a dry run times, after one to warm up
+MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -94,12 +95,13 @@ def fit(plan: Plan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
-    if done:
-        print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
-            """A worker's message as progress and as MLflow metrics and pictures."""
+            """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            if message.line:
+                print(message.line, flush=True)
+                return
             progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
             if message.grid:
@@ -197,16 +199,18 @@ def train(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), _device(plan.recipe)
 
-    # 2. The student starts from its teacher, of which only the tokenizer stays.
-    student, loss = build(plan.recipe, device)
+    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
+    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
+    folder = plan.at("checkpoints")
+    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
+    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
     state = TrainingState(student, settings)
+    if newest and rank == 0:
+        resume(plan, state, newest, config["report"])
 
-    # 3. Or it goes on where the last checkpoint left it. What rank 0 sees counts, should a folder be slow to show.
-    newest = broadcast_from_rank_zero(training_state.newest(plan.at("checkpoints")) if rank == 0 else None)
-    if newest:
-        state.restore(plan.at("checkpoints", newest))
-        if rank == 0:
-            training_state.drop_after(plan.at("checkpoints"), newest)
+    # 3. The workers become one.
+    if world > 1:
+        state.share(broadcast_from_rank_zero)
     prepare(student, loss)
     network = _distributed(student, settings, device)
 
@@ -214,28 +218,43 @@ def train(config: dict[str, Any]) -> None:
     observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
-    window = Window(settings, device)
     pairs = training_data.stream(plan)
-    for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
-        window.waited += waited
-        batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
-        window.add(*step(network, loss, state, batch, plan.total))
+    window = Window(settings, device)
+    with training_state.Writer(folder, settings.keep) as writer:
+        for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
+            window.waited += waited
+            batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            window.add(*step(network, loss, state, batch, plan.total))
 
-        saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
-        looking = state.step in plan.snapshot_steps
-        if saving or looking or state.step % settings.log_every == 0:
-            state.check()
-            metrics = window.close()
-            if observer:
-                observer.log(metrics)
-            if observer and looking:
-                observer.snapshot()
-            if observer and saving:
-                state.save(plan.at("checkpoints"))
+            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+            looking = state.step in plan.snapshot_steps
+            if saving or looking or state.step % settings.log_every == 0:
+                state.check()
+                metrics = window.close()
+                if observer:
+                    observer.log(metrics)
+                if observer and looking:
+                    observer.snapshot()
+                    window.begin()
+                if observer and saving:
+                    writer.write(state)
 
     # 6. The result comes last: whoever finds it knows that nothing is missing.
     if observer:
         observer.export(plan.result)
+
+
+def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
+    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
+    folder = plan.at("checkpoints")
+
+    def say(line: str) -> None:
+        report(Message(state.step, {}, [], line))
+
+    names = [name for name in training_state.saved(folder) if name <= newest]
+    name = state.restore(folder, names, say)
+    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
+    training_state.drop_after(folder, name)
 
 
 def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
@@ -252,13 +271,22 @@ def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, tot
     return torch.stack(sums).sum(0), state.advance(total)
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
-    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone."""
+def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Student, Loss]:
+    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone.
+
+    Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
+    """
     # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32", compile=False))
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
+    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
+    if fresh:
+        teacher = checkpoints.teacher(settings)
+        tokenizer = teacher.tokenizer.to(device)
+        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
+    else:
+        tokenizer = checkpoints.tokenizer(settings).to(device)
+        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
-    return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
+    return student.train(), Loss(recipe.train, tokenizer, network)
 
 
 def prepare(student: Student, loss: Loss) -> None:
@@ -372,8 +400,8 @@ def measure(recipe: Recipe) -> float:
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []
-    for _ in range(1 + MEASURED):
-        step(student, loss, state, batch, total=1 + MEASURED)
-        state.check()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / MEASURED
+    for _ in range(WARM_UP + MEASURED):
+        step(student, loss, state, batch, total=WARM_UP + MEASURED)
+        ends.append(now(device))
+    state.check()
+    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED

@@ -29,6 +29,8 @@ from torch import Tensor
 from pipeline import (
     cluster,
     comparison,
+    legend,
+    machine,
     model_registry,
     noise,
     page,
@@ -43,6 +45,7 @@ from pipeline import (
     storage,
     summary,
     tally,
+    timing,
     tracking,
 )
 from pipeline.compilation import compiled
@@ -250,18 +253,19 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
 
 
 def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
-    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores."""
+    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
+    machine that it was measured on, and what others did there.
+    """
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     set_products("fp32")
+    watch = machine.Watch(plan.device)
     models = load(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
-    return {
-        "speeds": speed.measure(models, listed, batches),
-        "device": speed.device_name(plan.device),
-        "threads": torch.get_num_threads(),
-    }
+    speeds = speed.measure(models, listed, batches)
+    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": timing.today()}
+    return found | {"calls": speed.CALLS, "speeds": speeds, "load": dataclasses.asdict(watch.load())}
 
 
 # ---- the job
@@ -280,16 +284,17 @@ def evaluate(recipe: Recipe) -> str:
     others = comparison.read(plan, scoring.title(recipe.evaluate))
     if recipe.dry_run:
         return _dry_run(plan)
-    earlier = _earlier(plan)
-    if earlier and earlier["shown"] == summary.shown(plan, others) and all(_saved(plan, draw) for draw in plan.draws()):
+    earlier, times = _earlier(plan), timing.recalled(plan)
+    shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
+    if earlier and _shows(earlier) == shown and all(_saved(plan, draw) for draw in plan.draws()):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     with tracking.Run.start(recipe, "evaluate") as run:
         cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        timing = summary.recalled(plan, earlier) if earlier else _timing(plan, frequencies)
+        times = times or _timed(plan, frequencies)
         seconds = sum(statistics.glance(draw)[0] for draw in statistics)
-        results = summary.summarise(plan, statistics, timing, seconds, others)
+        results = summary.summarise(plan, statistics, times, seconds, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
@@ -297,37 +302,42 @@ def evaluate(recipe: Recipe) -> str:
     return f"{report.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
 
 
-def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
-    """What ``time_samplers`` finds, with the pool's cores; nothing where the recipe names no batch."""
+def _timed(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+    """What ``time_samplers`` finds with the pool's cores, after keeping it for the next report of the same samplers."""
     settings = plan.recipe.evaluate
-    if not settings.timing_batches:
-        return {"speeds": {}, "device": None, "threads": None}
     print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-    return time_alone(plan, frequencies, settings.timing_batches, settings.actors)
+    found = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
+    print(f"{legend.about_load(found)}.", file=sys.stderr, flush=True)
+    return found
 
 
 def _dry_run(plan: Plan) -> str:
     """The plan with what is left to draw, from the seconds of one batch of every sampler."""
     cluster.connect(plan.recipe)
-    timing = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
-    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
+    found = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
+    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in found["speeds"].items()})
 
 
 def _earlier(plan: Plan) -> dict[str, Any] | None:
     """The results of a report that is there already and was made from the same images and networks.
 
-    What it shows may have changed since: the paper's figures, the reports it is compared with, its form. Then it is
-    written again, from the statistics and the times that are there.
+    What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
+    that times. Then it is written again, from the statistics and the times that are there.
     """
     uri = storage.join(plan.recipe.report_uri, "report.json")
     results = storage.read_json(uri) if storage.exists(uri) else {}
     return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
 
 
+def _shows(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows beside its images: its form, the figures beside its own, its times."""
+    return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
+
+
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    said = f"Nothing is missing: {uri} holds this report; delete it to measure speed again."
+    said = f"Nothing is missing: {uri} holds this report; delete timing.json beside it to measure speed again."
     if not plan.recipe.evaluate.register:
         return said
     if known := model_registry.registered(plan.recipe, results):

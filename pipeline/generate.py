@@ -26,7 +26,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from pipeline import cluster, compilation, footprint, manifest, pairs, storage, tracking
-from pipeline.errors import Refused, Unfinished
+from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -155,7 +155,7 @@ def _make(
 
 def _record(recipe: Recipe, known: Facts, shards: list[Shard]) -> None:
     """Write the ledger if it can be written: it only saves the next run some reading."""
-    with suppress(ValueError, FileNotFoundError):
+    with suppress(Refused, Outage):
         manifest.record(recipe.pairs_uri, known, shards)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.tables import beside_paper, columns, further_columns, kernel_distance, ms, short_title
+from pipeline.tables import beside_paper, columns, further_columns, kernel_distance, ms, short_title, throughput_batch
 
 
 def introduction(results: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(heading, how its numbers were made) of the columns in the table."""
     title, made, short = results["title"], results["made"], short_title(results)
     there = {column.heading for column in [*columns(results), *further_columns(results)]}
-    distance = results["meaning"]
+    distance, batch = results["meaning"], throughput_batch(results)
     if any(row.get("score_std") is not None for row in results["rows"]):
         distance += "; behind ± its standard error"
     texts = {
@@ -82,9 +82,14 @@ def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
-        "ms/image, best batch": "the same at the batch, in brackets, that takes the least time per image.",
-        "speed-up": "over the AR teacher at batch 1"
-        + (f", {ms(results['baseline']['ms'])} ms." if results.get("baseline") else "."),
+        "speed-up, batch 1": "how many times as fast as the AR teacher at the same batch"
+        + _teachers_time(results)
+        + "; behind ± its standard error, from drawing the rounds of calls anew (bootstrap of the ratio of medians).",
+        f"images/s, batch {batch}": "the same calls' pace at the largest batch at which all of these samplers were"
+        " timed: what a device makes that always has enough to do.",
+        f"speed-up, batch {batch}": f"over the AR teacher at batch {batch} too. At batch 1 the teacher's many small"
+        " steps leave much of a device idle, which a student does not; a full batch leaves less to save. No ratio here"
+        " is of two batch sizes.",
     }
     out = [(heading, text) for heading, text in texts.items() if heading in there]
     if not made["timing"]["device"]:
@@ -116,15 +121,37 @@ def _about_parameters(results: dict[str, Any]) -> str:
 def _about_time(results: dict[str, Any]) -> str:
     made = results["made"]
     at = made["timing"]
+    if not at["device"]:
+        return ""
     used = [
         f"{who} in {made[who]['precision']}" for who in ("teacher", "student") if (made.get(who) or {}).get("precision")
     ]
     return (
         f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
         + "".join(f", {text}" for text in used)
-        + ": in steady state, the median of up to 20 calls after a warm-up (of fewer where a call takes seconds), the"
-        " samplers taking turns call by call in a process with nothing beside it, the GPU waited for."
+        + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call, the GPU waited for."
+        f" {about_load(at)}."
     )
+
+
+def _teachers_time(results: dict[str, Any]) -> str:
+    """The AR teacher's own time at batch 1, where it was measured."""
+    found = [one["ms"] for one in (results.get("speed") or {}).get("teacher", []) if one["batch"] == 1]
+    return f", {ms(found[0])} ms" if found else ""
+
+
+def about_load(timing: dict[str, Any]) -> str:
+    """How busy others kept the machine meanwhile, without a full stop; whether that was too much."""
+    load, cores = timing["load"], timing["cores"]
+    if load["during"] is None:
+        found = f"This system does not say what other processes did; its load average was {load['average']:.1f}"
+    else:
+        found = (
+            f"Meanwhile others kept {load['during']:.2f} of the machine's {cores} cores busy, and {load['before']:.2f}"
+            " in the second before"
+        )
+    found += f"; the GPU was at {load['gpu']:.0f} % before" if load["gpu"] is not None else ""
+    return found + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
 
 
 def about_agreement(results: dict[str, Any]) -> str:
@@ -138,7 +165,12 @@ def about_agreement(results: dict[str, Any]) -> str:
     )
 
 
-ABOUT_SPEEDS = "Milliseconds per image, in brackets without decoding; medians. A dash was beyond the time budget."
+def about_speeds(results: dict[str, Any]) -> str:
+    """What the table of all batch sizes holds."""
+    return (
+        "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
+        f" did not fit into the device's memory. {about_load(results['made']['timing'])}."
+    )
 
 
 def about_training(results: dict[str, Any]) -> str:

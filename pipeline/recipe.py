@@ -240,7 +240,8 @@ class EvaluateSettings:
         actors: sampling actors.
         grid: columns of the sample grid, one noise each.
         curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
-        timing_batches: batch sizes whose speed is measured, 1 always among them; none are with an empty list.
+        timing_batches: batch sizes whose speed is measured, 1 always among them: every sampler at every size, however
+            long it takes, since speed-ups are over the teacher at the same size. None are with an empty list.
         compare: URIs of report.json files of runs that differ in pairs.count alone, for scores over its size.
     """
 

@@ -52,7 +52,7 @@ def read(place: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise Refused(f"{place} cannot be read ({reason}); give the path of a recipe.") from None
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise Refused(f"{place} is not UTF-8 text (line {line}); save it in that encoding.") from None

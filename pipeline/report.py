@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import legend, tables
+from pipeline.protocol import protocol
 from pipeline.tables import Table
 
 
@@ -67,7 +68,7 @@ def markdown(results: dict[str, Any]) -> str:
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
     if results["made"]["timing"]["device"]:
-        parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
+        parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]
@@ -75,6 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
         sizes = as_markdown(tables.over_pairs(results["pair_sets"]))
         parts += ["## Over the size of the pair set", "![distance over pairs](pairs.png)"]
         parts += [legend.about_pairs(results), sizes]
+    parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
     parts += ["## How these numbers were made", _nested(results["made"], 0)]
     return "\n\n".join(parts) + "\n"
 

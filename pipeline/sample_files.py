@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 
 from pipeline import storage
+from pipeline.errors import Refused, Unfinished
 from pipeline.real_images import header
 from pipeline.report import metric_name
 
@@ -68,12 +69,13 @@ def holds(uri: str, key: str) -> bool:
     """Whether the .npz at ``uri`` is there and holds the images of the draw ``key``; reads a few of its bytes."""
     if not storage.exists(uri):
         return False
-    with storage.reading(uri) as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return "key" in arrays.files and str(arrays["key"]) == key
-        except (ValueError, zipfile.BadZipFile):
-            return False
+    try:
+        with storage.reading(uri) as file, np.load(file, allow_pickle=False) as arrays:
+            return "key" in arrays.files and str(arrays["key"]) == key
+    except (Refused, Unfinished):
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def _shape(uri: str) -> tuple[int, ...]:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline import comparison, metrics, references, sampler_list, scoring
+from pipeline import comparison, metrics, references, sampler_list, scoring, speed
 from pipeline.metrics import Gaussian, frechet, pixel_frechet, precision_recall
 from pipeline.models import checkpoints
 from pipeline.plan import Draw, Plan
 from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
-from pipeline.samplers import Autoregressive, Sampler
+from pipeline.samplers import Autoregressive
 from pipeline.speed import Speed
 from pipeline.tally import SCORE_BLOCK, Statistics
+from pipeline.timing import today
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
-FORMAT = 2  # of report.json: an older one is written again, from the same statistics and times
+FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -67,7 +70,7 @@ def summarise(
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
     """
     settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
-    baseline = next(iter(timing["speeds"].get(Autoregressive(), [])), None)
+    teacher, batch = timing["speeds"].get(Autoregressive(), []), speed.throughput_batch(timing["speeds"].values())
     entries = _entries(plan, statistics, timing)
     found: dict[str, Any] = {
         "name": plan.recipe.name,
@@ -75,8 +78,9 @@ def summarise(
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
         "shown": shown(plan, others),
-        "rows": numbers(entries, reference, baseline.ms if baseline else None),
-        "baseline": asdict(baseline) if baseline else None,  # the AR teacher at batch 1, which speed-ups are over
+        "rows": numbers(entries, reference, teacher, batch),
+        # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
+        "speed": {"teacher": [asdict(one) for one in teacher], "throughput_batch": batch},
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "made": _made(plan, timing, seconds),
@@ -90,18 +94,6 @@ def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
     settings = plan.recipe.evaluate
     facts = {"format": FORMAT, "name": plan.recipe.name, "paper": sampler_list.paper(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
-
-
-def recalled(plan: Plan, results: dict[str, Any]) -> dict[str, Any]:
-    """The times that an earlier report of the same plan holds, as ``evaluate.time_samplers`` returns them."""
-    rows = {json.dumps(row["sampler"]): row["speeds"] for row in results["rows"] if "sampler" in row}
-    speeds: dict[Sampler, list[Speed]] = {}
-    if results["baseline"]:
-        speeds[Autoregressive()] = [Speed(**results["baseline"])]
-    for sampler in plan.samplers:
-        key = json.dumps({"name": type(sampler).__name__} | dataclasses.asdict(sampler))
-        speeds[sampler] = [Speed(**speed) for speed in rows[key]]
-    return {"speeds": speeds} | {key: results["made"]["timing"][key] for key in ("device", "threads")}
 
 
 def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
@@ -168,6 +160,7 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
     return {
         "count": settings.count,
         "seed": settings.seed,
+        "classes": plan.layout.classes,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(sampler_list.names(plan.samplers), plan.samplers, strict=True)
@@ -197,10 +190,11 @@ def _made(plan: Plan, timing: dict[str, Any], seconds: float) -> dict[str, Any]:
             "batch": settings.batch,
             "seconds of all actors": round(seconds, 1),
         },
-        "timing": {key: timing[key] for key in ("device", "threads")}
+        "timing": {name: value for name, value in timing.items() if name != "speeds"}
         | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
         | {"CUDA graphs of the teacher": recipe.teacher.graphs},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "report": {"written": today(), "command": shlex.join(["python", *sys.argv])},
         "fingerprint": plan.fingerprint(),
     }
 
@@ -220,13 +214,15 @@ def _student(plan: Plan) -> dict[str, Any]:
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 
-def numbers(entries: Iterable[Entry], reference: Reference, baseline_ms: float | None) -> list[dict[str, Any]]:
+def numbers(
+    entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
+) -> list[dict[str, Any]]:
     """One dictionary per row, real images first; None where a number does not exist.
 
-    The teacher that others are compared with is the AR one if listed, else the flow-matched one;
-    ``baseline_ms`` is the AR teacher's time per image at batch 1, None where no speed was measured.
+    The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
+    the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows = [_row(entry, reference, baseline_ms) for entry in entries]
+    rows = [_row(entry, reference) | speed.beside_teacher(entry.speeds, ar, batch) for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -245,7 +241,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[str, Any]:
+def _row(entry: Entry, reference: Reference) -> dict[str, Any]:
     statistics, real = entry.statistics, reference.real
     row: dict[str, Any] = {
         "name": entry.name,
@@ -259,16 +255,11 @@ def _row(entry: Entry, reference: Reference, baseline_ms: float | None) -> dict[
         "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
         "sfid": None,
         "seconds": statistics.seconds,
-        "speeds": [asdict(speed) for speed in entry.speeds],
+        "speeds": [asdict(one) for one in entry.speeds],
     }
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
-    row |= _of_rows(statistics, reference)
-    if entry.speeds and baseline_ms is not None:
-        best = min(entry.speeds, key=lambda speed: speed.ms)
-        row |= {"ms": entry.speeds[0].ms, "speedup": baseline_ms / entry.speeds[0].ms}
-        row |= {"best_ms": best.ms, "best_batch": best.batch}
-    return row | _quality(statistics)
+    return row | _of_rows(statistics, reference) | _quality(statistics)
 
 
 def _of_rows(statistics: Statistics, reference: Reference) -> dict[str, float | None]:

@@ -39,7 +39,7 @@ class Column(NamedTuple):
 def columns(results: dict[str, Any]) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
-    one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
+    one, two, three = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
     found = [
         Column("sampler", _text("name", str)),
         Column("type", _text("type", str)),
@@ -54,9 +54,13 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("#parameters", _text("parameters", count), "parameters", "#parameters, paper", count),
         Column("#Step", _text("steps", str)),
         Column("ms/image, batch 1", _text("ms", ms), "seconds", "ms/image, paper", lambda value: ms(1000 * value)),
-        Column("ms/image, best batch", _best),
-        Column("speed-up", _text("speedup", times), "speedup", "speed-up, paper", times),
+        Column(
+            "speed-up, batch 1", lambda row: speed_up(row, "speedup"), "speedup", "speed-up, paper", "{:,.1f}x".format
+        ),
     ]
+    if batch := throughput_batch(results):
+        found.append(Column(f"images/s, batch {batch}", _text("throughput", ms)))
+        found.append(Column(f"speed-up, batch {batch}", lambda row: speed_up(row, "throughput_speedup")))
     if title == "FD":  # the digits scorer's classes make no Inception Score
         found = [column for column in found if column.heading != "IS"]
     return _filled(found, results)
@@ -125,6 +129,11 @@ def speeds(results: dict[str, Any]) -> Table:
     return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
 
 
+def throughput_batch(results: dict[str, Any]) -> int | None:
+    """The batch of images a second: the largest at which all samplers were timed; None where that is 1, or none."""
+    return (results.get("speed") or {}).get("throughput_batch")
+
+
 def timed(results: dict[str, Any]) -> list[Row]:
     """The rows that have a place in quality against time."""
     return [row for row in results["rows"] if row.get("ms") and (row.get("score") or 0) > 0]
@@ -155,8 +164,12 @@ def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
 
-def _best(row: Row) -> str:
-    return f"{ms(row['best_ms'])} ({row['best_batch']})" if row.get("best_ms") else ""
+def speed_up(row: Row, key: str) -> str:
+    """So many times as fast as the AR teacher, with its standard error; the teacher's own has none."""
+    if row.get(key) is None:
+        return ""
+    error = row.get(f"{key}_std")
+    return f"{row[key]:,.1f}x" + (f" ± {error:,.{1 if error >= 0.1 else 2}f}" if error else "")
 
 
 def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
@@ -176,7 +189,7 @@ def short_title(results: dict[str, Any]) -> str:
 
 
 def ms(value: float) -> str:
-    """Milliseconds with three digits, never in powers of ten."""
+    """Milliseconds, or images a second, with three digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -19,13 +19,14 @@ import pytest
 import tiny
 import torch
 
-from pipeline import digits, evaluate, manifest, noise, pairs, plan, report, samplers, storage
+from pipeline import digits, evaluate, machine, manifest, noise, pairs, plan, report, samplers, speed, storage
 from pipeline.evaluate import Artist, in_order
 from pipeline.metrics import frechet
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import ClusterSettings, Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, Models
+from pipeline.speed import Speed
 
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "Autoregressive"},
@@ -138,6 +139,7 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         "report.json",
         "report.md",
         "samples.png",
+        "timing.json",
         "tradeoff.png",
     ]
     assert [row["name"] for row in results["rows"]] == [
@@ -166,12 +168,13 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
     counted = checkpoints.parameters(recipe.teacher, "released")
     of = [counted[name] for name in ("teacher", "teacher", "student", "student", "student", "teacher")]
     assert [row.get("parameters") for row in results["rows"]] == [None, *of, None]
-    assert results["baseline"] == results["rows"][1]["speeds"][0]
+    assert results["speed"] == {"teacher": results["rows"][1]["speeds"], "throughput_batch": 2}
     for row in results["rows"][1:]:
         assert row["count"] == 24
         assert [speed["batch"] for speed in row["speeds"]] == [1, 2]
         assert row["ms"] > 0
         assert row["speedup"] > 0
+        assert row["throughput_speedup"] > 0
         assert 0 <= row["precision"] <= 1
         assert 0 <= row["recall"] <= 1
         assert row["kid"] > 0
@@ -254,6 +257,58 @@ def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_t
     assert {point["x"] for point in after["pair_sets"]["curve"]["points"]} == {2.0, 4.0}
     assert "pairs.png" in storage.listing(again.report_uri)
     assert "Nothing is missing" in evaluate.evaluate(again)
+
+
+@pytest.mark.faults("report: timed on another machine", "report: timing.json deleted", "report: of an older format")
+def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_drawn(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More actors (so threads), another batch, another machine, times lost, a report of the commit before."""
+    cache, few = f"{finished[0].report_uri}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    recipe = changed(finished[0], uri=str(tmp_path / "report"), cache=cache, samplers=few, curve_count=0)
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: None)
+    asked: list[tuple[int, ...]] = []
+
+    def timed(plan: Any, frequencies: Any, batches: tuple[int, ...], actors: int) -> dict[str, Any]:
+        asked.append(batches)
+        return evaluate.time_samplers(plan, frequencies, batches, threads=1)
+
+    monkeypatch.setattr(evaluate, "time_alone", timed)
+    monkeypatch.setattr(machine, "BEFORE", 0.0)
+    sizes = [Speed(batch, 1.0, 2.0, (2.0, 2.0, 2.0)) for batch in (1, 2)]
+    monkeypatch.setattr(speed, "measure", lambda models, listed, batches: dict.fromkeys(listed, sizes))
+    place, times = tmp_path / "report" / "report.json", tmp_path / "report" / "timing.json"
+
+    def run(recipe: Recipe, measures: bool) -> None:
+        before, count = results_of(recipe), len(asked)
+        assert ("Nothing is missing" in evaluate.evaluate(recipe)) is not measures
+        assert len(asked) - count == measures
+        after = results_of(recipe)
+        assert (after["made"]["timing"]["key"] == before["made"]["timing"].get("key")) is not measures
+        for old, new in zip(before["rows"], after["rows"], strict=True):
+            assert old.get("score") == new.get("score")
+
+    evaluate.evaluate(recipe)
+    run(recipe, measures=False)
+    run(changed(recipe, actors=recipe.evaluate.actors + 1), measures=True)
+    evaluate.evaluate(recipe)
+    assert len(asked) == 2, "the first times are still there, and the report is theirs again"
+    run(recipe, measures=False)
+    monkeypatch.setattr(machine, "device_name", lambda device: "another CPU")
+    run(recipe, measures=True)
+    assert results_of(recipe)["made"]["timing"]["device"] == "another CPU"
+    run(recipe, measures=False)
+    old = results_of(recipe)
+    old["made"]["timing"] = {"device": "another CPU", "threads": 1}
+    place.write_text(json.dumps(old | {"shown": "of format 2", "baseline": {"batch": 1}}))
+    times.unlink()
+    run(recipe, measures=True)
+    run(recipe, measures=False)
+    times.unlink()
+    evaluate.evaluate(recipe)
+    assert len(asked) == 5, "who deletes the times wants them anew"
 
 
 def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], tmp_path: Path) -> None:

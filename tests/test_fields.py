@@ -125,7 +125,18 @@ def test_the_entries_of_free_mappings_are_checked_too() -> None:
     assert refusal("ablate.axes", {"train.lr": None})
 
 
-def test_python_is_checked_as_yaml_is() -> None:
+@pytest.mark.parametrize("section", [Recipe, *{kind.of for _, kind in fields.named(Recipe) if is_dataclass(kind.of)}])
+def test_python_is_checked_as_yaml_is(section: Any) -> None:
+    """Every section checks itself, whoever makes it."""
+    for key, kind in fields.kinds(section).items():
+        with pytest.raises(Refused, match=rf"{key} is .*; it must be"):
+            replace(section(), **{key: object()})
+        if kind.limits and kind.of in (int, float):
+            with pytest.raises(Refused, match=rf"{key} is -1; it must be"):
+                replace(section(), **{key: -1})
+
+
+def test_python_is_refused_in_the_same_sentences() -> None:
     with pytest.raises(Refused, match=r"pairs.count is '5'; it must be a whole number"):
         PairSettings(count="5")  # type: ignore[arg-type]
     with pytest.raises(Refused, match=r"ablate.seeds\[1\] is -1; it must be 0 or more"):

@@ -34,7 +34,7 @@ def statistics(shift: float, count: int = 60, blocks: int = 1, keep: bool = True
 
 
 def row_of(sampler: Statistics, reference: Reference) -> dict[str, Any]:
-    return summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, sampler)], reference, 1.0)[-1]
+    return summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, sampler)], reference)[-1]
 
 
 def test_every_number_is_that_of_the_metric() -> None:
@@ -93,5 +93,5 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
     seen: list[list[int]] = []
     monkeypatch.setattr(summary, "_of_rows", lambda *args: seen.append(list(alive)) or {})
-    assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real), 1.0)) == 4
+    assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.benchmark import actors, growth, networks, training
+from pipeline.benchmark.actors import PARTS, SHARDS
+from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
+from pipeline.benchmark.networks import listed
+from pipeline.benchmark.training import ROWS, STEPS
 from pipeline.plan import ITEM
 from pipeline.progress import duration
 from pipeline.recipe import Recipe
@@ -35,18 +38,18 @@ def _batches(recipe: Recipe) -> str:
 
 
 def _generation(recipe: Recipe) -> tuple[int, str]:
-    rows = actors.SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
+    rows = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
     return 0, f"{rows:,} pairs by {recipe.pairs.actors} replicas"
 
 
 def _evaluation(recipe: Recipe) -> tuple[int, str]:
-    images = ITEM * actors.PARTS * recipe.evaluate.actors
+    images = ITEM * PARTS * recipe.evaluate.actors
     return 0, f"{images:,} images of the teacher and as many of a student, by {recipe.evaluate.actors} actors"
 
 
 def _growth(recipe: Recipe) -> tuple[int, str]:
-    turns = len(growth.BATCHES) + 2 * len(growth.SIDES) + len(growth.CODES)
-    return turns, f"{sum(growth.PAIRS):,} pairs of a teacher that costs nothing, and pools of {max(growth.ACTORS)}"
+    turns = len(BATCHES) + 2 * len(SIDES) + len(CODES)
+    return turns, f"{sum(PAIRS):,} pairs of a teacher that costs nothing, and pools of {max(ACTORS)}"
 
 
 # section -> (what takes its turn for benchmark.seconds, what else is done)
@@ -54,10 +57,10 @@ SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "solvers": lambda recipe: (0, "every solver against the float64 oracle"),
     "matching": lambda recipe: (len(recipe.benchmark.batches), _batches(recipe)),
     "teacher": lambda recipe: (2 * len(recipe.benchmark.batches), _batches(recipe)),
-    "sampling": lambda recipe: (len(networks.listed(recipe)[0]), _batches(recipe)),
+    "sampling": lambda recipe: (len(listed(recipe)[0]), _batches(recipe)),
     "training": lambda recipe: (
         0,
-        f"optimiser steps of {recipe.train.batch} samples, {training.STEPS} of them twice on {training.ROWS:,} pairs",
+        f"optimiser steps of {recipe.train.batch} samples, {STEPS} of them twice on {ROWS:,} pairs",
     ),
     "generation": _generation,
     "evaluation": _evaluation,
