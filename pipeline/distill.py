@@ -69,6 +69,7 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
+    recipe.check_filled("teacher", "pairs", "train")
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
     plan = training_plan.check(recipe)

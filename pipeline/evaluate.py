@@ -218,6 +218,7 @@ def evaluate(recipe: Recipe) -> str:
     sampling.
     """
     mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs", "train", "evaluate")
     recipe, registered = model_registry.fetched(cluster.portable(recipe))
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)

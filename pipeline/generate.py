@@ -50,6 +50,7 @@ def generate(recipe: Recipe) -> str:
     """
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:

@@ -7,17 +7,18 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from tiny import IMAGES, tiny, with_pairs
 
 from pipeline import benchmark, flow, plots, stopwatch, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe
+from pipeline.recipe import Measured, Recipe
 
 CPU = torch.device("cpu")
 
@@ -308,3 +309,16 @@ def test_a_missing_gpu_is_one_sentence(recipe: Recipe) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             benchmark.benchmark(replace(recipe, cluster=replace(recipe.cluster, gpus=1)))
+
+
+def test_a_dry_run_plans_every_section_and_writes_nothing(recipe: Recipe) -> None:
+    """Without a GPU for a recipe that asks for one, too."""
+    settings = replace(recipe.benchmark, sections=get_args(Measured), batches=(1, 2), seconds=3.0)
+    few = replace(recipe.evaluate, samplers=[{"name": "FewStep"}])
+    on_gpu = replace(recipe, dry_run=True, evaluate=few, benchmark=settings, cluster=replace(recipe.cluster, gpus=1))
+    text = benchmark.benchmark(on_gpu)
+    assert [line.split()[0] for line in text.splitlines()[-10:]] == [*get_args(Measured), "needs", "time"]
+    assert "matching    2 measurements of 3 s, at batch 1, 2" in text
+    assert "each with 1 CPU and 1 GPU" in text
+    assert not Path(recipe.run).exists()
+    assert set(plan.SECTIONS) == set(get_args(Measured))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline import cluster, legend, machine, manifest, mlflow_store, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.errors import Refused
@@ -41,6 +41,8 @@ def benchmark(recipe: Recipe) -> str:
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
+    if recipe.dry_run:
+        return plan.describe(recipe)
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
         raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
     storage.check_writable(recipe.benchmark_uri)

@@ -161,7 +161,7 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
-    listed, paper = _listed(recipe)
+    several, paper = listed(recipe)
     section = Section(
         "Sampling",
         "A student as it starts from its teacher (its weights do not matter here) in turns with the teacher; *network*"
@@ -169,9 +169,9 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
         f" teacher at the same one, ± its standard error (bootstrap over {speed.CALLS}). The paper's are those"
         " of its tables, on an A100, at a batch that it does not say.",
     )
-    found = speed.measure(models, listed, batches, seconds)
+    found = speed.measure(models, several, batches, seconds)
     base = {s.batch: s for s in found[Autoregressive()]}
-    for sampler in listed:
+    for sampler in several:
         for one in found[sampler]:
             row: Row = {"sampler": sampler.name, "batch": one.batch, "network, ms / image": one.network_ms}
             row |= {"ms / image": one.ms, "images / s": 1000 / one.ms}
@@ -196,7 +196,7 @@ def _speed_ups(found: dict[Sampler, list[Speed]], device: str) -> list[Claim]:
     return claims
 
 
-def _listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
+def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers
