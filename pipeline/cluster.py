@@ -8,17 +8,23 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from pipeline import storage
+from pipeline import signals, storage
 from pipeline.errors import Refused
+from pipeline.heartbeat import Heartbeat as Heartbeat
+from pipeline.ray_address import LOCAL, address
+from pipeline.ray_address import check_address as check_address
+from pipeline.ray_errors import device_error as device_error
+from pipeline.ray_errors import end_process as end_process
+from pipeline.ray_errors import translated
 from pipeline.recipe import FORMULA, Recipe
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
@@ -26,6 +32,8 @@ SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write
 # glibc gives every large block back to the kernel and gets it back page by page; keeping 1 GiB saved a fifth of the CPU
 # time of VAR's pairs. It is read when a process starts, so the workers have it and this process has not.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount
 
 LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
@@ -41,13 +49,51 @@ def connect(recipe: Recipe) -> None:
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS", "local") != "local":
-            _use_token()
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start_local(recipe)
-    _quiet()
+        check_address()
+        with signals.kept():  # Ray sets its own
+            if address() == LOCAL:
+                _start_local(recipe)
+            else:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
     _warn_about_local_folder(recipe)
+
+
+@contextmanager
+def session(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
+    """Everything that a job does on Ray: join or start it, say what it waits for, translate what it raises.
+
+    A Refused or Unfinished raised in a worker comes out as itself, whatever else Ray raises as Unfinished, a sentence.
+    Settings of Ray Data made in the body are gone after it.
+    """
+    connect(recipe)
+    with _own_settings(), waiting(recipe, replicas, what), translated():
+        yield
+
+
+def on_worker(recipe: Recipe, function: Callable[..., Any], *args: Any, cpus: float | None = None) -> Any:
+    """Call a function in one Ray task that has a replica's resources, or another number of CPUs; its result."""
+    alone = recipe if cpus is None else replace(recipe, cluster=replace(recipe.cluster, cpus=cpus))
+    with session(alone, 1, "workers"):
+        return ray.get(ray.remote(function).options(**_resources(alone)).remote(*args))
+
+
+def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *more: Any) -> Any:
+    """Call one method of ``cls(*args)`` in an actor that has a replica's resources; its result."""
+    with session(recipe, 1, "workers"):
+        actor: Any = ray.remote(cls).options(**_resources(recipe)).remote(*args)
+        return ray.get(getattr(actor, method).remote(*more))
+
+
+def pool(recipe: Recipe, size: int, retries: int) -> dict[str, Any]:
+    """What ``map_batches`` is told of a pool of so many replicas, whose units survive ``retries`` deaths of theirs."""
+    # One unit at a time: one that takes its actor down would take the retries of another queued behind it, too.
+    strategy = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    return {"compute": strategy, "max_task_retries": retries, **_resources(recipe)}
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    """Of a replica, as Ray's options."""
+    return {"num_cpus": recipe.cluster.cpus, "num_gpus": recipe.cluster.gpus}
 
 
 @contextmanager
@@ -153,25 +199,25 @@ def _start_local(recipe: Recipe) -> None:
         )
 
 
-def _use_token() -> None:
-    """Authenticate with the token that is there: given an address, Ray 2.60 ignores it unless told to use it."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.exists()):
-        os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def _quiet() -> None:
-    """Ray Data without its own progress output, with blocks left as they are and no patience limit on spot nodes."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Ray Data as our jobs want it, while the body runs: quiet and patient, with whole blocks."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):  # its files in Ray's logs may know everything
+            handler.setLevel(logging.CRITICAL)  # what it raises is translated
     # The only way in 2.60 to bound the retries of an actor's task; the warning comes at every call.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a block is a unit of work of ours and must not be split
     context.execution_no_progress_timeout_s = -1  # waiting hours for spot GPUs is no error
     context.retried_map_errors = ["CUDA out of memory"]
     context.max_map_retries = 2
+    context.raise_original_map_exception = True  # so that a worker's sentence arrives as what it is
+    context.max_consecutive_actor_init_deaths = STARTS
+    with DataContext.current(context):
+        yield
 
 
 def _warn_about_local_folder(recipe: Recipe) -> None:

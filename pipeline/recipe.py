@@ -291,14 +291,23 @@ class ClusterSettings:
         device: what torch calls one of those GPUs. "cpu" rehearses a cluster whose GPUs are made up (``ray start
             --num-gpus``): the same replicas on the same nodes, computing on the CPU.
         usd_per_gpu_hour: price that --dry_run multiplies the GPU-hours with.
+        heartbeat_minutes: a job of which nothing has finished for so long says what is in work, where and since when.
+        stall_minutes: a job whose replicas are at work and of which nothing has finished for so long ends; running the
+            same command again goes on. 0 is never.
     """
 
     gpus: float = 0
     cpus: float = 1
     device: Literal["cuda", "cpu"] = "cuda"
     usd_per_gpu_hour: float | None = None
+    heartbeat_minutes: float = 10
+    stall_minutes: float = 360
 
     def __post_init__(self) -> None:
+        _check(
+            self.heartbeat_minutes > 0, f"cluster.heartbeat_minutes is {self.heartbeat_minutes}; it must be above 0."
+        )
+        _check(self.stall_minutes >= 0, f"cluster.stall_minutes is {self.stall_minutes}; use 0 for never.")
         _check(self.gpus >= 0, f"cluster.gpus is {self.gpus}; it must not be negative.")
         _check(self.cpus > 0, f"cluster.cpus is {self.cpus}; it must be above 0.")
 
