@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
+    "ray": {"cluster", "heartbeat", "ray_address", "generate", "distill", "evaluate"},
     "mlflow": {"tracking", "model_registry"},
     "jsonargparse": {"command_line"},
     "lpips": {"losses"},
@@ -20,7 +20,7 @@ HOMES = {  # package -> the modules that may import it
 }
 FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
 LOWEST = FLOW | {f"pipeline.{name}" for name in ("ahead", "compilation", "noise", "precision", "progress", "storage")}
-LOWEST |= {"pipeline.errors", "pipeline.torchvision_ops"}
+LOWEST |= {"pipeline.errors", "pipeline.signals", "pipeline.torchvision_ops"}
 
 
 def name_of(path: Path) -> str:
