@@ -11,6 +11,7 @@ import importlib.metadata
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import noise, sample_files, scoring
+from pipeline import cluster, noise, sample_files, scoring
 from pipeline.compilation import compiled
 from pipeline.machine import device_name
 from pipeline.models import checkpoints
@@ -39,6 +40,7 @@ class Artist:
     """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
 
     ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
+    ``working`` is a context around each unit, which tells others of it.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Artist:
         draws: list[Draw],
         frequencies: np.ndarray | None,
         weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
+        working: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         set_products("fp32")  # of what scores; the models set their own
-        self.plan, self.draws = plan, draws
+        self.plan, self.draws, self.working = plan, draws, working
         self.models = load(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
         self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
@@ -61,7 +64,13 @@ class Artist:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """{draw [1], item [1]} -> the same with packed statistics."""
         draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
-        statistics = self.statistics(draw, item)
+        with self.working(f"part {item + 1} of {draw.name}"):
+            try:
+                statistics = self.statistics(draw, item)
+            except Exception as error:
+                if cluster.device_error(error):
+                    cluster.end_process(error)
+                raise
         return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pipeline import fields, recipe_file, usage
+from pipeline import fields, recipe_file, signals, usage
 from pipeline.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
@@ -137,8 +137,9 @@ def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     """The body of a job script: parse the command line, run, print the summary.
 
     ``Refused`` ends the program with its sentence and exit status 2, ``Unfinished`` with status 1. Whatever else is
-    raised is a bug and keeps its traceback.
+    raised is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP end it in one line with status 130, 143 and 129.
     """
+    signals.install()
     with redirect_stdout(Output(sys.stdout)):
         recipe = parse(doc)
         try:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 
 from pipeline import (
     cluster,
@@ -141,20 +141,19 @@ def parts_of(
     ``artist`` is the actor's class, ``more`` what its constructor takes beside the usual.
     """
     weights = scoring.weights(plan.recipe.evaluate)
-    shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
-    settings = plan.recipe.cluster
-    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        artist,
-        fn_constructor_args=(plan, todo, frequencies, shared),
-        fn_constructor_kwargs=more,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
-        num_cpus=settings.cpus,
-        num_gpus=settings.gpus,
-        max_task_retries=RETRIES,
-    )
-    yield from dataset.iter_rows()
+    actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
+    beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
+    with cluster.session(plan.recipe, actors, "sampling actors"), beat:
+        shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
+        dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+            artist,
+            fn_constructor_args=(plan, todo, frequencies, shared),
+            fn_constructor_kwargs={"working": beat.announcer.working, **more},
+            batch_size=1,
+            **cluster.pool(plan.recipe, actors, RETRIES),
+        )
+        yield from beat.rows(dataset)
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
@@ -186,10 +185,11 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
     A sampler runs on one GPU, so further ones would stand idle.
     """
     settings = plan.recipe.cluster
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = settings.cpus if settings.gpus else min(settings.cpus * actors, largest)
-    task = ray.remote(num_cpus=cpus, num_gpus=settings.gpus)(time_samplers)
-    return ray.get(task.remote(plan, frequencies, batches, max(1, int(cpus))))
+    cpus = settings.cpus
+    if not settings.gpus and actors > 1:
+        cpus = max(cpus, min(cpus * actors, cluster.cpus_of_a_node(plan.recipe)))
+    threads = max(1, int(cpus))
+    return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
 
 
 def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
@@ -231,9 +231,9 @@ def evaluate(recipe: Recipe) -> str:
     shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
     if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
+    cluster.check_address()
     with tracking.Run.start(recipe, "evaluate") as run:
         run.mark(recipe.report_uri)
-        cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
         times = times or _timed(plan, frequencies)
@@ -272,7 +272,6 @@ def _dry_run(plan: Plan) -> str:
     left = {draw.sampler for draw in plan.draws() if draw not in in_cache(plan)}
     if not left - {None}:
         return describe(plan, dict.fromkeys(plan.samplers, 0.0))
-    cluster.connect(plan.recipe)
     found = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in found["speeds"].items()})
 

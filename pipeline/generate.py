@@ -69,6 +69,7 @@ def generate(recipe: Recipe) -> str:
     _check_weights(recipe)
     if recipe.dry_run:
         return plan(recipe, known, count, todo)
+    cluster.check_address()
     storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
@@ -133,13 +134,12 @@ def _make(
     recipe: Recipe, known: Facts, count: int, todo: list[int], kept: list[Shard], run: tracking.Run
 ) -> list[Shard]:
     """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
-    cluster.connect(recipe)
     made: list[Shard] = []
     failed: set[int] = set()
     total = math.ceil(count / recipe.pairs.shard_rows)
     replicas, rows, size, last = min(recipe.pairs.actors, len(todo)), 0, 0, time.monotonic()
     try:
-        with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
+        with cluster.session(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
             for row in commits(recipe, known, count, todo):
                 if row["error"]:
                     failed.add(int(row["number"]))
@@ -308,13 +308,7 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     """Call a method of one Replica, on the hardware that the recipe gives it."""
-    cluster.connect(recipe)
-    actor = ray.remote(Replica).options(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)
-    replica = actor.remote(recipe, known)
-    try:
-        return ray.get(getattr(replica, method).remote(*args))
-    except RayError as error:
-        raise Unfinished(f"the teacher could not run: {_last_line(error)}") from error
+    return cluster.on_actor(recipe, Replica, (recipe, known), method, *args)
 
 
 def _last_line(error: Exception) -> str:

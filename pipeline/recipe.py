@@ -284,10 +284,6 @@ class EvaluateSettings:
                 not set(self.register) & set("/:@'"),
                 f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
             )
-        _check(
-            self.features == "inception" or not self.images,
-            "evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.",
-        )
         if self.features == "inception":
             for name in ("inception", "reference"):
                 _check(
@@ -312,12 +308,17 @@ class ClusterSettings:
         device: what torch calls one of those GPUs. "cpu" rehearses a cluster whose GPUs are made up (``ray start
             --num-gpus``): the same replicas on the same nodes, computing on the CPU.
         usd_per_gpu_hour: price that --dry_run multiplies the GPU-hours with.
+        heartbeat_minutes: a job of which nothing has finished for so long says what is in work, where and since when.
+        stall_minutes: a shard, or a part of an evaluation, that a process is at for longer is taken from it and given
+            to another; if it takes that one as long, it has failed. 0 is no limit.
     """
 
     gpus: Annotated[float, Range(0, 1, "0, 1 or a share of 1: a replica uses one GPU at most")] = 0
     cpus: Annotated[float, Range(math.nextafter(0, 1), 10_000, "above 0, and at most 10,000")] = 1
     device: Literal["cuda", "cpu"] = "cuda"
     usd_per_gpu_hour: Weight | None = None
+    heartbeat_minutes: Annotated[float, Range(0.001, 100_000, "from 0.001 to 100,000")] = 10
+    stall_minutes: Annotated[float, Range(0, 100_000, "0 or more, and at most 100,000")] = 360
 
     def __post_init__(self) -> None:
         fields.check(self, "cluster")

@@ -107,6 +107,8 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
     """What identifies the scoring network: SHA-256 of its weights, and the flavour; ValueError, one sentence, where it
     is missing or cannot serve.
     """
+    if settings.features == "digits" and settings.images:
+        raise Refused("evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.")
     if settings.features == "digits":
         if (image_size, classes) != (32, digits.CLASSES):
             raise Refused(

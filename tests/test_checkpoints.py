@@ -173,6 +173,15 @@ def test_damage_anywhere_is_one_sentence(tmp_path: Path, legacy: bool) -> None:
                 checkpoints.load(Net(), str(path))
 
 
+def test_safetensors_may_begin_with_any_number(tmp_path: Path) -> None:
+    """The length of the header comes first; of 640 bytes it begins as a pickle does, of 123 as JSON does."""
+    path = tmp_path / "net.safetensors"
+    for length in range(256):
+        header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(512 + length)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        assert set(weight_files.read(path, str(path))) == {"w"}, length
+
+
 @pytest.mark.parametrize("name", ["net.bin", "0a1b2c"])
 def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
     """As in the Hub's cache, whose files are called by their hash."""

@@ -28,6 +28,7 @@ ZERO = {  # fields that may be 0
         "train.workers",
         "evaluate.curve_count",
         "evaluate.image_size",
+        "cluster.stall_minutes",
         "cluster.gpus",
         "cluster.usd_per_gpu_hour",
         "train.betas",

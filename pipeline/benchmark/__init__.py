@@ -38,6 +38,7 @@ def benchmark(recipe: Recipe) -> str:
 
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
+    cluster.check_address()
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
