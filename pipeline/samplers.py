@@ -56,9 +56,14 @@ class Models:
         return self.teacher.layout
 
     def generate(self, choose: Choose, inputs: Inputs, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
-        """``Teacher.generate`` in the teacher's precision, whose weights are bfloat16 already where that is it."""
+        """``Teacher.generate`` in the teacher's precision, whose weights are cast already where it is fp16 or bf16.
+
+        Refused where fp16 does not hold its numbers.
+        """
         with products(self.teacher_precision):
-            return self.teacher.generate(inputs.condition, choose, prefix, stop)
+            codes = self.teacher.generate(inputs.condition, choose, prefix, stop)
+        self.teacher.check()
+        return codes
 
     def jump(self, x: Tensor, inputs: Inputs, t: int, split: int) -> Tensor:
         """``Student.jump`` in the student's precision: embeddings float32 [B, n, C]; ValueError without a student."""

@@ -138,7 +138,7 @@ def test_each_network_works_in_its_own(tmp_path: Path, teacher: Any, student: An
     layout = made.layout
     embeddings = torch.randn(2, layout.length, layout.code_dim)
     generate, decode = watched("teacher", made.generate), watched("decoder", made.decode)
-    given = SimpleNamespace(generate=generate, decode=decode, layout=layout, codebook=made.codebook)
+    given = SimpleNamespace(generate=generate, decode=decode, layout=layout, codebook=made.codebook, check=lambda: None)
     jump = watched("student", lambda *args: embeddings)
     models: Any = Models(given, SimpleNamespace(jump=jump), flow.Solver(), 0, None, "cpu", teacher, student)
     set_products("fp32")

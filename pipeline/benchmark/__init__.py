@@ -29,7 +29,7 @@ from pipeline.precision import set_products
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.speed import device_name
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def benchmark(recipe: Recipe) -> str:

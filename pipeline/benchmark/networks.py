@@ -55,6 +55,7 @@ def teachers(
         }
         short = partial(teacher.generate, condition, likeliest, stop=min(4, teacher.layout.steps + 1))
         times = turns(calls, device, seconds, short)
+        teacher.check()
         work = Work.of(settings, batch)
         row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
         row |= {"plain, ms / image": 1000 * times["plain"] / batch, "plain / ours": times["plain"] / times["ours"]}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
 from pipeline.precision import full_precision
 from pipeline.recipe import Filter
@@ -122,7 +123,8 @@ class Teacher(nn.Module):
     """A pre-trained AR model with its tokenizer and its sampling filter.
 
     ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
-    ``tokenizer`` has its own file. With ``graphs``, AR steps are recorded and replayed, on a GPU.
+    ``tokenizer`` has its own file. A network that can compute in float16 has a method ``to_float16`` and a ``float16``.
+    With ``graphs``, AR steps are recorded and replayed, on a GPU.
     """
 
     layout: Layout
@@ -150,6 +152,12 @@ class Teacher(nn.Module):
         step and for a stop that is not after the prefix.
         """
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Refused if numbers left float16's range in a generation since the last check; waits for the device."""
+        for part in self.modules():
+            if isinstance(part, Float16):
+                part.check()
 
     def recording(self, batch: int, memory: Callable[[], Any]) -> Recording | None:
         """The graphs for a generation from AR step 1 on, if there are any; ``memory`` makes the family's part."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.errors import Refused
 from pipeline.models import base
 from pipeline.models.base import Choose, Condition
+from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.var.config import Config
 from pipeline.models.var.tokenizer import Tokenizer
@@ -22,7 +23,13 @@ class Network(Transformer):
 
     def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
         super().__init__(config, config.patch_nums, lambda query, key: query >= key)
+        self.float16 = Float16()
         initialise(self, generator)
+
+    def to_float16(self) -> None:
+        """Have the blocks compute in float16, but not what the class does to them."""
+        layers = ((b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2) for b in self.layers)
+        self.float16.switch_on(chain.from_iterable(layers))
 
     def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Labels [B] and inputs [B, L - 1, C] of scales 1, 2, ... -> logits [B, L, V]."""
@@ -30,7 +37,7 @@ class Network(Transformer):
 
     def cache(self, batch: int, length: int) -> Tensor:
         """Room for the keys and values of ``length`` positions: [depth, 2, B, H, length, D / H]."""
-        weight, heads = self.head.weight, self.layers[0].attn.heads
+        weight, heads = self.layers[0].attn.proj.weight, self.layers[0].attn.heads
         return weight.new_empty(len(self.blocks), 2, batch, heads, length + 1, weight.shape[1] // heads)
 
 
@@ -75,9 +82,10 @@ class Pass:
         x = x + self.positions[:, begin : self.end]
         mask = net.attn_bias_for_masking[..., : self.end, : self.end] if masked and begin == 0 else None
         seen = [None] * len(net.blocks) if self.cache is None else self.cache[..., : self.end, :]
-        for block, by, cache in zip(net.layers, self.modulations, seen, strict=True):
-            x = block(x, by, mask, cache)
-        return net.head(modulated(x[:, -last:], *self.head))
+        with net.float16.region(x.device):
+            for block, by, cache in zip(net.layers, self.modulations, seen, strict=True):
+                x = block(x, by, mask, cache)
+        return net.head(modulated(net.float16.watched(x)[:, -last:], *self.head))
 
 
 class Teacher(base.Teacher):
