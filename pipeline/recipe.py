@@ -345,7 +345,9 @@ class AblationSettings:
             _check(bool(values), f"ablate.axes lists no values of {name}; list one or more, or leave the axis out.")
 
 
-Measured = Literal["solvers", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"]
+Measured = Literal[
+    "solvers", "precision", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"
+]
 
 
 @dataclass(frozen=True)

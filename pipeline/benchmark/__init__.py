@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline import cluster, manifest, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, rounding, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.errors import Refused
@@ -72,6 +72,7 @@ class Bench:
         settings = recipe.benchmark
         self.parts: dict[str, Callable[[], list[Section]]] = {
             "solvers": lambda: [matching.solvers(self.teacher)],
+            "precision": lambda: [rounding.precisions(recipe, self.device)],
             "matching": lambda: [
                 matching.overhead(self.teacher, recipe.pairs.solver, settings.batches, settings.seconds)
             ],
@@ -92,8 +93,10 @@ class Bench:
 
     @cached_property
     def peaks(self) -> clock.Peaks:
-        """Of this device in the teacher's precision."""
-        return clock.peaks(self.device, DTYPES[self.recipe.teacher.precision])
+        """Of this device in the teacher's precision; a CPU multiplies fp16 through float32."""
+        dtype = DTYPES[self.recipe.teacher.precision]
+        through_float32 = self.device.type == "cpu" and dtype == torch.float16
+        return clock.peaks(self.device, torch.float32 if through_float32 else dtype)
 
     @property
     def device_name(self) -> str:

@@ -8,11 +8,15 @@ infinite, and that is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import Refused
 
@@ -37,11 +41,17 @@ class Float16(nn.Module):
             layer.to(torch.float16)
         self.on = True
 
-    def region(self, device: torch.device) -> AbstractContextManager[object]:
+    @contextmanager
+    def region(self, device: torch.device) -> Iterator[None]:
         """Where the blocks run. Without autocast's cache, which must not outlive the recording of a CUDA graph."""
         if not self.on:
-            return nullcontext()
-        return torch.autocast(device.type, torch.float16, cache_enabled=False)
+            yield
+        elif device.type != "cpu":
+            with torch.autocast(device.type, torch.float16, cache_enabled=False):
+                yield
+        else:
+            with torch.autocast("cpu", torch.float16, cache_enabled=False), OnCpu():
+                yield
 
     def watched(self, x: Tensor) -> Tensor:
         """The residual stream x [B, m, D] after the last block, with 0 for positions that are not finite and are noted.
@@ -69,3 +79,23 @@ class Float16(nn.Module):
                 "teacher.precision is fp16, and in the teacher's blocks a number left float16's range, which ends at"
                 " 65,504; set teacher.precision to bf16, tf32 or fp32."
             )
+
+
+class OnCpu(TorchFunctionMode):
+    """Products of float16 numbers through float32, rounded as a GPU rounds them.
+
+    Few CPUs multiply float16: torch's own product of two matrices of 2,048 takes 200 times as long as in float32.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # A tensor without content costs no time, and what it would take is counted: as float16.
+        if func not in (F.linear, F.scaled_dot_product_attention) or isinstance(args[0], FakeTensor):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_rounded, args), **{name: _rounded(value) for name, value in kwargs.items()}).half()
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of a tensor as float16 holds them, in float32; anything else, a mask of bools too, as it is."""
+    return value.half().float() if isinstance(value, Tensor) and value.is_floating_point() else value
