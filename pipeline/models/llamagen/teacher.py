@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import Refused
-from pipeline.models import base
+from pipeline.models import base, filters
 from pipeline.models.attention import attend
 from pipeline.models.base import Condition as Labels
 from pipeline.models.float16 import Float16
@@ -48,7 +48,7 @@ def rotary(config: Config, device: torch.device) -> Tensor:
 
 def turn(x: Tensor, rotations: Tensor) -> Tensor:
     """Neighbouring channels of x [..., D] float32, as complex numbers, times rotations [..., D / 2, 2] -> [..., D]."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.view(*x.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # which makes no kernels for complex numbers; without it, one does it all
         (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
@@ -227,14 +227,15 @@ def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
     """
     if filter.temperature != 1:
         logits = logits / max(filter.temperature, 1e-5)
-    if 0 < filter.top_k < logits.shape[-1]:
-        smallest = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if filter.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        beyond = F.pad(ranked.softmax(-1).cumsum(-1)[..., :-1] > filter.top_p, (1, 0))
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return logits.log_softmax(-1)
+    if filter.top_p == 1:
+        return filters.top_k(logits, filter.top_k).log_softmax(-1)
+    found = filters.ranked(logits, filter.top_k, descending=True)
+    p = found.logits.softmax(-1)
+    p = p / (1 + found.ties * p[..., -1:])  # as if the ties beyond the order stood behind it
+    sums = p.cumsum(-1)
+    gone = F.pad(sums[..., :-1] > filter.top_p, (1, 0))
+    ties = ((filter.top_p - sums[..., -1:]) / p[..., -1:]).floor().add(1).clamp_min(0).minimum(found.ties)
+    return filters.keep(logits, found, gone, ties).log_softmax(-1)
 
 
 class Teacher(base.Teacher):
