@@ -46,6 +46,20 @@ def products(precision: Precision) -> Iterator[None]:
 
 
 @contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms for every new shape and keeps the fastest: for decoders, whose shapes are few.
+
+    Not for what draws codes: which algorithm wins may differ between processes, and with it the rounding.
+    """
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32, whatever is set around: for the search of a code.
 

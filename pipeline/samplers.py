@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import flow, noise
 from pipeline.errors import Refused
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
-from pipeline.precision import Precision, autocast, products
+from pipeline.precision import Precision, autocast, products, tuned_convolutions
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
 
@@ -74,7 +74,7 @@ class Models:
 
     def decode(self, embeddings: Tensor, student: bool) -> Tensor:
         """Images float32 [B, 3, H, W] of embeddings [B, n, C] that the student, or the teacher alone, drew."""
-        with products(self.student_precision if student else self.teacher_precision):
+        with products(self.student_precision if student else self.teacher_precision), tuned_convolutions():
             return self.teacher.decode(embeddings)
 
     def inputs(self, ids: Sequence[int] | np.ndarray) -> Inputs:
