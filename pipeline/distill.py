@@ -357,6 +357,7 @@ def _device(recipe: Recipe) -> torch.device:
     """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
     set_products(recipe.train.precision)
     if recipe.cluster.runs_on == "cuda":
+        torch.backends.cudnn.benchmark = True  # decoder and LPIPS meet the same shapes at every step
         return ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
     return torch.device("cpu")

@@ -56,8 +56,9 @@ class TeacherSettings:
         tokenizer: URI of the tokenizer's weights (a path, s3://, gs://, hf:// or package://, the installed assets).
         checkpoint: URI of the transformer's weights.
         filter: guidance, temperature, top-k and top-p.
-        precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16. Flow matching is always
-            in full float32.
+        precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs), fp16 (float16 in its blocks,
+            float32 around them; numbers beyond 65,504 end the job) or bf16 (throughout). Guidance, filter and flow
+            matching are always in full float32. Part of a pair set's fingerprint.
         compile: torch.compile the transformer's blocks. Changes float rounding only.
         graphs: record what a GPU does in every AR step as a CUDA graph and replay it, in generations from the first
             step on whose batch size comes twice in a row. Changes nothing but speed; the graphs take memory.
@@ -193,6 +194,10 @@ class TrainSettings:
             self.lpips + self.cross_entropy > 0,
             "train.lpips and train.cross_entropy are both 0; nothing is learned.",
         )
+        _check(
+            self.precision != "fp16",
+            "train.precision is fp16, whose gradients vanish or overflow without loss scaling; use bf16, tf32 or fp32.",
+        )
         steps = self.start_steps
         _check(
             bool(steps) and steps[0] == 1 and list(steps) == sorted(set(steps)),
@@ -284,6 +289,10 @@ class EvaluateSettings:
                 not set(self.register) & set("/:@'"),
                 f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
             )
+        _check(
+            self.precision != "fp16",
+            "evaluate.precision is fp16, which only teachers know (teacher.precision); use bf16, tf32 or fp32.",
+        )
         if self.features == "inception":
             for name in ("inception", "reference"):
                 _check(
@@ -358,7 +367,9 @@ class AblationSettings:
             _check(bool(values), f"ablate.axes lists no values of {name}; list one or more, or leave the axis out.")
 
 
-Measured = Literal["solvers", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"]
+Measured = Literal[
+    "solvers", "precision", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"
+]
 
 
 @dataclass(frozen=True)

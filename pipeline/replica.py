@@ -107,6 +107,7 @@ class Replica:
             return forced[:, layout.span(step)]
 
         tokens = self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        self.teacher.check()
         matcher.check()
         return tokens
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import flow, noise
 from pipeline.errors import Refused
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
-from pipeline.precision import Precision, autocast, products
+from pipeline.precision import Precision, autocast, products, tuned_convolutions
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
 
@@ -56,9 +56,14 @@ class Models:
         return self.teacher.layout
 
     def generate(self, choose: Choose, inputs: Inputs, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
-        """``Teacher.generate`` in the teacher's precision, whose weights are bfloat16 already where that is it."""
+        """``Teacher.generate`` in the teacher's precision, whose weights are cast already where it is fp16 or bf16.
+
+        Refused where fp16 does not hold its numbers.
+        """
         with products(self.teacher_precision):
-            return self.teacher.generate(inputs.condition, choose, prefix, stop)
+            codes = self.teacher.generate(inputs.condition, choose, prefix, stop)
+        self.teacher.check()
+        return codes
 
     def jump(self, x: Tensor, inputs: Inputs, t: int, split: int) -> Tensor:
         """``Student.jump`` in the student's precision: embeddings float32 [B, n, C]; ValueError without a student."""
@@ -69,7 +74,7 @@ class Models:
 
     def decode(self, embeddings: Tensor, student: bool) -> Tensor:
         """Images float32 [B, 3, H, W] of embeddings [B, n, C] that the student, or the teacher alone, drew."""
-        with products(self.student_precision if student else self.teacher_precision):
+        with products(self.student_precision if student else self.teacher_precision), tuned_convolutions():
             return self.teacher.decode(embeddings)
 
     def inputs(self, ids: Sequence[int] | np.ndarray) -> Inputs:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import checkpoints, llamagen, var
+from pipeline.models import checkpoints, llamagen, var, weight_files
 from pipeline.models.checkpoints import CheckpointError
 from pipeline.recipe import Filter, TeacherSettings
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline import cluster, legend, machine, manifest, mlflow_store, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, plan, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.errors import Refused
@@ -29,8 +29,8 @@ from pipeline.models.base import Teacher
 from pipeline.precision import set_products
 from pipeline.recipe import Recipe, fingerprint
 
-ALONE = ("solvers", "matching", "teacher", "sampling")  # sections that run in this process: all else is others' work
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+ALONE = ("solvers", "precision", "matching", "teacher", "sampling")  # sections that run in this process alone
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def benchmark(recipe: Recipe) -> str:
@@ -82,6 +82,7 @@ class Bench:
         settings = recipe.benchmark
         self.parts: dict[str, Callable[[], list[Section]]] = {
             "solvers": lambda: [matching.solvers(self.teacher)],
+            "precision": lambda: [rounding.precisions(recipe, self.device)],
             "matching": lambda: [
                 matching.overhead(self.teacher, recipe.pairs.solver, settings.batches, settings.seconds)
             ],
@@ -102,8 +103,10 @@ class Bench:
 
     @cached_property
     def peaks(self) -> clock.Peaks:
-        """Of this device in the teacher's precision."""
-        return clock.peaks(self.device, DTYPES[self.recipe.teacher.precision])
+        """Of this device in the teacher's precision; a CPU multiplies fp16 through float32."""
+        dtype = DTYPES[self.recipe.teacher.precision]
+        through_float32 = self.device.type == "cpu" and dtype == torch.float16
+        return clock.peaks(self.device, torch.float32 if through_float32 else dtype)
 
     @property
     def device_name(self) -> str:

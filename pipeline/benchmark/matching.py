@@ -98,6 +98,7 @@ def _drawn_twice(
         with watches[0]:
             matchers.append(flow.Matcher(teacher.codebook, solver))
         teacher.generate(condition, choose)
+        teacher.check()
         matchers[0].check()
 
     whole = once(generation, device)
@@ -133,6 +134,7 @@ def taught(teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
         return flow.match(part, log_p, teacher.codebook)
 
     teacher.generate(condition, choose)
+    teacher.check()
     points, log_p = torch.cat([a for a, _ in kept]), torch.cat([b for _, b in kept])
     some = torch.linspace(0, len(points) - 1, TOKENS, device=points.device).long()
     return points[some], log_p[some], teacher.codebook

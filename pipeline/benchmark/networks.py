@@ -56,6 +56,7 @@ def teachers(
             "plain": partial(plain, teacher, condition, likeliest),
         }
         times = turns(calls, device, seconds)
+        teacher.check()
         work = Work.of(settings, batch)
         row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
         row |= {"plain, ms / image": 1000 * times["plain"] / batch, "plain / ours": times["plain"] / times["ours"]}
@@ -108,12 +109,11 @@ class Work:
         family, config = checkpoints.family(settings), checkpoints.config(settings)
         with torch.device("meta"):
             teacher = checkpoints.cast(family.Teacher(config, settings.filter), settings)
-        size = next(teacher.network.parameters()).element_size()
         counted = [(0.0, 0.0)]
         with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
 
             def choose(step: int, log_p: Tensor) -> Tensor:
-                counted.append((float(counter.get_total_flops()), float(size * counter.numbers)))
+                counted.append((float(counter.get_total_flops()), float(counter.bytes)))
                 return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
             raster = set(teacher.layout.groups) == {1} and teacher.layout.steps > TRACED
@@ -130,24 +130,26 @@ class Work:
 
 
 class Counter(FlopCounterMode):
-    """Operations of products, convolutions and attention; ``numbers`` are those of weights, keys and values read."""
+    """Operations of products, convolutions and attention; ``bytes`` are those of weights, keys and values read."""
 
     def __init__(self) -> None:
-        self.numbers = 0
+        self.bytes = 0
 
-        def product(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-            self.numbers += b.numel()
-            return 2 * a.numel() * b[-1]
+        def product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+            self.bytes += b.nbytes
+            return 2 * a.numel() * b.shape[-1]
 
-        def added(bias: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+        def added(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
             return product(a, b)
 
-        def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
-            self.numbers += k.numel() + v.numel()
-            return sdpa_flop_count(q, k, v)
+        def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+            self.bytes += k.nbytes + v.nbytes
+            return sdpa_flop_count(q.shape, k.shape, v.shape)
 
         aten = torch.ops.aten
         mapping = {aten.mm: product, aten.addmm: added, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+        for count in mapping.values():
+            count._get_raw = True  # type: ignore[attr-defined]  # torch else hands over shapes, and not what is a number
         super().__init__(display=False, custom_mapping=mapping)
 
 

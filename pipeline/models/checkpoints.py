@@ -204,6 +204,13 @@ def cast(model: Teacher, settings: TeacherSettings) -> Teacher:
     """The teacher with its transformer, not its tokenizer, in the recipe's precision."""
     if settings.precision == "bf16":
         model.network.to(torch.bfloat16)
+    elif settings.precision == "fp16":
+        if not hasattr(model.network, "to_float16"):
+            raise Refused(
+                f"teacher.precision is fp16, which {settings.family} does not know (its network has no to_float16); use"
+                " bf16, tf32 or fp32."
+            )
+        model.network.to_float16()  # type: ignore[operator]
     return model
 
 

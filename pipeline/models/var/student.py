@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import Refused
 from pipeline.models import base
-from pipeline.models.base import Condition, Prediction
+from pipeline.models.base import Condition, Prediction, answer
 from pipeline.models.var.config import Config
 from pipeline.models.var.teacher import Teacher
 from pipeline.models.var.transformer import Transformer, draw, initialise, modulated
@@ -75,7 +75,7 @@ class Student(Transformer, base.Student):
         return student.to(teacher.codebook.device)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """As base.Student; the numbers have the dtype of the weights or of autocast."""
+        """As base.Student; embeddings have the dtype of the weights or of autocast."""
         c = self.class_emb(condition.labels)
         # The class has level 0 and the tokens of AR step t level t, so data is what lies below t: [B, n + 1].
         data = (self.lvl_1L < t[:, None]).long()
@@ -87,7 +87,7 @@ class Student(Transformer, base.Student):
         for block, by, rows in zip(self.layers, self.modulations(c), added[:-1], strict=True):
             x = block(x, by, self.attn_bias_for_masking, between=F.embedding(data, rows))
         h = (x + F.embedding(data, added[-1]))[:, 1:]
-        logits = self.head(modulated(h, *self.head_nm.modulation(c)))
+        logits = answer(self.head, modulated(h, *self.head_nm.modulation(c)))
         return Prediction(logits, self.final_layer_conti(h, c))
 
 

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(batch, m, 3, self.heads, width // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, m, D / H]
-        q, k = F.normalize(qkv[:2], dim=-1)
+        q, k = unit(qkv[:2])
         q = q * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
         v = qkv[2]
         if cache is not None:
@@ -62,6 +62,11 @@ class Attention(nn.Module):
             k, v = keys, values
         out = attend(q, k, v, mask, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(batch, m, width))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., D] over its length; float16 as float32, since the length may lie beyond its range."""
+    return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1)
 
 
 class FeedForward(nn.Module):
