@@ -10,14 +10,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import ray
 from ray.data import DataContext
 from tqdm import tqdm
 
-from pipeline import storage
+from pipeline import fields, storage
+from pipeline.addresses import PLACEHOLDER
 from pipeline.errors import Refused
 from pipeline.recipe import FORMULA, Recipe
 
@@ -111,27 +111,10 @@ def portable(recipe: Recipe) -> Recipe:
     """
 
     def fixed(uri: str) -> str:
-        return uri if not uri or uri.startswith(("package://", "models:/")) else storage.resolve(uri)
+        stays = uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER))
+        return uri if stays else storage.resolve(uri)
 
-    def optional(uri: str | None) -> str | None:
-        return fixed(uri) if uri else uri
-
-    teacher, evaluate = recipe.teacher, recipe.evaluate
-    return replace(
-        recipe,
-        run=fixed(recipe.run),
-        teacher=replace(teacher, tokenizer=fixed(teacher.tokenizer), checkpoint=fixed(teacher.checkpoint)),
-        pairs=replace(recipe.pairs, uri=optional(recipe.pairs.uri)),
-        train=replace(recipe.train, uri=optional(recipe.train.uri)),
-        evaluate=replace(
-            evaluate,
-            uri=optional(evaluate.uri),
-            cache=optional(evaluate.cache),
-            student=optional(evaluate.student),
-            inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
-            reference=optional(evaluate.reference),
-        ),
-    )
+    return fields.mapped(recipe, fixed)
 
 
 def _start_local(recipe: Recipe) -> None:

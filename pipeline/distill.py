@@ -31,7 +31,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
+from pipeline import (
+    cluster,
+    footprint,
+    losses,
+    mlflow_store,
+    storage,
+    tracking,
+    training_data,
+    training_plan,
+    training_state,
+)
 from pipeline.compilation import blocks, compiled
 from pipeline.errors import Unfinished
 from pipeline.losses import Loss
@@ -42,12 +52,13 @@ from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.recomputation import recomputed
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
 FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
-MEASURED = 3  # steps that a dry run times, after one to warm up
+MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -58,10 +69,14 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
-    plan = training_plan.check(cluster.portable(recipe))
+    recipe.check_filled("teacher", "pairs", "train")
+    recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
+    plan = training_plan.check(recipe)
     if recipe.dry_run:
         return describe(plan)
     if storage.exists(plan.result):
+        tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
@@ -70,15 +85,29 @@ def distill(recipe: Recipe) -> str:
     start = time.monotonic()
     with tracking.Run.start(plan.recipe, "distill", earlier.get("mlflow_run")) as run:
         training_plan.claim(plan, run.id)
-        run.tag("pairs_fingerprint", plan.pairs_fingerprint)
-        if source := run.previous("pairs", pairs_fingerprint=plan.pairs_fingerprint):
-            run.tag("pairs_run", source)
-        run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
+        run.mark(plan.at())
+        _log_origin(run, plan)
         fit(plan, run)
-        run.tag("student", storage.sha256(plan.result))
+        _log(run, plan)
         _release(plan)
     took = duration(time.monotonic() - start)
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
+
+
+def _log_origin(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow from which pairs the student is made."""
+    run.tag("pairs_fingerprint", plan.pairs_fingerprint)
+    run.link("pairs", pairs_fingerprint=plan.pairs_fingerprint)
+    run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
+
+
+def _log(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow of a finished student."""
+    _log_origin(run, plan)
+    run.tag("student", storage.sha256(plan.result))
+    steps = ", ".join(map(str, plan.recipe.train.start_steps))
+    text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
+    run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
 
 
 def _release(plan: Plan) -> str:
@@ -398,8 +427,8 @@ def measure(recipe: Recipe) -> float:
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []
-    for _ in range(1 + MEASURED):
-        step(student, loss, state, batch, total=1 + MEASURED)
-        state.check()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / MEASURED
+    for _ in range(WARM_UP + MEASURED):
+        step(student, loss, state, batch, total=WARM_UP + MEASURED)
+        ends.append(now(device))
+    state.check()
+    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED

@@ -105,7 +105,7 @@ def check(found: References, settings: EvaluateSettings) -> Flavour:
             " evaluate.reference_flavour to torch-fidelity (copies of ADM's, such as adm_in256_stats.npz) or"
             " pytorch-fid (what its --save-stats writes)."
         )
-    if flavour != settings.flavour:
+    if flavour not in settings.flavours:
         raise Refused(
             f"evaluate.reference {uri} is of flavour {flavour} and evaluate.flavour is {settings.flavour}, whose"
             f" features differ; set evaluate.flavour to {flavour}, or give another reference."

@@ -19,6 +19,7 @@ from pipeline.real_images import header
 from pipeline.report import metric_name
 
 BLOCK = 4 << 20
+PART = ".part-"
 
 
 def file_name(name: str) -> str:
@@ -28,7 +29,7 @@ def file_name(name: str) -> str:
 
 def part(uri: str, key: str, item: int) -> str:
     """Where part ``item`` of the draw ``key`` waits to be joined into the .npz at ``uri``."""
-    return f"{uri}.part-{key[:24]}-{item:05d}"
+    return f"{uri}{PART}{key[:24]}-{item:05d}"
 
 
 def write_part(uri: str, key: str, item: int, pixels: np.ndarray) -> None:

@@ -39,6 +39,8 @@ EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of thi
 JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
+TYPES = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "json": "application/json"}
+TYPES |= {"png": "image/png"}
 # A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
 # need not ask for the size first. Uploads go in parts, each of which is tried again.
 DOWNLOADS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
@@ -188,7 +190,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with _sentences(uri, "written"):
         fs, path = filesystem(uri)
-        fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
+        # one PUT of a finished buffer, or a multipart upload that is published as one
+        fs.pipe_file(path, data, **_content_type(uri))
+
+
+def _content_type(uri: str) -> dict[str, str]:
+    """What a browser must be told of a file in a bucket to show it: a report without it is downloaded instead."""
+    kind = TYPES.get(uri.rpartition(".")[2])
+    argument = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}
+    protocol = uri.partition("://")[0]
+    return {argument[protocol]: kind} if kind and protocol in argument else {}
 
 
 @contextmanager
@@ -387,11 +398,20 @@ def _abandoned(uri: str) -> bool:
 
 
 def check_writable(uri: str, needed: int = 0) -> None:
-    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room."""
+    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room.
+
+    A folder that was not there before is not there afterwards.
+    """
     probe = join(uri, f"{TEMPORARY}probe-{uuid.uuid4().hex}")
+    above = [] if is_remote(uri) else [Path(resolve(uri)), *Path(resolve(uri)).parents]
+    made = [folder for folder in above if not folder.exists()]
     write_bytes(probe, b"probe")
     remove(probe)
+    room_in = made[-1].parent if made else None
+    for folder in made:
+        with suppress(OSError):  # somebody else may use it by now
+            folder.rmdir()
     if not is_remote(uri):
-        free = shutil.disk_usage(resolve(uri)).free
+        free = shutil.disk_usage(room_in or resolve(uri)).free
         if free < needed:
             raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")

@@ -63,11 +63,17 @@ class Journal:
     def tag(self, key: str, value: str) -> None:
         self.tags[key] = value
 
-    def dataset(self, *link: str) -> None:
-        self.link = link
+    def dataset(self, *data: str) -> None:
+        self.data = data
 
-    def previous(self, job: str, **tags: str) -> str | None:
-        return "pairs-run"
+    def link(self, job: str, **tags: str) -> None:
+        self.tags[f"{job}_run"] = f"{job}-run"
+
+    def mark(self, folder: str) -> None:
+        pass
+
+    def conclude(self, title: str, text: str) -> None:
+        self.title = title
 
     def curve(self, name: str = "loss") -> dict[int, float]:
         return {step: values[name] for step, values in self.history if name in values}
@@ -151,7 +157,7 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert image.ndim == 3
     assert journal.tags["pairs_run"] == "pairs-run"
     assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/student.safetensors")
-    assert journal.link[2:] == (journal.tags["pairs_fingerprint"], "training")
+    assert journal.data[2:] == (journal.tags["pairs_fingerprint"], "training")
 
     settings = checkpoints.metadata(f"{recipe.student_uri}/student.safetensors")
     assert settings["teacher"] == checkpoints.checksums(recipe.teacher)

@@ -90,6 +90,14 @@ def test_write_read_list_remove(folder: str) -> None:
         storage.read_json(f"{folder}/no.json")
 
 
+def test_a_page_is_shown_and_not_downloaded(folder: str) -> None:
+    storage.write_bytes(f"{folder}/report.html", b"<p>")
+    storage.write_json(f"{folder}/report.json", {})
+    fs, path = storage.filesystem(folder)
+    assert fs.info(f"{path}/report.html", refresh=True)["ContentType"] == "text/html; charset=utf-8"
+    assert fs.info(f"{path}/report.json", refresh=True)["ContentType"] == "application/json"
+
+
 def test_a_listing_of_more_than_a_page(folder: str, s3_server: Relay) -> None:
     """A page has 1,000 names."""
     names = [f"shard-{k:05d}.parquet" for k in range(1003)]

@@ -47,7 +47,8 @@ def test_write_read_list_remove(folder: str) -> None:
     storage.remove(f"{folder}/b.bin")
     assert not storage.exists(f"{folder}/b.bin")
     storage.check_writable(folder)
-    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone"
+    storage.check_writable(storage.join(folder, "new", "folder"))
+    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone, and the folders made for it"
 
 
 def test_a_missing_file_is_one_sentence(folder: str) -> None:

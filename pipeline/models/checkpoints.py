@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.compilation import compiled
 from pipeline.errors import Refused
+from pipeline.fields import check_value, kinds
 from pipeline.models import weight_files
 from pipeline.models.base import Student, Teacher, Tokenizer
 from pipeline.models.graphs import Graphs
@@ -158,6 +159,8 @@ def config(settings: TeacherSettings) -> Any:
             f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}."
         )
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.config.items()}
+    for name, value in values.items():
+        check_value(value, kinds(kind)[name], f"teacher.config.{name}")
     return kind(**values)
 
 
