@@ -10,7 +10,7 @@ MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {"artist", "cluster", "generate", "distill", "evaluate", "benchmark"},
     "mlflow": {"mlflow_store", "tracking", "model_registry"},
-    "yaml": {"command_line", "recipe_file", "generate"},
+    "yaml": {"command_line", "recipe_file", "generate", "tracking"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},
