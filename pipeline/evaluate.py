@@ -204,7 +204,7 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
     speeds = speed.measure(models, listed, batches)
-    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": timing.today()}
+    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": provenance.now()}
     return found | {"calls": speed.CALLS, "speeds": speeds, "load": dataclasses.asdict(watch.load())}
 
 

@@ -33,8 +33,10 @@ def _drawn(made: dict[str, Any]) -> str:
 
 def _scored(made: dict[str, Any]) -> str:
     text = "Images are rounded to uint8 as PNG savers do, floor(clamp(127.5 y + 128, 0, 255)). "
-    if flavours := made.get("flavour"):
-        each = [flavours] if isinstance(flavours, str) else flavours
+    if made.get("pixels across an image"):
+        text += f"They are scored at {made['pixels across an image']} pixels across. "
+    if flavour := made.get("flavour"):
+        each = list(RESIZED) if flavour == "both" else [flavour]
         text += f"Inception sees them after {'; '.join(f'{RESIZED[one]} ({one})' for one in each)}. "
     else:
         text += "The digits scorer sees them as they are, at x / 127.5 - 1, without a resize. "

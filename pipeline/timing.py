@@ -1,13 +1,12 @@
 """The times of a report: measured once under a key of their own, and kept beside it in timing.json.
 
-They depend on more than images do: the device and its cores, threads, precision, compiling, graphs and batches. So
-where one of these is another, speed is measured again and nothing is drawn again.
+They depend on more than images do: the device and its cores, threads, precision, compiling, graphs, batches and the
+code that measures. Where one of these is another, speed is measured again and nothing is drawn again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline import machine, storage
+from pipeline import machine, provenance, storage
 from pipeline.plan import Plan
 from pipeline.recipe import fingerprint
 from pipeline.samplers import Autoregressive, Sampler
@@ -39,7 +38,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "gpus": cluster.gpus,
         "cpus": cluster.cpus if cluster.gpus else cluster.cpus * settings.actors,
         "torch": importlib.metadata.version("torch"),
-        "code": plan.facts["code"],
+        "code": plan.facts["code"] | {"measuring": provenance.digest("pipeline.speed:measure")},
     }
     return json.loads(json.dumps(found))
 
@@ -70,11 +69,6 @@ def keep(plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
     kept = [*(other for other in _entries(plan) if other["key"] != key), entry]
     storage.write_json(_place(plan), kept)
     return found | {"key": key}
-
-
-def today() -> str:
-    """The day in UTC, as a report prints it."""
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _here(plan: Plan) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ def test_every_flavour_has_its_resize(flavour: str) -> None:
     found = said(flavour=flavour, reference=reference)["scored"]
     assert f"{RESIZED[flavour]} ({flavour})" in found
     assert "Compared with s3://bucket/ref.npz: statistics of 50,000 images." in found
-    both = said(flavour=list(RESIZED))["scored"]
+    both = said(flavour="both", **{"pixels across an image": 256})["scored"]
+    assert "scored at 256 pixels across" in both
     assert all(text in both for text in RESIZED.values())
 
 
