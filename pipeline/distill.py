@@ -108,7 +108,7 @@ def _log_origin(run: tracking.Run, plan: Plan) -> None:
 def _log(run: tracking.Run, plan: Plan) -> None:
     """Tell MLflow of a finished student."""
     _log_origin(run, plan)
-    run.tag("student", storage.sha256(plan.result))
+    run.tag("student", storage.sha256(plan.result)[:12])
     steps = ", ".join(map(str, plan.recipe.train.start_steps))
     text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
     run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)

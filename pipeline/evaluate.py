@@ -388,7 +388,7 @@ def _log(
     run.table("scores.json", *report.scores(results))
     run.tag("report_fingerprint", results["fingerprint"])
     if plan.students:
-        run.tag("student", plan.students[plan.student])
+        run.tag("student", plan.students[plan.student][:12])
     if made_by := plan.exported.get("mlflow_run"):
         run.link("distill", made_by)
     if known := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):

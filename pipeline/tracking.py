@@ -49,6 +49,7 @@ PARAMETERS: dict[Job, tuple[str, ...]] = {  # fields and sections of the recipe;
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
 MARKER = "mlflow-run.json"  # in a result's folder: the run that is not complete
+SHOWN = 60  # characters of a variant's name that still fit before a run's
 METRIC_BYTES = 300  # that a metric takes while it waits
 LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500}  # texts that MLflow takes
 
@@ -81,15 +82,13 @@ class Run:
             with mlflow_store.usable(store), held():
                 experiment = _experiment(client, recipe.name, store.artifacts)
                 run_id = _reopened(client, resume_id) if resume_id else None
-                new = run_id is None
                 run_id = run_id or _created(client, experiment, recipe.name, job, note)
                 run = cls(store, run_id, client, note)
         except Stopped as stopped:
             if run:
                 run.__exit__(Stopped, stopped, None)
             raise
-        if new:
-            run._parameters(recipe, job)
+        run._outbox.put(partial(run._send_parameters, parameters(recipe, job)))
         run.artifact("recipe.yaml", _shown(recipe).encode())
         return run
 
@@ -116,9 +115,22 @@ class Run:
                 storage.remove(storage.join(self._folder, MARKER))
 
     def mark(self, folder: str) -> None:
-        """Leave MARKER in the folder of the job's result until the run is complete."""
-        storage.write_json(storage.join(folder, MARKER), {"mlflow_run": self.id})
+        """Leave MARKER in the folder of the job's result until the run is complete.
+
+        One that is there is of a run that did not end well; MLflow is told so, should it still take it for running.
+        """
+        place = storage.join(folder, MARKER)
+        before = storage.read_json(place)["mlflow_run"] if storage.exists(place) else self.id
+        storage.write_json(place, {"mlflow_run": self.id})
         self._folder = folder
+
+        def send(_: list[Any]) -> None:
+            found = _active(self._client, before)
+            if found and found.info.status == "RUNNING":
+                self._client.set_terminated(before, "KILLED")
+
+        if before != self.id:
+            self._outbox.put(send)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log all ``values`` at ``step``."""
@@ -182,7 +194,10 @@ class Run:
         self._outbox.put(send)
 
     def adopt(self, run_id: str, **tags: str) -> None:
-        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one."""
+        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one.
+
+        A tag ``variant`` becomes part of its name.
+        """
         self._outbox.put(lambda _: self._adopt(run_id, tags))
 
     def adopt_newest(self, job: Job, carrying: dict[str, str], **tags: str) -> None:
@@ -216,15 +231,14 @@ class Run:
     def _send_metrics(self, rows: list[Any]) -> None:
         self._client.log_batch(self.id, metrics=rows)
 
-    def _parameters(self, recipe: Recipe, job: Job) -> None:
+    def _send_parameters(self, values: dict[str, str], _: list[Any]) -> None:
+        """Log those that the run does not have: MLflow takes no other value of a parameter."""
         from mlflow.entities import Param
 
-        rows = [Param(key, value[: LONGEST["parameter"]]) for key, value in parameters(recipe, job).items()]
+        there = self._client.get_run(self.id).data.params
+        rows = [Param(key, value[: LONGEST["parameter"]]) for key, value in values.items() if key not in there]
         for begin in range(0, len(rows), 100):  # what one call takes
-            self._outbox.put(partial(self._send_parameters, rows[begin : begin + 100]))
-
-    def _send_parameters(self, rows: list[Any], _: list[Any]) -> None:
-        self._client.log_batch(self.id, params=rows)
+            self._client.log_batch(self.id, params=rows[begin : begin + 100])
 
     def _set_tag(self, run_id: str, key: str, value: str) -> None:
         self._client.set_tag(run_id, key, value[: LONGEST["tag"]])
@@ -245,6 +259,9 @@ class Run:
         links = {mine.data.tags["job"]: self.id} | tags
         if other.info.start_time >= mine.info.start_time:
             links["mlflow.parentRunId"] = self.id
+        name, variant = other.info.run_name, tags.get("variant", "")
+        if 0 < len(variant) <= SHOWN and not name.startswith(variant):
+            links["mlflow.runName"] = f"{variant}: {name}"
         for key, value in links.items():
             self._set_tag(run_id, key, value)
 

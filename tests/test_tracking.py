@@ -131,6 +131,18 @@ def test_an_experiment_that_was_deleted_is_restored(recipe: Recipe, capsys: pyte
     assert stored(run).info.status == "FINISHED"
 
 
+@pytest.mark.faults("MLflow: job killed")
+def test_a_run_whose_job_was_killed_runs_no_more_once_another_does_its_work(recipe: Recipe) -> None:
+    first = Run.start(recipe, "evaluate")
+    first.mark(recipe.report_uri)  # and no more of it
+    with Run.start(recipe, "evaluate") as second:
+        second.mark(recipe.report_uri)
+    assert (stored(first).info.status, stored(second).info.status) == ("KILLED", "FINISHED")
+    with Run.start(recipe, "evaluate") as third:
+        third.mark(recipe.report_uri)
+    assert stored(second).info.status == "FINISHED"
+
+
 def test_a_start_that_fails_leaves_no_run_behind(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run.start(recipe, "distill") as first:
         pass
@@ -210,28 +222,29 @@ def test_what_failed_is_logged_at_the_end_or_by_the_same_command(
         run.tag("report_fingerprint", "abc")
         run.metrics({"score": 5.0})
 
-    failing = threading.Event()
     first = Run.start(recipe, "evaluate")
     logged = first.client.log_artifact
 
-    def fail(run_id: str, path: str, *args: Any) -> None:
-        if path.endswith("report.md") and failing.is_set():
+    def fail(run_id: str, path: str = "", *args: Any, **rows: Any) -> None:
+        if rows or path.endswith("report.md"):
             raise OSError("disk full\nand more")
         logged(run_id, path, *args)
 
     monkeypatch.setattr(first.client, "log_artifact", fail)
-    failing.set()
+    monkeypatch.setattr(first.client, "log_batch", fail)
     with first:
         first.mark(recipe.report_uri)
         log(first)
     said = capsys.readouterr().err
     assert said.count("does not take this run's data (disk full)") == 1
-    assert "1 of its entries are missing; the same command tries again" in said
+    assert "of its entries are missing; the same command tries again" in said
     assert files(first) == {"recipe.yaml"}
     assert stored(first).data.tags["report_fingerprint"] == "abc", "what came after it is there"
 
     tracking.complete(recipe, "evaluate", recipe.report_uri, log)
     assert files(first) == {"recipe.yaml", "report.md"}
+    assert stored(first).data.metrics == {"score": 5.0}
+    assert stored(first).data.params["teacher.checkpoint"] == "s3://bucket/var.pth"
     assert stored(first).info.status == "FINISHED"
     assert not Path(recipe.report_uri, MARKER).exists()
     tracking.complete(recipe, "evaluate", recipe.report_uri, lambda run: pytest.fail("nothing is missing"))
@@ -280,11 +293,13 @@ def test_a_run_adopts_others_and_lists_below_it_those_that_began_later(recipe: R
         before.client.set_tag(before.id, "kept", "yes")
     with Run.start(recipe, "ablate", run.id) as run:
         run.adopt(before.id, variant="base")
+        run.adopt(before.id, variant="base")
         run.adopt_newest("distill", {}, variant="base")
         run.adopt_newest("evaluate", {"report_fingerprint": "x"}, variant="there is none")
     tags = [stored(other).data.tags for other in (before, after)]
     assert [(one["ablate"], one["variant"]) for one in tags] == [(run.id, "base")] * 2
     assert tags[0]["kept"] == "yes"
+    assert [stored(one).info.run_name for one in (before, after)] == ["base: tracked, pairs", "base: tracked, distill"]
     started = [stored(one).info.start_time for one in (before, run, after)]
     assert ("mlflow.parentRunId" in tags[0]) == (started[0] >= started[1])
     assert tags[1]["mlflow.parentRunId"] == run.id
