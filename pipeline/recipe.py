@@ -93,6 +93,7 @@ class PairSettings:
         solver: how the flow-matching ODE is solved.
         batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
         actors: teacher replicas. Fixed, and the cluster scales to it.
+        patience_hours: how long finished shards wait for a storage that does not answer, and the replicas with them.
         verify: check the finished set instead of generating: every shard, and some rows again through the teacher.
     """
 
@@ -105,11 +106,13 @@ class PairSettings:
     solver: Solver = field(default_factory=Solver)
     batch: int = 250
     actors: int = 2
+    patience_hours: float = 24
     verify: bool = False
 
     def __post_init__(self) -> None:
         for name in ("count", "shard_rows", "batch", "actors"):
             _check(getattr(self, name) >= 1, f"pairs.{name} is {getattr(self, name)}; it must be 1 or more.")
+        _check(self.patience_hours >= 0, f"pairs.patience_hours is {self.patience_hours}; it must not be negative.")
 
 
 @dataclass(frozen=True)

@@ -113,10 +113,9 @@ def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     """The moments at which the shards of a new set were committed; RuntimeError if one failed."""
     known = manifest.facts_of(recipe)
     manifest.claim(recipe.pairs_uri, known, recipe)
-    cluster.connect(recipe)
-    with Progress(shards, "shards") as progress:
-        for row in generate.commits(recipe, known, recipe.pairs.count, list(range(shards))):
-            if row["error"]:
-                raise Unfinished(f"shard {row['number']} failed: {row['error']}; see Ray's logs.")
+    with cluster.session(recipe, recipe.pairs.actors), Progress(shards, "shards") as progress:
+        for outcome in generate.commits(recipe, known, recipe.pairs.count, list(range(shards)), progress):
+            if outcome.error:
+                raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")
             progress.update()
             yield time.monotonic()

@@ -26,6 +26,7 @@ from pipeline import cluster, manifest, pairs, storage
 from pipeline import generate as module
 from pipeline.generate import generate
 from pipeline.models import checkpoints
+from pipeline.pool import Outcome, commit
 from pipeline.recipe import ClusterSettings, Recipe
 from pipeline.replica import Replica
 
@@ -72,7 +73,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     _, errors = job.communicate()
     before = contents(recipe.pairs_uri)
     assert 3 <= len(before) < 30, f"the job was to be killed half-way: {errors[-2000:]}"
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     Path(recipe.pairs_uri, f"{storage.TEMPORARY}shard-00028.parquet-0123").write_bytes(b"half a shard")
 
     assert "Made" in generate(with_pairs(recipe, actors=1))
@@ -83,7 +84,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     assert len(after) == 30
     assert after == contents(straight.pairs_uri)
     assert {name: after[name] for name in before} == before
-    assert storage.listing(recipe.pairs_uri) == sorted([*after, "README.md", "manifest.json", "recipe.json"])
+    assert storage.listing(recipe.pairs_uri) == sorted([*after, "_README.md", "_manifest.json", "_recipe.json"])
     one, other = pairs.verify(recipe.pairs_uri), pairs.verify(straight.pairs_uri)
     assert one["shards"] == other["shards"]
     assert one["count"] == 119
@@ -130,7 +131,7 @@ def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None
     place.write_bytes(data[:-7])
     with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged .*; delete it and run generate_pairs again"):
         generate(recipe)
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     place.write_bytes(data)
     assert "holds 16 pairs" in generate(recipe), "only the manifest was missing"
 
@@ -140,7 +141,7 @@ def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two shards raise, one takes its process down every time."""
-    monkeypatch.setattr("pipeline.generate.DEATHS", 1)
+    monkeypatch.setattr("pipeline.pool.DEATHS", 1)
     good = with_pairs(tiny(tmp_path, "llamagen"), count=5, shard_rows=1)
     recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # class 1: shards 1 and 4; class 2: shard 2
     faulty.ILL.touch()
@@ -154,7 +155,7 @@ def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     assert "shard 2 failed: its process or its node died 2 times" in printed
     before = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
     assert set(before) == {"shard-00000.parquet", "shard-00003.parquet"}
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     assert "Made 3 pairs" in generate(recipe)
     after = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
     assert len(after) == 5
@@ -171,18 +172,16 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """What Ray's workers do, here; "shards" of the fixture's value is after how many of them the job is stopped."""
     stop = {"shards": 10**9}
 
-    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
+    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int], *rest: Any) -> Iterator[Outcome]:
         replica, size = Replica(recipe, known), recipe.pairs.shard_rows
         for done, number in enumerate(todo):
             if done == stop["shards"]:
                 raise Stopped
-            made = pairs.table(known, replica.rows(number, min(size, count - number * size)))
-            row = module.commit(made, recipe.pairs_uri, known)
-            yield {name: column[0] for name, column in row.items()}
+            table = replica(number, min(size, count - number * size))
+            yield Outcome(number, commit(recipe.pairs_uri, known, "here", table))
 
     monkeypatch.setattr(module, "commits", commits)
-    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
-    monkeypatch.setattr(cluster, "waiting", lambda recipe, replicas: nullcontext())
+    monkeypatch.setattr(cluster, "session", lambda recipe, replicas: nullcontext())
     return stop
 
 
@@ -203,7 +202,7 @@ def test_what_was_recorded_is_not_read_again(
     one_process["shards"] = 2
     with pytest.raises(Stopped):
         generate(recipe)
-    ledger = Path(recipe.pairs_uri, "ledger.json")
+    ledger = Path(recipe.pairs_uri, "_ledger.json")
     lines = json.loads(ledger.read_text())
     assert [shard["name"] for shard in lines["shards"]] == ["shard-00000.parquet", "shard-00001.parquet"]
     ledger.write_text(json.dumps(lines | {"shards": lines["shards"][:1]}))
@@ -327,7 +326,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     manifest.claim(str(place), manifest.facts_of(recipe), recipe)
     with pytest.raises(ValueError, match="holds a pair set made otherwise: seed is 1 there and 4 here"):
         generate(with_pairs(recipe, seed=4))
-    assert [path.name for path in place.iterdir()] == ["recipe.json"]
+    assert [path.name for path in place.iterdir()] == ["_recipe.json"]
 
 
 @pytest.mark.usefixtures("in_process")
