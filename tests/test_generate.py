@@ -110,7 +110,7 @@ def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path
         assert np.array_equal(a, b[:4])
     assert "holds 32 pairs" in generate(recipe), "a smaller count takes nothing away"
 
-    assert "100.00% of the codes of 16" in generate(with_pairs(recipe, verify=True))
+    assert "100.00% of the codes of 32 random rows of 2 of them" in generate(with_pairs(recipe, verify=True))
     found = manifest.read(recipe.pairs_uri)
     assert [made["rows"] for made in found["made"]] == [20, 16]
     assert len({made["mlflow_run"] for made in found["made"]}) == 2
@@ -323,10 +323,12 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not empty \(thesis\.doc\)"):
         generate(recipe)
     (place / "thesis.doc").unlink()
-    manifest.claim(str(place), manifest.facts_of(recipe), recipe)
+    known = manifest.facts_of(recipe)
+    manifest.claim(str(place), known, recipe)
+    pairs.write_shard(str(place), known, Replica(recipe, known)(0, 16))
     with pytest.raises(ValueError, match="holds a pair set made otherwise: seed is 1 there and 4 here"):
         generate(with_pairs(recipe, seed=4))
-    assert [path.name for path in place.iterdir()] == ["_recipe.json"]
+    assert sorted(path.name for path in place.iterdir()) == ["_recipe.json", "shard-00000.parquet"]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -340,7 +342,7 @@ def test_verify_notices_another_teacher(tmp_path: Path) -> None:
     manifest.claim(recipe.pairs_uri, known, recipe)
     shard = pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(0, 16)))
     manifest.finish(recipe.pairs_uri, known, [shard], {"rows": 16, "seconds": 1.0, "device": "cpu"})
-    with pytest.raises(ValueError, match=r"only .*% of the codes of 16 rows of .* were found again"):
+    with pytest.raises(ValueError, match=r"only .*% of the codes of rows of .*shard-00000\.parquet were found"):
         generate(with_pairs(recipe, verify=True))
 
 

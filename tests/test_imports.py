@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"cluster", "generate", "distill", "evaluate", "benchmark"},
+    "ray": {"cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate", "benchmark"},
     "mlflow": {"tracking", "model_registry"},
     "jsonargparse": {"command_line"},
     "lpips": {"losses"},
