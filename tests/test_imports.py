@@ -20,7 +20,13 @@ HOMES = {  # package -> the modules that may import it
 }
 FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
 LOWEST = FLOW | {f"pipeline.{name}" for name in ("ahead", "compilation", "noise", "precision", "progress", "storage")}
-LOWEST |= {"pipeline.errors", "pipeline.torchvision_ops"}
+LOWEST |= {
+    "pipeline.errors",
+    "pipeline.hub_cache",
+    "pipeline.local_files",
+    "pipeline.storage_errors",
+    "pipeline.torchvision_ops",
+}
 
 
 def name_of(path: Path) -> str:

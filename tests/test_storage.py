@@ -21,6 +21,8 @@ import fsspec
 import pytest
 
 from pipeline import storage
+from pipeline.errors import Outage
+from pipeline.local_files import TEMPORARY
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -60,7 +62,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match=r"No space left on device\); free some space"):
+    with pytest.raises(Outage, match=r"No space left on device\); free some space"):
         storage.write_bytes(place, b"new")
     assert storage.read_bytes(place) == b"old"
     assert storage.listing(str(tmp_path)) == ["file"], "no temporary file stays"
@@ -88,8 +90,8 @@ def test_only_what_nobody_writes_any_more_is_swept(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     here, folder = socket.gethostname(), str(tmp_path)
-    young, old = f"{storage.TEMPORARY}a@elsewhere@7@x", f"{storage.TEMPORARY}b@elsewhere@7@x"
-    dead, foreign = f"{storage.TEMPORARY}c@{here}@{gone.pid}@x", f"{storage.TEMPORARY}d"
+    young, old = f"{TEMPORARY}a@elsewhere@7@x", f"{TEMPORARY}b@elsewhere@7@x"
+    dead, foreign = f"{TEMPORARY}c@{here}@{gone.pid}@x", f"{TEMPORARY}d"
     for name in (young, old, dead, foreign):
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / old, (0, 0))
@@ -105,7 +107,7 @@ def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.listdir(tmp_path)))
     storage.write_bytes(str(tmp_path / "file"), b"data")
     ((name,),) = seen
-    assert name.startswith(storage.TEMPORARY)
+    assert name.startswith(TEMPORARY)
     assert os.listdir(tmp_path) == ["file"]
 
 
