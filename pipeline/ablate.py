@@ -29,6 +29,7 @@ def ablate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before the first job, and
     RuntimeError when some variants could not be made.
     """
+    cluster.check_address()
     plan = ablation_plan.build(cluster.portable(recipe))
     if recipe.dry_run:
         return ablation_plan.describe(plan)

@@ -20,11 +20,14 @@ from tqdm import tqdm
 from pipeline import signals, storage
 from pipeline.errors import Refused
 from pipeline.heartbeat import Heartbeat as Heartbeat
-from pipeline.ray_address import LOCAL, address
+from pipeline.ray_address import LOCAL, address, use_token
 from pipeline.ray_address import check_address as check_address
+from pipeline.ray_errors import Lost as Lost
 from pipeline.ray_errors import device_error as device_error
 from pipeline.ray_errors import end_process as end_process
+from pipeline.ray_errors import is_ray as is_ray
 from pipeline.ray_errors import translated
+from pipeline.ray_errors import translation as translation
 from pipeline.recipe import FORMULA, Recipe
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
@@ -34,6 +37,7 @@ SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount
+POOL = "ray.data._internal.execution.operators.actor_pool_map_operator"  # the logger that knows of failed starts
 
 LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
@@ -54,6 +58,7 @@ def connect(recipe: Recipe) -> None:
             if address() == LOCAL:
                 _start_local(recipe)
             else:
+                use_token()
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
     _warn_about_local_folder(recipe)
 
@@ -136,6 +141,12 @@ def places(recipe: Recipe) -> int:
     return sum(found)
 
 
+def cpus_of_a_node(recipe: Recipe) -> float:
+    """CPUs of the largest node of the cluster that the recipe's jobs run on, which is joined or started."""
+    connect(recipe)
+    return max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+
+
 def _waiting_for(recipe: Recipe, found: int, replicas: int, what: str) -> str:
     """One line: how many have a place, what each needs, what the cluster has."""
     settings, nodes = recipe.cluster, sum(node["Alive"] for node in ray.nodes())
@@ -216,8 +227,23 @@ def _own_settings() -> Iterator[None]:
     context.max_map_retries = 2
     context.raise_original_map_exception = True  # so that a worker's sentence arrives as what it is
     context.max_consecutive_actor_init_deaths = STARTS
-    with DataContext.current(context):
-        yield
+    starts, heard = logging.getLogger(POOL), _FailedStarts()
+    starts.addHandler(heard)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        starts.removeHandler(heard)
+
+
+class _FailedStarts(logging.Handler):
+    """Says why an actor could not start; Ray Data, which starts another, has it in its log alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            found = translation(record.exc_info[1])
+            reason = found.reason if isinstance(found, Lost) else found
+            tqdm.write(f"An actor could not start and is started again: {reason}", file=sys.stderr)
 
 
 def _warn_about_local_folder(recipe: Recipe) -> None:

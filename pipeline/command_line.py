@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from pipeline import signals
 from pipeline.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
@@ -86,8 +87,9 @@ def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     """The body of a job script: parse the command line, run, print the summary.
 
     ``Refused`` ends the program with its sentence and exit status 2, ``Unfinished`` with status 1. Whatever else is
-    raised is a bug and keeps its traceback.
+    raised is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP end it in one line with status 130, 143 and 129.
     """
+    signals.install()
     recipe = parse(doc)
     try:
         print(job(recipe))

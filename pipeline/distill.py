@@ -16,14 +16,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
@@ -31,7 +32,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import cluster, footprint, losses, storage, tracking, training_data, training_plan, training_state
+from pipeline import (
+    cluster,
+    footprint,
+    losses,
+    signals,
+    storage,
+    tracking,
+    training_data,
+    training_plan,
+    training_state,
+)
 from pipeline.compilation import blocks, compiled
 from pipeline.errors import Unfinished
 from pipeline.losses import Loss
@@ -46,7 +57,7 @@ from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
-FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
+FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
 MEASURED = 3  # steps that a dry run times, after one to warm up
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
@@ -65,6 +76,8 @@ def distill(recipe: Recipe) -> str:
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
+    if plan.recipe.train.workers:
+        cluster.check_address()
     storage.check_writable(plan.at())
     earlier = training_plan.claimed(plan) or {}
     start = time.monotonic()
@@ -106,12 +119,12 @@ def fit(plan: Plan, run: tracking.Run) -> None:
 
                 run.image("samples", mosaic(message.grid), message.step)
 
-        workers = recipe.train.workers
-        if workers:
-            cluster.connect(recipe)
-        places = cluster.waiting(recipe, workers, "training workers") if workers else nullcontext()
-        with (_relay if workers else nullcontext)(receive) as report, places:
-            _fit(recipe, {"plan": plan, "report": report, "mlflow_run": run.id})
+        config = {"plan": plan, "mlflow_run": run.id}
+        if not recipe.train.workers:
+            _fit(recipe, config | {"report": receive})
+            return
+        with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
+            _fit(recipe, config | {"report": report})
 
 
 def noteworthy(metrics: dict[str, float]) -> str:
@@ -130,9 +143,16 @@ def _relay(receive: Report) -> Iterator[Report]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
+    failed: list[Exception] = []
+
     def follow() -> None:
-        while (message := queue.get()) is not None:
-            receive(message)
+        """Until the end is said, or until the queue is gone because the work was ended."""
+        try:
+            with suppress(RayError):
+                while (message := queue.get()) is not None:
+                    receive(message)
+        except Exception as error:
+            failed.append(error)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -142,14 +162,43 @@ def _relay(receive: Report) -> Iterator[Report]:
         thread.join()
     finally:
         queue.shutdown(force=True)
+    if failed:
+        raise failed[0]
 
 
 def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Ray Train around ``train``: places the workers, joins them for DDP, replaces a group of which one failed.
+    """``train`` here or on the workers, who are replaced as long as the checkpoints advance; Unfinished where not.
+
+    A worker's own Refused or Unfinished is the last word: it would be raised again.
+    """
+    folder, total = config["plan"].at("checkpoints"), config["plan"].total
+    lost, done = 0, training_state.steps_done(folder)
+    while True:
+        try:
+            _fit_once(recipe, config)
+            return
+        except Exception as error:
+            if not cluster.is_ray(error):
+                raise
+            found = cluster.translation(error)
+        if found.__class__ is not cluster.Lost:
+            raise found
+        before, done = done, training_state.steps_done(folder)
+        lost = 1 if done > before else lost + 1
+        if lost > FAILURES:
+            break
+        print(f"Lost workers ({found.reason}); going on from the checkpoint of step {done:,}.", flush=True)
+    raise Unfinished(
+        f"training stopped ({found.reason}) after step {done:,} of {total:,}; what was learnt until then is in"
+        f" {folder}, and the same command goes on from there."
+    )
+
+
+def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Ray Train around ``train``: places the workers and joins them for DDP.
 
     It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
-    ``training_state``). Ray counts failures of a whole run, of which a week on spot nodes has many, so it is asked
-    again as long as the checkpoints advance. RuntimeError where they do not.
+    ``training_state``). Nor does Ray count failures: it knows neither which are final nor whether steps were made.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
@@ -159,29 +208,18 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
         resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )
     backend = TorchConfig(backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo")
-    folder, total = config["plan"].at("checkpoints"), config["plan"].total
-    done, before = training_state.steps_done(folder), -1
-    while done > before:
-        before = done
-        try:
-            with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
-                failures = FailureConfig(max_failures=FAILURES)
-                run_config = RunConfig(name="train", storage_path=scratch, failure_config=failures)
-                TorchTrainer(
-                    train,
-                    train_loop_config=config,
-                    torch_config=backend,
-                    scaling_config=scaling,
-                    run_config=run_config,
-                ).fit()
-            return
-        except TrainingFailedError as error:
-            done, reason = training_state.steps_done(folder), str(error).strip().splitlines()[-1]
-            print(f"Lost workers {FAILURES + 1} times; the last checkpoint is of step {done:,}.", flush=True)
-    raise Unfinished(
-        f"training stopped ({reason}) after step {done:,} of {total:,}; what was learnt until then is in {folder}, and"
-        " the same command goes on from there."
-    )
+    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            train,
+            train_loop_config=config,
+            torch_config=backend,
+            scaling_config=scaling,
+            run_config=RunConfig(name="train", storage_path=scratch),
+        )
+        if recipe.train.workers:
+            signals.interruptible(trainer.fit)  # in this thread, Ray would take Ctrl-C for itself
+        else:
+            trainer.fit()
 
 
 # ---- every worker
@@ -356,9 +394,7 @@ def _seconds_per_step(recipe: Recipe) -> float:
     """``measure`` where a worker would run."""
     if not recipe.train.workers:
         return measure(recipe)
-    cluster.connect(recipe)
-    task = ray.remote(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)(measure)
-    return ray.get(task.remote(recipe))
+    return float(cluster.on_worker(recipe, measure, recipe))
 
 
 def measure(recipe: Recipe) -> float:

@@ -16,14 +16,15 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import ray.data
 import torch
-from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from pipeline import (
@@ -66,6 +67,7 @@ class Artist:
     """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
 
     ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
+    ``working``: a context around each unit, which tells others of it.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Artist:
         draws: list[Draw],
         frequencies: np.ndarray | None,
         weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
+        working: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         set_products("fp32")  # of what scores; the models set their own
-        self.plan, self.draws = plan, draws
+        self.plan, self.draws, self.working = plan, draws, working
         self.models = load(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
         self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
@@ -88,7 +91,13 @@ class Artist:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """{draw [1], item [1]} -> the same with packed statistics."""
         draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
-        statistics = self.statistics(draw, item)
+        with self.working(f"part {item + 1} of {draw.name}"):
+            try:
+                statistics = self.statistics(draw, item)
+            except Exception as error:
+                if cluster.device_error(error):
+                    cluster.end_process(error)
+                raise
         return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
 
     @torch.no_grad()
@@ -208,20 +217,19 @@ def parts_of(
     ``artist`` is the actor's class, ``more`` what its constructor takes beside the usual.
     """
     weights = scoring.weights(plan.recipe.evaluate)
-    shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
-    settings = plan.recipe.cluster
-    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        artist,
-        fn_constructor_args=(plan, todo, frequencies, shared),
-        fn_constructor_kwargs=more,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=min(plan.recipe.evaluate.actors, len(units))),
-        num_cpus=settings.cpus,
-        num_gpus=settings.gpus,
-        max_task_retries=RETRIES,
-    )
-    yield from dataset.iter_rows()
+    actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
+    beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
+    with cluster.session(plan.recipe, actors, "sampling actors"), beat:
+        shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
+        dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+            artist,
+            fn_constructor_args=(plan, todo, frequencies, shared),
+            fn_constructor_kwargs={"working": beat.announcer.working, **more},
+            batch_size=1,
+            **cluster.pool(plan.recipe, actors, RETRIES),
+        )
+        yield from beat.rows(dataset)
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
@@ -243,10 +251,11 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
     A sampler runs on one GPU, so further ones would stand idle.
     """
     settings = plan.recipe.cluster
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = settings.cpus if settings.gpus else min(settings.cpus * actors, largest)
-    task = ray.remote(num_cpus=cpus, num_gpus=settings.gpus)(time_samplers)
-    return ray.get(task.remote(plan, frequencies, batches, max(1, int(cpus))))
+    cpus = settings.cpus
+    if not settings.gpus and actors > 1:
+        cpus = max(cpus, min(cpus * actors, cluster.cpus_of_a_node(plan.recipe)))
+    threads = max(1, int(cpus))
+    return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
 
 
 def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
@@ -282,8 +291,8 @@ def evaluate(recipe: Recipe) -> str:
     earlier = _earlier(plan)
     if earlier and earlier["shown"] == summary.shown(plan, others) and all(_saved(plan, draw) for draw in plan.draws()):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
+    cluster.check_address()
     with tracking.Run.start(recipe, "evaluate") as run:
-        cluster.connect(recipe)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
         timing = summary.recalled(plan, earlier) if earlier else _timing(plan, frequencies)
@@ -307,7 +316,6 @@ def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
 
 def _dry_run(plan: Plan) -> str:
     """The plan with what is left to draw, from the seconds of one batch of every sampler."""
-    cluster.connect(plan.recipe)
     timing = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
     return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
 

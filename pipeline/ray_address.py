@@ -9,6 +9,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline import signals
 from pipeline.errors import Outage, Refused
 
 LOCAL = "local"
@@ -90,8 +91,8 @@ def _check_versions(given: str, head: str) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's own compiled part
 
     try:
-        stored = GcsClient(address=head).internal_kv_get(b"CLUSTER_METADATA", KV_NAMESPACE_CLUSTER, timeout=PATIENCE)
-        theirs = json.loads(stored)
+        client = signals.interruptible(lambda: GcsClient(address=head))  # takes 40 s where what answers is no head
+        theirs = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", KV_NAMESPACE_CLUSTER, timeout=PATIENCE))
     except Exception as error:
         first = " ".join(str(error).split())[:300] or type(error).__name__
         raise Outage(

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +22,17 @@ LOST = re.compile(
     re.IGNORECASE,
 )
 PLACE = re.compile(r'File "([^"]+)", line (\d+)')  # in a traceback
+NOTE = re.compile(r"\nFailed to .* attempts \(total backoff.*", re.DOTALL)  # that Ray Data appends to any message
 LONGEST = 600  # characters of what a worker raised
 FULL = re.compile("out of memory", re.IGNORECASE)
+
+
+class Lost(Unfinished):
+    """A worker raised something that is no sentence of ours, or is gone; ``reason`` says what, and where."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"a worker failed: {reason}; {GOES_ON}.")
+        self.reason = reason
 
 
 def device_error(error: BaseException) -> bool:
@@ -61,16 +69,17 @@ def is_ray(error: BaseException) -> bool:
 
 
 def translation(error: BaseException) -> Refused | Unfinished:
-    """A worker's own Refused or Unfinished; else an Unfinished that names what was raised, and where."""
+    """A worker's own Refused or Unfinished; else Lost, which names what was raised, and where."""
     root, text = _root(error)
+    if root.args and isinstance(root.args[0], str):
+        root.args = (NOTE.sub("", root.args[0]), *root.args[1:])
     if isinstance(root, OURS):
         return root
     said, place = _raised(root, text)
     kind, _, sentence = said.partition(": ")
     if ours := _kind(kind):
         return ours(sentence)
-    who = "Ray ended the work early" if is_ray(root) and not place else "a worker failed"
-    return Unfinished(f"{who}: {said[:LONGEST]}{place}; {GOES_ON}.")
+    return Lost(f"{said[:LONGEST]}{place}")
 
 
 def _root(error: BaseException) -> tuple[BaseException, str]:
@@ -107,7 +116,5 @@ def _raised(root: BaseException, text: str) -> tuple[str, str]:
 def _kind(name: str) -> type[Refused] | type[Unfinished] | None:
     """The class of ours that a traceback calls ``name``."""
     module, _, kind = name.rpartition(".")
-    if not module.startswith("pipeline"):
-        return None
-    found = getattr(import_module(module), kind, None)
+    found = getattr(sys.modules.get(module), kind, None)
     return found if isinstance(found, type) and issubclass(found, OURS) else None

@@ -295,8 +295,8 @@ class ClusterSettings:
             --num-gpus``): the same replicas on the same nodes, computing on the CPU.
         usd_per_gpu_hour: price that --dry_run multiplies the GPU-hours with.
         heartbeat_minutes: a job of which nothing has finished for so long says what is in work, where and since when.
-        stall_minutes: a job whose replicas are at work and of which nothing has finished for so long ends; running the
-            same command again goes on. 0 is never.
+        stall_minutes: a shard, or a part of an evaluation, that a process is at for longer is taken from it and given
+            to another; if it takes that one as long, it has failed. 0 is no limit.
     """
 
     gpus: float = 0

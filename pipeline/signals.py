@@ -7,11 +7,13 @@ without a traceback and with 128 plus the signal's number.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _held: list[int] = []  # depth of ``held``, and the signal that came meanwhile
@@ -61,6 +63,24 @@ def kept() -> Iterator[None]:
         for number, handler in before.items():
             if handler is _stop:
                 signal.signal(number, handler)
+
+
+def interruptible(call: Callable[[], Any]) -> Any:
+    """The result of a call that runs in a thread of its own, while this one may be told to stop."""
+    outcome: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def work() -> None:
+        """Hand on what came of it."""
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    result, error = outcome.get()
+    if error:
+        raise error
+    return result
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

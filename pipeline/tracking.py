@@ -23,6 +23,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import Refused
 from pipeline.recipe import Recipe, leaves
+from pipeline.signals import Stopped, held
 
 Job = Literal["pairs", "distill", "evaluate", "ablate", "benchmark"]
 PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
@@ -66,12 +67,20 @@ class Run:
         ValueError, one sentence, for a store that cannot be reached.
         """
         uri, artifacts = store(recipe)
-        with usable(uri):
-            client = loaded().MlflowClient(tracking_uri=uri)
-            run_id = _reopened(client, resume_id) if resume_id else None
-            if run_id is None:
-                run_id = _created(client, recipe, job, artifacts)
-        return cls(uri, run_id, client)
+        run = None
+        try:
+            with usable(uri), held():
+                client = loaded().MlflowClient(tracking_uri=uri)
+                run_id = _reopened(client, resume_id) if resume_id else None
+                if run_id is None:
+                    run_id = _created(client, recipe, job, artifacts)
+                run = cls(uri, run_id, client)
+        except Stopped as stopped:
+            if run:
+                run.__exit__(Stopped, stopped, None)
+            raise
+        assert run is not None
+        return run
 
     def __enter__(self) -> Run:
         return self
@@ -79,10 +88,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
+        stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, Stopped))
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         self._quiet_until = 0.0
-        self._attempt(lambda: self._client.set_terminated(self.id, status))
+        with held():
+            self._attempt(lambda: self._client.set_terminated(self.id, status))
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log all ``values`` at ``step`` in one call."""

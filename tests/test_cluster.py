@@ -45,6 +45,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "check_address", lambda: None)
     for name in ("RAY_ADDRESS", *cluster.KEEP_MEMORY):
         monkeypatch.delenv(name, raising=False)
     return calls

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate", "benchmark"},
+    "ray": {"cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate"},
     "mlflow": {"tracking", "model_registry"},
     "jsonargparse": {"command_line"},
     "lpips": {"losses"},

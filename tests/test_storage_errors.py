@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage, Refused
+from pipeline.errors import Missing, Outage, Refused, Unfinished
 from pipeline.storage_errors import sentence, watched
 
 URI = "s3://bucket/file"
@@ -45,8 +45,8 @@ class HubError(Exception):
         (OSError(errno.EBUSY, "slow down"), Outage, "overloaded"),
         (OSError(errno.EIO, "Input/output error"), Outage, "run the same command again later"),
         (OSError(errno.ESTALE, "Stale file handle"), Outage, "again later"),
-        (OSError(errno.ENOSPC, "No space left"), Outage, "free some space"),
-        (OSError(errno.EDQUOT, "Quota exceeded"), Outage, "free some space"),
+        (OSError(errno.ENOSPC, "No space left"), Unfinished, "free some space"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), Unfinished, "free some space"),
         (TimeoutError("no answer"), Outage, "again later"),
         (ConnectionResetError(errno.ECONNRESET, "reset"), Outage, "again later"),
         (socket.gaierror(-2, "Name or service not known"), Outage, "check the address, or run"),

@@ -37,6 +37,7 @@ def benchmark(recipe: Recipe) -> str:
 
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
+    cluster.check_address()
     recipe = cluster.portable(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():

@@ -80,9 +80,9 @@ class WatchedReplica(Replica):
 class WatchedArtist(Artist):
     """An artist whose samplers and whose scoring network are timed."""
 
-    def __init__(self, *args: Any, folder: str) -> None:
+    def __init__(self, *args: Any, folder: str, **more: Any) -> None:
         born, self.folder = time.time(), folder
-        super().__init__(*args)
+        super().__init__(*args, **more)
         self.born = time.time() - born
         network = self.network
         self.watches = {name: Stopwatch(torch.device(self.plan.device)) for name in ("drawing", "scoring")}
@@ -161,7 +161,6 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
 
 def _scored(plan: Plan, draw: Draw) -> Row:
     """One sampler's row."""
-    cluster.connect(plan.recipe)
     with tempfile.TemporaryDirectory() as watched:
         for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
             pass
