@@ -103,8 +103,10 @@ def _complete(
 
         def record() -> None:
             """Write the ledger if it can be written: it only saves the next run some reading."""
+            found = kept + _results(reading) + made
             with suppress(Refused, Unfinished):
-                manifest.record(uri, known, kept + _results(reading) + made)
+                if found:  # else the folder may not even be claimed
+                    manifest.record(uri, known, found)
 
         try:
             if todo:

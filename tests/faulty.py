@@ -6,13 +6,17 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 from torch import Tensor
 
+from pipeline.manifest import Facts
 from pipeline.models import llamagen
 from pipeline.models.base import Choose, Condition
 from pipeline.models.llamagen import Config, Student, Tokenizer
+from pipeline.recipe import Recipe
+from pipeline.replica import Replica
 
-__all__ = ["Config", "Student", "Teacher", "Tokenizer"]
+__all__ = ["Config", "Hangs", "Poisoned", "Student", "Teacher", "Tokenizer"]
 
 RAISES = 1  # the class that cannot be drawn
 DIES = 2  # the class that takes the process with it
@@ -33,3 +37,52 @@ class Teacher(llamagen.Teacher):
         if ILL.exists() and (condition.labels == RAISES).any():
             raise ArithmeticError("this class cannot be drawn")
         return super().generate(condition, choose, prefix, stop)
+
+
+class Poisoned(Replica):
+    """One of the replicas loses its device with every shard, and so does every process that follows it."""
+
+    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+        super().__init__(recipe, known)
+        mark = Path(folder, "poisoned")
+        try:
+            with mark.open("x") as file:
+                file.write(str(os.getpid()))
+            self.ill = True
+        except FileExistsError:
+            self.ill = not alive(int(mark.read_text() or 0))
+            if self.ill:
+                mark.write_text(str(os.getpid()))
+
+    def __call__(self, number: int, rows: int) -> pa.Table:
+        if self.ill:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().__call__(number, rows)
+
+
+class Hangs(Replica):
+    """The first process of all cannot start; shard 1 hangs the first time."""
+
+    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+        self.folder = Path(folder)
+        if first(self.folder / "started"):
+            raise ConnectionError("429: too many requests")
+        super().__init__(recipe, known)
+
+    def __call__(self, number: int, rows: int) -> pa.Table:
+        if number == 1 and first(self.folder / "hung"):
+            time.sleep(3600)
+        return super().__call__(number, rows)
+
+
+def first(mark: Path) -> bool:
+    """Whether nobody has been here before."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()

@@ -116,7 +116,9 @@ class Failing(io.RawIOBase):
 @pytest.mark.faults("disk: full in the middle of a checkpoint")
 def test_a_disk_that_fills_up_is_said_whatever_a_library_makes_of_it() -> None:
     """torch answers a write that fails with an error of its own about an unexpected position."""
-    full = pytest.raises(Outage, match=r"the checkpoint could not be written \(No space left on device\); free some")
+    full = pytest.raises(
+        Unfinished, match=r"the checkpoint could not be written \(No space left on device\); free some"
+    )
     with full, watched(Failing(errno.ENOSPC), "the checkpoint", remote=False, writing=True) as file:  # type: ignore[arg-type]
         torch.save({"weight": torch.zeros(10**6)}, file)
 
