@@ -167,7 +167,9 @@ class Pool:
                 self.queue.remove(number)
                 self._begin(seat, number)
         late = time.monotonic() - GRACE
-        if self.queue and all(seat.shard is None and (seat.up or seat.since < late) for seat in self.seats):
+        if self.queue and all(
+            seat.off or (seat.shard is None and (seat.up or seat.since < late)) for seat in self.seats
+        ):
             self._try_again_here()
 
     def _try_again_here(self) -> None:

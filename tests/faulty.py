@@ -44,19 +44,23 @@ class Poisoned(Replica):
 
     def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
         super().__init__(recipe, known)
-        mark = Path(folder, "poisoned")
+        self.folder = Path(folder)
+        mark, mine = self.folder / "poisoned", self.folder / f"process-{os.getpid()}"
+        mine.write_text(str(os.getpid()))
         try:
-            with mark.open("x") as file:
-                file.write(str(os.getpid()))
+            os.link(mine, mark)  # with its content, or not at all
             self.ill = True
         except FileExistsError:
-            self.ill = not alive(int(mark.read_text() or 0))
+            self.ill = not Path("/proc", mark.read_text()).exists()
             if self.ill:
-                mark.write_text(str(os.getpid()))
+                os.replace(mine, mark)
 
     def __call__(self, number: int, rows: int) -> pa.Table:
         if self.ill:
+            Path(self.folder, f"failed-{os.getpid()}").touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        while number > 3 and len(list(self.folder.glob("failed-*"))) < 2:  # else there may be nothing left to fail
+            time.sleep(0.05)
         return super().__call__(number, rows)
 
 
@@ -82,7 +86,3 @@ def first(mark: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def alive(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
