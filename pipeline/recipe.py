@@ -99,6 +99,7 @@ class PairSettings:
         solver: how the flow-matching ODE is solved.
         batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
         actors: teacher replicas. Fixed, and the cluster scales to it.
+        patience_hours: how long finished shards wait for a storage that does not answer, and the replicas with them.
         verify: check the finished set instead of generating: every shard, and some rows again through the teacher.
     """
 
@@ -111,6 +112,7 @@ class PairSettings:
     solver: Solver = field(default_factory=Solver)
     batch: Size = 250
     actors: Pool = 2
+    patience_hours: Annotated[float, Range(0, 10_000, "0 or more, and at most 10,000")] = 24
     verify: bool = False
 
     def __post_init__(self) -> None:

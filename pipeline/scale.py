@@ -139,8 +139,8 @@ def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     known = manifest.facts_of(recipe)
     manifest.claim(recipe.pairs_uri, known, recipe)
     with cluster.session(recipe, recipe.pairs.actors), Progress(shards, "shards") as progress:
-        for row in generate.commits(recipe, known, recipe.pairs.count, list(range(shards))):
-            if row["error"]:
-                raise Unfinished(f"shard {row['number']} failed: {row['error']}; see Ray's logs.")
+        for outcome in generate.commits(recipe, known, recipe.pairs.count, list(range(shards)), progress):
+            if outcome.error:
+                raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")
             progress.update()
             yield time.monotonic()

@@ -3,10 +3,10 @@
 fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never from a URI. A write is atomic: whoever lists a
 folder sees a whole file or none. Trouble is one sentence with the URI: ``Missing`` for a file that is not there,
-``Outage`` for what may pass (nobody answers, overloaded, a disk that fails or is full), ``Refused`` for what will not.
-What is busy or breaks off is first tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by botocore, and five
-times that by s3fs where the server says SlowDown or a connection breaks. Errors of a caller that has a file open here
-are its own and pass untouched.
+``Outage`` for what may pass (nobody answers, overloaded, a disk that fails), Unfinished for a full disk, ``Refused``
+for the rest. What is busy or breaks off is first tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by
+botocore, and five times that by s3fs where the server says SlowDown or a connection breaks. Errors of a caller that has
+a file open here are its own and pass untouched.
 """
 
 from __future__ import annotations

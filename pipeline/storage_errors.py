@@ -49,7 +49,7 @@ def sentences(uri: str, doing: str, remote: bool) -> Iterator[None]:
         raise sentence(error, uri, doing, remote) from None
 
 
-def sentence(error: Exception, uri: str, doing: str, remote: bool) -> Refused | Outage:
+def sentence(error: Exception, uri: str, doing: str, remote: bool) -> Refused | Unfinished:
     """What to raise instead of a filesystem's ``error``."""
     status, failed = _status(error), f"{uri} could not be {doing}"
     reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".") or type(error).__name__
@@ -60,7 +60,7 @@ def sentence(error: Exception, uri: str, doing: str, remote: bool) -> Refused | 
     if isinstance(error, PermissionError) or status in (401, 403):
         return Refused(f"{failed}: permission denied ({reason}).")
     if number in FULL:
-        return Outage(f"{failed} ({reason}); free some space or choose another folder.")
+        return Unfinished(f"{failed} ({reason}); free some space or choose another folder.")  # waiting does not help
     if number in BUSY or status == 429:
         return Outage(f"{failed} ({reason}); the server is overloaded, so {AGAIN}.")  # after many attempts
     if CERTIFICATE not in reason.lower() and _passes(error, number, status):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"artist", "cluster", "heartbeat", "ray_address", "generate", "distill", "evaluate"},
+    "ray": {"artist", "cluster", "heartbeat", "ray_address", "passes", "distill", "evaluate"},
     "mlflow": {"mlflow_store", "tracking", "model_registry"},
     "yaml": {"command_line", "recipe_file", "generate", "tracking"},
     "lpips": {"losses"},

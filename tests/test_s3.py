@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,13 +22,14 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, storage, tracking
+from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, passes, storage, tracking
 from pipeline.command_line import parse
 from pipeline.distill import distill
 from pipeline.errors import Outage, Refused
 from pipeline.evaluate import evaluate as evaluate_job
 from pipeline.generate import generate as generate_job
 from pipeline.observer import Observer
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 
@@ -248,10 +250,11 @@ def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Rela
     ids = np.arange(16)
     drawn = noise.gaussian(1, ids, *manifest.noise_shape(known))
     rows = pairs.Rows(ids, noise.labels(ids, 3), drawn, np.zeros((16, 14), np.uint16))
-    with s3_server.failing(every(1, "slow down")):
-        row = generate.commit(pairs.table(known, rows), folder, known)
-    assert "shard-00000.parquet could not be written" in row["error"][0]
-    assert storage.listing(folder) == []
+    manifest.claim(folder, known, recipe)
+    down = pytest.raises(Outage, match=r"shard-00000\.parquet could not be written")
+    with s3_server.failing(lambda method, target: "slow down" if method == "PUT" else ""), down:
+        passes.write_owned(folder, known, "here", pairs.table(known, rows))
+    assert storage.listing(folder) == ["_recipe.json"]
 
 
 @pytest.fixture
@@ -358,10 +361,9 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
     committed, log, rows = generate.commits, Observer.log, evaluate.parts_of
 
-    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[dict[str, Any]]:
+    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
-        row = generate.commit(pairs.table(known, Replica(recipe, known).rows(0, 12)), recipe.pairs_uri, known)
-        yield {name: column[0] for name, column in row.items()}
+        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, known, "here", Replica(recipe, known)(0, 12)))
         raise Stopped
 
     def three_steps(observer: Observer, metrics: dict[str, float]) -> None:
@@ -381,7 +383,7 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     patch.setattr(generate, "commits", one_shard)
     with pytest.raises(Stopped):
         generate_job(recipe)
-    assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
+    assert not storage.exists(f"{recipe.pairs_uri}/_manifest.json")
     patch.setattr(generate, "commits", committed)
     with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
@@ -412,8 +414,38 @@ def test_the_pairs_are_those_of_a_disk(journey: Journey) -> None:
     for name in (name for name in names if name.startswith("shard-")):
         assert storage.read_bytes(f"{there}/{name}") == (here / name).read_bytes()
     assert manifest.read(there)["made"][0]["rows"] < 60, "what was committed was not made again"
-    assert pairs.verify(there)["shards"] == pairs.verify(str(here))["shards"]
+    lines = [pairs.verify(place)["shards"] for place in (there, str(here))]
+    assert [line | {"host": ""} for line in lines[0]] == lines[1]
     assert generate_job(journey.recipe).startswith("Nothing is missing")
+
+
+@pytest.mark.faults("S3: nobody answers for a while")
+def test_an_outage_costs_no_finished_shard(
+    journey: Journey, folder: str, s3_server: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with the first shard that is committed and ends once it is noticed; the job goes on by itself."""
+    recipe, down, lines = tiny.with_pairs(journey.recipe, uri=f"{folder}/pairs"), threading.Event(), []
+    update = Progress.update
+
+    def committed(own: Progress, *args: Any, **more: Any) -> None:
+        update(own, *args, **more)
+        if own.done == 1:
+            down.set()
+
+    def say(own: Progress, line: str) -> None:
+        lines.append(line)
+        if "It is tried again until it answers" in line:
+            down.clear()
+
+    monkeypatch.setattr(Progress, "update", committed)
+    monkeypatch.setattr(Progress, "say", say)
+    with s3_server.failing(lambda method, target: "break upload" if down.is_set() else ""):
+        assert "Made 60 pairs" in generate_job(recipe)
+    trouble = [line for line in lines if "could not be" in line]
+    assert len(trouble) == 1, "said once"
+    assert f"{folder}/pairs answers again." in lines
+    for path in Path(journey.disk.pairs_uri).glob("shard-*"):
+        assert storage.read_bytes(f"{folder}/pairs/{path.name}") == path.read_bytes()
 
 
 def test_the_student_is_that_of_a_disk(journey: Journey) -> None:
@@ -519,7 +551,7 @@ def test_the_secret_is_nowhere(journey: Journey) -> None:
         contents |= {str(path): path.read_bytes() for path in paths}
     contents["said"] = journey.said.encode()
     names = " ".join(contents)
-    for expected in ("pairs/manifest.json", "student/recipe.json", "step-00000006.pt", "home/mlflow.db", "raylet.out"):
+    for expected in ("pairs/_manifest.json", "student/recipe.json", "step-00000006.pt", "home/mlflow.db", "raylet.out"):
         assert expected in names
     assert not [name for name, content in contents.items() if SECRET.encode() in content]
 

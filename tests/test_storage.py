@@ -24,7 +24,7 @@ import fsspec
 import pytest
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage
+from pipeline.errors import Missing, Outage, Unfinished
 from pipeline.local_files import TEMPORARY
 
 
@@ -66,7 +66,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Outage, match=r"No space left on device\); free some space"):
+    with pytest.raises(Unfinished, match=r"No space left on device\); free some space"):
         storage.write_bytes(place, b"new")
     assert storage.read_bytes(place) == b"old"
     assert storage.listing(str(tmp_path)) == ["file"], "no temporary file stays"

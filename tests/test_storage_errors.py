@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage, Refused
+from pipeline.errors import Missing, Outage, Refused, Unfinished
 from pipeline.storage_errors import sentence, watched
 
 URI = "s3://bucket/file"
@@ -45,8 +45,8 @@ class HubError(Exception):
         (OSError(errno.EBUSY, "slow down"), Outage, "overloaded"),
         (OSError(errno.EIO, "Input/output error"), Outage, "run the same command again later"),
         (OSError(errno.ESTALE, "Stale file handle"), Outage, "again later"),
-        (OSError(errno.ENOSPC, "No space left"), Outage, "free some space"),
-        (OSError(errno.EDQUOT, "Quota exceeded"), Outage, "free some space"),
+        (OSError(errno.ENOSPC, "No space left"), Unfinished, "free some space"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), Unfinished, "free some space"),
         (TimeoutError("no answer"), Outage, "again later"),
         (ConnectionResetError(errno.ECONNRESET, "reset"), Outage, "again later"),
         (socket.gaierror(-2, "Name or service not known"), Outage, "check the address, or run"),
@@ -116,7 +116,9 @@ class Failing(io.RawIOBase):
 @pytest.mark.faults("disk: full in the middle of a checkpoint")
 def test_a_disk_that_fills_up_is_said_whatever_a_library_makes_of_it() -> None:
     """torch answers a write that fails with an error of its own about an unexpected position."""
-    full = pytest.raises(Outage, match=r"the checkpoint could not be written \(No space left on device\); free some")
+    full = pytest.raises(
+        Unfinished, match=r"the checkpoint could not be written \(No space left on device\); free some"
+    )
     with full, watched(Failing(errno.ENOSPC), "the checkpoint", remote=False, writing=True) as file:  # type: ignore[arg-type]
         torch.save({"weight": torch.zeros(10**6)}, file)
 

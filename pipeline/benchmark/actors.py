@@ -25,6 +25,7 @@ from pipeline.errors import Unfinished
 from pipeline.evaluate import Artist
 from pipeline.manifest import Facts
 from pipeline.plan import ITEM, Draw, Plan, prepare
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 from pipeline.stopwatch import Stopwatch
@@ -64,9 +65,9 @@ class WatchedReplica(Replica):
         super().__init__(recipe, known)
         self.ready = time.time()
 
-    def __call__(self, task: dict[str, np.ndarray]) -> Any:
+    def __call__(self, number: int, rows: int) -> Any:
         begin, self.watch = time.time(), Stopwatch(torch.device(self.device))
-        made = super().__call__(task)
+        made = super().__call__(number, rows)
         busy = {"teacher": self.watch.seconds}
         Span(os.getpid(), self.ready - self.born, begin, time.time(), busy).write(self.folder)
         return made
@@ -112,18 +113,19 @@ def generation(recipe: Recipe, folder: str) -> Section:
     known, begun, cpu = manifest.facts_of(recipe), time.time(), _cpu()
     manifest.claim(place, known, recipe)
     numbers, size = list(range(SHARDS * recipe.pairs.actors)), 0
+    progress = Progress(len(numbers), "shards")
     with cluster.session(recipe, recipe.pairs.actors), tempfile.TemporaryDirectory() as watched:
-        for made in generate.commits(recipe, known, count, numbers, WatchedReplica, folder=watched):
-            if made["error"]:
-                raise Unfinished(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
-            size += json.loads(made["shard"])["bytes"]
+        for made in generate.commits(recipe, known, count, numbers, progress, WatchedReplica, folder=watched):
+            if made.shard is None:
+                raise Unfinished(f"shard {made.number} failed: {made.error}; see Ray's logs.")
+            size += made.shard.bytes
         spans, wall = read(watched), time.time() - begun
     rows, share = recipe.pairs.shard_rows, _share(spans, "teacher")
     busy = sum(span.busy["teacher"] for span in spans) / len(spans)
     section = Section(
         "Generation",
         f"{len(spans)} shards of {rows:,} rows from {recipe.pairs.actors} replicas of {recipe.cluster.cpus:g} CPU"
-        f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray Data to Parquet. *end to end* counts"
+        f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray to Parquet. *end to end* counts"
         " from a replica's first shard to its last; *bare* is the same replicas' teacher and flow matching alone, in"
         " the same seconds, without noise, tables, hand-over and files.",
     )
