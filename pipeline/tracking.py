@@ -91,8 +91,7 @@ class Run:
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, Stopped))
         status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
         self._quiet_until = 0.0
-        with held():
-            self._attempt(lambda: self._client.set_terminated(self.id, status))
+        self._attempt(lambda: self._client.set_terminated(self.id, status))
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log all ``values`` at ``step`` in one call."""
@@ -161,7 +160,8 @@ class Run:
         if time.monotonic() < self._quiet_until:
             return None
         try:
-            return call()
+            with held():  # left in the middle of a transaction, the store would not even take how the run ended
+                return call()
         except Exception as error:  # whatever the store's client raises: the job's result matters more
             self._quiet_until = time.monotonic() + PAUSE
             if not self._warned:
