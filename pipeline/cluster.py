@@ -18,7 +18,8 @@ from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from pipeline import signals, storage
+from pipeline import fields, signals, storage
+from pipeline.addresses import PLACEHOLDER
 from pipeline.errors import Outage, Refused
 from pipeline.heartbeat import Heartbeat as Heartbeat
 from pipeline.ray_address import LOCAL, address, make_token, use_token
@@ -172,27 +173,10 @@ def portable(recipe: Recipe) -> Recipe:
     """
 
     def fixed(uri: str) -> str:
-        return uri if not uri or uri.startswith(("package://", "models:/")) else storage.resolve(uri)
+        stays = uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER))
+        return uri if stays else storage.resolve(uri)
 
-    def optional(uri: str | None) -> str | None:
-        return fixed(uri) if uri else uri
-
-    teacher, evaluate = recipe.teacher, recipe.evaluate
-    return replace(
-        recipe,
-        run=fixed(recipe.run),
-        teacher=replace(teacher, tokenizer=fixed(teacher.tokenizer), checkpoint=fixed(teacher.checkpoint)),
-        pairs=replace(recipe.pairs, uri=optional(recipe.pairs.uri)),
-        train=replace(recipe.train, uri=optional(recipe.train.uri)),
-        evaluate=replace(
-            evaluate,
-            uri=optional(evaluate.uri),
-            cache=optional(evaluate.cache),
-            student=optional(evaluate.student),
-            inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
-            reference=optional(evaluate.reference),
-        ),
-    )
+    return fields.mapped(recipe, fixed)
 
 
 def _join() -> None:
