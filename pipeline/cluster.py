@@ -116,7 +116,10 @@ def waiting(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[N
         """Say something whenever the number of places changes, and again while there is none."""
         said, silent = replicas, 0.0
         while not stop.is_set():
-            found = min(places(recipe), replicas)
+            try:
+                found = min(places(recipe), replicas)
+            except Exception:  # the cluster is gone, which the body hears, too
+                return
             if found != said or (not found and silent >= REMIND):
                 tqdm.write(_waiting_for(recipe, found, replicas, what), file=sys.stderr)
                 said, silent = found, 0.0

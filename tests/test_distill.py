@@ -600,6 +600,22 @@ def test_a_worker_that_dies_is_replaced_from_the_checkpoint(
     assert broken == pytest.approx(journal.curve(), rel=1e-4)
 
 
+@pytest.mark.faults("student: an error of ours in a worker")
+def test_a_sentence_of_a_worker_is_the_last_word(recipe: Recipe, journal: Journal, ray_cluster: None) -> None:
+    other = replace(recipe, teacher=replace(recipe.teacher, family="perishable"))
+    other = replace(other, pairs=replace(other.pairs, uri=f"{recipe.run}/others"))
+    other = with_train(other, uri=f"{recipe.run}/other", workers=1)
+    make_pairs(other)
+    perishable.REFUSALS.touch()
+    try:
+        with pytest.raises(Unfinished) as raised:
+            distill(other)
+        assert perishable.REFUSALS.read_text() == "x", "it is not tried again"
+    finally:
+        perishable.REFUSALS.unlink()
+    assert str(raised.value) == "the loss is inf; lower train.lr."
+
+
 # ---- bad input
 
 
