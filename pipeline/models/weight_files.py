@@ -69,7 +69,7 @@ def read(path: Path, uri: str, unpickle: bool = False) -> dict[str, Any]:
     if not head:
         raise CheckpointError(f"{uri} is empty; fetch it again.")
     check_kind(path, uri)
-    if not head.startswith((ZIP, PICKLE)):
+    if _is_safetensors(head) or not head.startswith((ZIP, PICKLE)):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -97,6 +97,8 @@ def unreadable(uri: str, error: Exception) -> CheckpointError:
 
 def _foreign(head: bytes, path: Path) -> str:
     """What a file is that neither safetensors nor torch wrote, by how it begins; "" where it may be weights."""
+    if _is_safetensors(head):  # first: the length may begin with any byte, as a pickle's 0x80
+        return ""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for start, what in TEXTS.items():
         if text.startswith(start):
@@ -110,7 +112,7 @@ def _foreign(head: bytes, path: Path) -> str:
         return _foreign_zip(path)
     if head.startswith(PICKLE):
         return "" if LEGACY in head[:40] else "a pickle that torch.save did not write"
-    return "" if _is_safetensors(head) else "a text" if _is_text(head) else "a file of unknown kind"
+    return "a text" if _is_text(head) else "a file of unknown kind"
 
 
 def _foreign_zip(path: Path) -> str:
