@@ -104,8 +104,6 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert passes.patiently(write, 1.0, said.append) == "written"
     assert said[0].startswith("s3://b/x could not be written. It is tried again until it answers, for 1 h 0 min")
-        "s3://b/x could not be written. It is tried again until it answers, for 1 h 0 min at most"
-    )
     clock[0] = 0.0
     with pytest.raises(Outage):
         passes.patiently(write, 0.25, said.append)
