@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 from torch import Tensor
 
-from pipeline import cluster, compilation, footprint, manifest, pairs, storage, tracking
-from pipeline.errors import Refused, Unfinished
+from pipeline import cluster, compilation, footprint, manifest, mlflow_store, pairs, storage, tracking
+from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -48,6 +49,8 @@ def generate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError for bad input before any work, RuntimeError when shards failed.
     """
     recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:
@@ -60,15 +63,19 @@ def generate(recipe: Recipe) -> str:
     shards = manifest.present(there, count, recipe.pairs.shard_rows)
     todo = [number for number, name in shards.items() if name is None]
     if complete and complete["count"] == count and not todo:
+        if not recipe.dry_run:
+            tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
         return f"Nothing is missing: {_described(uri, complete)}."
     _check_weights(recipe)
     if recipe.dry_run:
         return plan(recipe, known, count, todo)
+    cluster.check_address()
     storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
-    manifest.claim(uri, known, recipe)
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
     with tracking.Run.start(recipe, "pairs") as run:
+        manifest.claim(uri, known, recipe)
+        run.mark(uri)
         done = _complete(recipe, known, count, shards, manifest.recorded(uri, known, there), run)
     last = done["made"][-1]
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {_described(uri, done)}."
@@ -110,23 +117,29 @@ def _complete(
         "mlflow_run": run.id,
     }
     complete = manifest.finish(uri, known, kept + checked + made, summary)
+    _log(run, recipe, complete)
+    return complete
+
+
+def _log(run: tracking.Run, recipe: Recipe, complete: dict[str, Any]) -> None:
+    """What MLflow is told of a complete set."""
+    uri = recipe.pairs_uri
     run.dataset("pairs", uri, complete["fingerprint"], "output")
     run.tag("pairs_fingerprint", complete["fingerprint"])
-    run.artifact(storage.local(_manifest(uri)))
-    return complete
+    run.artifact("manifest.json", partial(storage.read_bytes, _manifest(uri)))
+    run.conclude(f"{recipe.name}, {complete['count']:,} pairs", f"{_described(uri, complete)}.")
 
 
 def _make(
     recipe: Recipe, known: Facts, count: int, todo: list[int], kept: list[Shard], run: tracking.Run
 ) -> list[Shard]:
     """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
-    cluster.connect(recipe)
     made: list[Shard] = []
     failed: set[int] = set()
     total = math.ceil(count / recipe.pairs.shard_rows)
     replicas, rows, size, last = min(recipe.pairs.actors, len(todo)), 0, 0, time.monotonic()
     try:
-        with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
+        with cluster.session(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
             for row in commits(recipe, known, count, todo):
                 if row["error"]:
                     failed.add(int(row["number"]))
@@ -154,7 +167,7 @@ def _make(
 
 def _record(recipe: Recipe, known: Facts, shards: list[Shard]) -> None:
     """Write the ledger if it can be written: it only saves the next run some reading."""
-    with suppress(ValueError, FileNotFoundError):
+    with suppress(Refused, Outage):
         manifest.record(recipe.pairs_uri, known, shards)
 
 
@@ -295,13 +308,7 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     """Call a method of one Replica, on the hardware that the recipe gives it."""
-    cluster.connect(recipe)
-    actor = ray.remote(Replica).options(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)
-    replica = actor.remote(recipe, known)
-    try:
-        return ray.get(getattr(replica, method).remote(*args))
-    except RayError as error:
-        raise Unfinished(f"the teacher could not run: {_last_line(error)}") from error
+    return cluster.on_actor(recipe, Replica, (recipe, known), method, *args)
 
 
 def _last_line(error: Exception) -> str:

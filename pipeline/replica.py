@@ -6,9 +6,9 @@ A ``Replica`` is what Ray Data runs in each of its actors; it knows neither Ray 
 from __future__ import annotations
 
 import json
-import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeline.models.base import Condition
 from pipeline.pairs import Rows
 from pipeline.precision import set_products
 from pipeline.recipe import Recipe
+from pipeline.stopwatch import now, warm_up
 
 
 class Replica:
@@ -77,15 +78,14 @@ class Replica:
         return (torch.cat(found, dim=1) == stored).float().mean().item()
 
     def measure(self) -> float:
-        """Seconds of one batch, after a short one to warm up, or after those that graphs are recorded in."""
+        """Seconds of one batch in steady state."""
         batch = min(self.recipe.pairs.batch, self.known["shard_rows"])
         drawn = manifest.gaussian(self.known, np.arange(batch))
-        warm = [batch, batch] if self.recipe.teacher.graphs else [min(2, batch)]
-        for size in warm:
-            self.make(np.arange(size), drawn[:size])
-        start = time.perf_counter()
-        self.make(np.arange(batch), drawn)
-        return time.perf_counter() - start
+        call = partial(self.make, np.arange(batch), drawn)
+        warm_up(call)
+        start = now(self.device)
+        call()
+        return now(self.device) - start
 
     @torch.no_grad()
     def _generate(

@@ -103,6 +103,10 @@ class Sampler:
         """#Step of the paper's tables: network evaluations per image, guidance not counted twice."""
         raise NotImplementedError
 
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        """The AR steps from which the student jumps."""
+        return ()
+
     def check(self, layout: Layout) -> None:
         """Raises ValueError, one sentence, for a sampler that this layout cannot run."""
 
@@ -135,6 +139,9 @@ class FewStep(Sampler):
 
     def steps_label(self, layout: Layout) -> int:
         return len(self.steps)
+
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        return self.steps
 
     def check(self, layout: Layout) -> None:
         """The steps must rise from 1 and end within the layout."""
@@ -174,7 +181,10 @@ class WithTeacher(Sampler):
         return f"DD pre-trained-{self.start}-{self.resume}"
 
     def steps_label(self, layout: Layout) -> int:
-        return (self.start > 1) + (self.resume - self.start) + (self.resume <= layout.steps)
+        return len(self.jumps(layout)) + (self.resume - self.start)
+
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        return (1,) * (self.start > 1) + (self.resume,) * (self.resume <= layout.steps)
 
     def check(self, layout: Layout) -> None:
         """start and resume must be rising AR steps of the layout."""

@@ -14,7 +14,8 @@ from pipeline.models.var import Config, Teacher, Tokenizer
 
 __all__ = ["Config", "Student", "Teacher", "Tokenizer"]
 
-FUSE = Path("/tmp", f"distilled-decoding-fuse-{os.getuid()}")  # holds the number of forward passes that rank 1 survives
+SESSION = os.environ.get("DD_TESTS")  # of tests, which the workers have from ``conftest``
+FUSE = Path("/tmp", f"distilled-decoding-fuse-{SESSION}")  # holds the number of forward passes that rank 1 survives
 
 
 class Student(var.Student):

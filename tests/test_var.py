@@ -576,6 +576,22 @@ class TestStudent:
         assert not torch.equal(own["n_d_embed.weight"], other["n_d_embed.weight"])
         assert not torch.equal(levels[1], other["lvl_embed.weight"][1])
 
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_a_new_student_is_drawn_once_from_its_seed(self, shared: bool) -> None:
+        """The new numbers are those of a student that is drawn whole; the constructor's own are never drawn."""
+        config = replace(CONFIG, shared_aln=shared)
+        teacher = Teacher(config, Filter())
+        generator = torch.Generator().manual_seed(3)
+        whole = Student(config, teacher.codebook, "released", generator).state_dict()
+        before = torch.get_rng_state()
+        made = Student.from_teacher(teacher, "released", seed=3).state_dict()
+        assert torch.equal(torch.get_rng_state(), before), "torch's own layers draw from the global generator"
+        for name in ("n_d_embed.weight", "final_layer_conti.linear.weight", "final_layer_conti.scale_shift_table"):
+            assert torch.equal(made[name], whole[name]), name
+        for name in ("pos_1LC", "lvl_embed.weight"):
+            width = whole[name].shape[-1]
+            assert torch.equal(made[name].view(-1, width)[1], whole[name].view(-1, width)[1]), name
+
     def test_a_new_student_is_the_teacher(self, teacher: Teacher) -> None:
         """Its class token, with the new parts silenced, gives the teacher's logits of the first step."""
         made = Student.from_teacher(teacher, "paper", seed=3).eval()

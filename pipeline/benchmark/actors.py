@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pipeline import cluster, evaluate, generate, manifest, storage
-from pipeline.benchmark.clock import Stopwatch
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.errors import Unfinished
 from pipeline.evaluate import Artist
@@ -28,6 +27,7 @@ from pipeline.manifest import Facts
 from pipeline.plan import ITEM, Draw, Plan, prepare
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
+from pipeline.stopwatch import Stopwatch
 from pipeline.tally import Statistics
 
 SHARDS = 4  # of each replica
@@ -79,9 +79,9 @@ class WatchedReplica(Replica):
 class WatchedArtist(Artist):
     """An artist whose samplers and whose scoring network are timed."""
 
-    def __init__(self, *args: Any, folder: str) -> None:
+    def __init__(self, *args: Any, folder: str, **more: Any) -> None:
         born, self.folder = time.time(), folder
-        super().__init__(*args)
+        super().__init__(*args, **more)
         self.born = time.time() - born
         network = self.network
         self.watches = {name: Stopwatch(torch.device(self.plan.device)) for name in ("drawing", "scoring")}
@@ -111,9 +111,8 @@ def generation(recipe: Recipe, folder: str) -> Section:
     recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=place, count=count))
     known, begun, cpu = manifest.facts_of(recipe), time.time(), _cpu()
     manifest.claim(place, known, recipe)
-    cluster.connect(recipe)
     numbers, size = list(range(SHARDS * recipe.pairs.actors)), 0
-    with tempfile.TemporaryDirectory() as watched:
+    with cluster.session(recipe, recipe.pairs.actors), tempfile.TemporaryDirectory() as watched:
         for made in generate.commits(recipe, known, count, numbers, WatchedReplica, folder=watched):
             if made["error"]:
                 raise Unfinished(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
@@ -160,7 +159,6 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
 
 def _scored(plan: Plan, draw: Draw) -> Row:
     """One sampler's row."""
-    cluster.connect(plan.recipe)
     with tempfile.TemporaryDirectory() as watched:
         for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
             pass

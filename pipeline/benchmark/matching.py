@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline import flow, flow_oracle, noise
-from pipeline.benchmark.clock import Stopwatch, once
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.flow import Solver
 from pipeline.models.base import Condition, Teacher
+from pipeline.stopwatch import Stopwatch, once, warm_up
 
 SOLVERS = (
     Solver("adaptive", tolerance=1e-3),
@@ -58,7 +59,7 @@ def overhead(teacher: Teacher, solver: Solver, batches: tuple[int, ...], seconds
     )
     for batch in batches:
         condition, x = inputs(teacher, batch)
-        teacher.generate(condition, likeliest, stop=min(4, teacher.layout.steps + 1))
+        warm_up(partial(_drawn_twice, teacher, solver, condition, x, 0))
         found: list[tuple[float, float, float]] = []
         deadline = time.monotonic() + seconds
         while not found or (time.monotonic() < deadline and len(found) < 20):
@@ -152,7 +153,7 @@ def solvers(teacher: Teacher) -> Section:
         points, log_p, codebook = (tensor.to(device) for tensor in make())
         truth = flow_oracle.exact(points, log_p, codebook)
         for solver in SOLVERS:
-            flow.match(points[:50], log_p[:50], codebook, solver)
+            warm_up(partial(flow.match_counted, points, log_p, codebook, solver))
             watch = Stopwatch(device)
             with watch:
                 codes, evaluations = flow.match_counted(points, log_p, codebook, solver)

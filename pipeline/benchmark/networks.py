@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe, TeacherSettings
 from pipeline.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
+from pipeline.speed import Speed
 
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4
@@ -44,7 +46,7 @@ def teachers(
         f" {peaks.bytes / 1e9:,.1f} GB/s, both measured; *roofline* is the time that the arithmetic or the reading of"
         " weights and cache takes at least, whichever is more in each AR step, over the time taken; *in products* is"
         " the share of matrix products and attention, which both loops have to compute, in a profile of ours"
-        f" ({min(PROFILED, teacher.layout.steps)} AR steps).",
+        f" ({min(PROFILED, teacher.layout.steps)} AR steps), without CUDA graphs, whose replay names no operator.",
     )
     profiled = min(PROFILED, teacher.layout.steps) + 1
     for batch in batches:
@@ -53,8 +55,7 @@ def teachers(
             "ours": partial(teacher.generate, condition, likeliest),
             "plain": partial(plain, teacher, condition, likeliest),
         }
-        short = partial(teacher.generate, condition, likeliest, stop=min(4, teacher.layout.steps + 1))
-        times = turns(calls, device, seconds, short)
+        times = turns(calls, device, seconds)
         teacher.check()
         work = Work.of(settings, batch)
         row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
@@ -62,13 +63,24 @@ def teachers(
         row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
         row["FLOP utilisation, %"] = 100 * sum(work.flops) / times["ours"] / peaks.flops
         row["roofline, %"] = 100 * work.least(peaks) / times["ours"]
-        looked_at = partial(teacher.generate, condition, likeliest, stop=profiled)
-        row["in products, %"] = 100 * in_products(looked_at, device)
+        with eager(teacher):
+            looked_at = partial(teacher.generate, condition, likeliest, stop=profiled)
+            row["in products, %"] = 100 * in_products(looked_at, device)
         section.rows.append(row)
         if batch == BEATEN_AT:
             text = f"Plain AR loop over ours, batch {batch}, {device.type}"
             section.claims.append(Claim(text, times["plain"] / times["ours"], BEAT[device.type]))
     return section
+
+
+@contextmanager
+def eager(teacher: Teacher) -> Iterator[None]:
+    """The teacher without its graphs: a profile sees operators, and a replay has none."""
+    graphs, teacher.graphs = teacher.graphs, None
+    try:
+        yield
+    finally:
+        teacher.graphs = graphs
 
 
 def in_products(call: Callable[[], object], device: torch.device) -> float:
@@ -151,29 +163,42 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
-    listed, paper = _listed(recipe)
+    several, paper = listed(recipe)
     section = Section(
         "Sampling",
         "A student as it starts from its teacher (its weights do not matter here) in turns with the teacher; *network*"
-        " ends at the embeddings, the rest is decoding. The paper's speed-ups are those of its tables, on an A100.",
+        " ends at the embeddings, the rest is decoding. Every sampler runs at every batch, and a speed-up is over the"
+        f" teacher at the same one, ± its standard error (bootstrap over {speed.CALLS}). The paper's are those"
+        " of its tables, on an A100, at a batch that it does not say.",
     )
-    found = speed.measure(models, listed, batches, seconds)
+    found = speed.measure(models, several, batches, seconds)
     base = {s.batch: s for s in found[Autoregressive()]}
-    for sampler in listed:
+    for sampler in several:
         for one in found[sampler]:
             row: Row = {"sampler": sampler.name, "batch": one.batch, "network, ms / image": one.network_ms}
             row |= {"ms / image": one.ms, "images / s": 1000 / one.ms}
             there = base.get(one.batch)
             row["speed-up of the network"] = there.network_ms / one.network_ms if there else None
-            row["speed-up"] = there.ms / one.ms if there else None
+            row["speed-up"], row["±"] = speed.speed_up(one, there) if there else (None, None)
             row["paper"] = paper.get(sampler) if one.batch == 1 else None
             section.rows.append(row)
-            if one.batch == 1 and isinstance(sampler, FewStep) and there:
-                section.claims.append(Claim(f"Speed-up of {sampler.name}, batch 1, {device.type}", there.ms / one.ms))
+    section.claims = _speed_ups(found, device.type)
     return section
 
 
-def _listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
+def _speed_ups(found: dict[Sampler, list[Speed]], device: str) -> list[Claim]:
+    """Of the few-step samplers, over the AR teacher at the same batch: at batch 1 and at the largest of all."""
+    claims = []
+    for batch in (1, speed.throughput_batch(found.values())):
+        at = {sampler: one for sampler, speeds in found.items() for one in speeds if one.batch == batch}
+        for sampler, one in at.items():
+            if isinstance(sampler, FewStep) and Autoregressive() in at:
+                ratio, _ = speed.speed_up(one, at[Autoregressive()])
+                claims.append(Claim(f"Speed-up of {sampler.name}, batch {batch}, {device}", ratio))
+    return claims
+
+
+def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers

@@ -18,7 +18,7 @@ from pipeline.models import base
 from pipeline.models.base import Condition, Prediction, answer
 from pipeline.models.var.config import Config
 from pipeline.models.var.teacher import Teacher
-from pipeline.models.var.transformer import Transformer, initialise, modulated
+from pipeline.models.var.transformer import Transformer, draw, initialise, modulated
 
 
 class Student(Transformer, base.Student):
@@ -57,17 +57,21 @@ class Student(Transformer, base.Student):
         the copied blocks begin undisturbed; the noise-data embedding and the embedding head start at random.
         """
         generator = torch.Generator().manual_seed(seed)
-        student = cls(teacher.config, teacher.codebook, mask, generator)
-        own = student.state_dict()
-        for name, value in teacher.network.state_dict().items():
+        with torch.device("meta"):  # every parameter is given below; loading strictly proves it
+            student = cls(teacher.config, teacher.codebook, mask)
+        known, state = teacher.network.state_dict(), student.state_dict()
+        for name, weight in student.named_parameters():
+            # All are drawn, one after the other: how often a cut normal asks the generator depends on what it gets, so
+            # the new weights would be others if the teacher's were passed over.
+            state[name] = draw(student, name, torch.empty(weight.shape), generator)
             if name in ("pos_1LC", "lvl_embed.weight"):
-                rows = own[name].view(-1, value.shape[-1])
-                known = value.view(-1, value.shape[-1])
-                rows[:1], rows[2:] = known[:1], known[1:]
-            elif name not in ("lvl_1L", "attn_bias_for_masking"):
-                own[name].copy_(value)
-        for weight in student.layerwise_n_d_embed.parameters():
-            nn.init.zeros_(weight)
+                rows, old = (x.view(-1, x.shape[-1]) for x in (state[name], known[name]))
+                rows[:1], rows[2:] = old[:1], old[1:]
+            elif name in known:
+                state[name].copy_(known[name])
+            elif name.startswith("layerwise_n_d_embed"):
+                state[name].zero_()
+        student.load_state_dict(state, assign=True)
         return student.to(teacher.codebook.device)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:

@@ -187,18 +187,23 @@ def initialise(net: Transformer, generator: torch.Generator | None = None) -> No
     The layers that end a branch are divided by sqrt(2 depth). The adaptive norms start near the identity:
     scale and shift at half size, the gates gamma at 1e-5. The head starts at 2 %.
     """
-    std = math.sqrt(1 / (3 * net.head.in_features))
     for name, weight in net.named_parameters():
-        if name.endswith("scale_mul_1H11"):
-            nn.init.constant_(weight, math.log(4))
-        elif name.endswith("bias"):
-            nn.init.zeros_(weight)
-        elif name.endswith(("ada_gss", "scale_shift_table")):
-            nn.init.normal_(weight, std=net.head.in_features**-0.5, generator=generator)
-        else:
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-        with torch.no_grad():
-            weight.mul_(_start(name, weight, len(net.blocks)))
+        draw(net, name, weight, generator)
+
+
+@torch.no_grad()
+def draw(net: Transformer, name: str, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``weight``, filled with what the parameter ``name`` of ``net`` starts as."""
+    std = math.sqrt(1 / (3 * net.head.in_features))
+    if name.endswith("scale_mul_1H11"):
+        nn.init.constant_(weight, math.log(4))
+    elif name.endswith("bias"):
+        nn.init.zeros_(weight)
+    elif name.endswith(("ada_gss", "scale_shift_table")):
+        nn.init.normal_(weight, std=net.head.in_features**-0.5, generator=generator)
+    else:
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return weight.mul_(_start(name, weight, len(net.blocks)))
 
 
 def _start(name: str, weight: Tensor, depth: int) -> Tensor | float:
