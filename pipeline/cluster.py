@@ -9,13 +9,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import NodeDiedError, RaySystemError, TaskUnschedulableError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline import fields, signals, storage
@@ -89,6 +91,26 @@ def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *mor
     with session(recipe, 1, "workers"):
         actor: Any = ray.remote(cls).options(**_resources(recipe)).remote(*args)
         return ray.get(getattr(actor, method).remote(*more))
+
+
+def on_one_machine(recipe: Recipe) -> bool:
+    """Whether the joined cluster is this machine alone and has a place for a replica, so that none is to come."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and places(recipe) > 0
+
+
+def on_every_node(recipe: Recipe, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call a function on every node that there is, and in a worker with a replica's resources, on a node that may be
+    still to come; the results. A node that is lost meanwhile is left out.
+    """
+    task = ray.remote(function)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    everywhere = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    calls = [task.options(num_cpus=0, scheduling_strategy=here).remote(*args) for here in everywhere]
+    out = [ray.get(task.options(**_resources(recipe)).remote(*args))]
+    for call in calls:
+        with suppress(RaySystemError, NodeDiedError, TaskUnschedulableError):
+            out.append(ray.get(call))
+    return out
 
 
 def pool(recipe: Recipe, size: int, retries: int) -> dict[str, Any]:

@@ -13,27 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-import yaml
-from torch import Tensor
-
-from pipeline import cluster, compilation, footprint, manifest, mlflow_store, pairs, storage, tracking
+from pipeline import cluster, costs, manifest, pairs, preflight, status, storage, tracking
 from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts, Shard
-from pipeline.models import checkpoints
-from pipeline.models.base import Condition
 from pipeline.passes import FAILURES, commits, patiently
 from pipeline.progress import Progress, duration
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 
 NAMED = 10  # of them, in a sentence
 LEDGER = 60.0  # seconds between two records of what is committed; what a killed driver has not recorded is read again
-TRACED = 16  # AR steps of a raster sequence that a plan traces
 VERIFIED_SHARDS = 8  # of which verify derives rows again, and more where more machines made them
 VERIFIED_ROWS = 16  # of each of those
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
@@ -46,12 +38,12 @@ def generate(recipe: Recipe) -> str:
     claimed before Ray and MLflow are there.
     """
     recipe = cluster.portable(recipe)
-    mlflow_store.check(recipe)
-    recipe.check_filled("teacher", "pairs")
+    if recipe.status:
+        return status.of_pairs(recipe)
+    if recipe.dry_run:
+        return costs.described(recipe)
+    preflight.check(recipe, "generate_pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    manifest.check_claim(uri, known)
-    if recipe.teacher.compile:
-        compilation.check("teacher.compile", recipe.cluster.runs_on)
     if recipe.pairs.verify:
         return verify(recipe, known)
     files, complete = storage.sizes(uri), manifest.complete(uri)
@@ -60,18 +52,13 @@ def generate(recipe: Recipe) -> str:
     shards = manifest.present(there, count, recipe.pairs.shard_rows)
     todo = [number for number, name in shards.items() if name is None]
     if complete and complete["count"] == count and not todo:
-        if not recipe.dry_run:
-            tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
-            manifest.tidy(uri, complete, files)
+        tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
+        manifest.tidy(uri, complete, files)
         return f"Nothing is missing: {_described(uri, complete)}."
-    _check_weights(recipe)
-    if recipe.dry_run:
-        return plan(recipe, known, count, todo)
-    cluster.check_address()
     storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
-    with tracking.Run.start(recipe, "pairs") as run:
+    with _at_work(recipe, todo), tracking.Run.start(recipe, "pairs") as run:
         manifest.claim(uri, known, recipe)
         run.mark(uri)
         done = _complete(recipe, known, count, shards, manifest.recorded(uri, known, there), run)
@@ -79,13 +66,15 @@ def generate(recipe: Recipe) -> str:
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {_described(uri, done)}."
 
 
-def _check_weights(recipe: Recipe) -> None:
-    """Hold the weight files against the recipe's networks without memory for either."""
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        model = family.Teacher(config, recipe.teacher.filter)
-    checkpoints.weights(model.tokenizer, recipe.teacher.tokenizer, recipe.teacher.unpickle)
-    checkpoints.weights(model.network, recipe.teacher.checkpoint, recipe.teacher.unpickle)
+@contextmanager
+def _at_work(recipe: Recipe, todo: list[int]) -> Iterator[None]:
+    """Ray for the shards ``todo``, once it is certain that its workers see what this process sees; none for none."""
+    if not todo:
+        yield
+        return
+    with cluster.session(recipe, min(recipe.pairs.actors, len(todo))):
+        preflight.check_workers(recipe, "generate_pairs", recipe.pairs_uri)
+        yield
 
 
 def _complete(
@@ -114,11 +103,7 @@ def _complete(
 
         try:
             if todo:
-                with cluster.session(recipe, min(recipe.pairs.actors, len(todo))):
-                    manifest.claim(uri, known, recipe)
-                    _make(recipe, known, count, todo, made, record, run)
-            else:
-                manifest.claim(uri, known, recipe)
+                _make(recipe, known, count, todo, made, record, run)
             checked = [future.result() for future in reading]
         except BaseException:
             record()
@@ -245,63 +230,6 @@ def _sample(shards: list[Shard], chance: random.Random) -> list[Shard]:
     chosen = {shard.host: shard for shard in mixed}
     others = [shard for shard in mixed if shard is not chosen[shard.host]]
     return [*chosen.values(), *others[: max(0, VERIFIED_SHARDS - len(chosen))]]
-
-
-def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
-    """The resolved recipe and what a run would take, from the seconds of one batch; nothing is written."""
-    left, batch = _rows_of(recipe, count, todo), min(recipe.pairs.batch, recipe.pairs.shard_rows)
-    row = pairs.row_bytes(known)
-    lines = [
-        yaml.safe_dump(recipe.resolved(), sort_keys=False, default_flow_style=None),
-        f"pair set     {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
-        f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
-        f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
-        *footprint_of(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
-    ]
-    try:
-        seconds = _on_replica(recipe, known, "measure")
-    except cluster.NoGpu as error:
-        return "\n".join([*lines, f"time         not measured: {error}"])
-    total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
-    lines += [
-        f"one batch    {batch} rows in {duration(seconds)} on one replica ({recipe.cluster.runs_on})",
-        f"time         about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
-    ]
-    if recipe.cluster.gpus:
-        hours, price = total * recipe.cluster.gpus / 3600, recipe.cluster.usd_per_gpu_hour
-        cost = "" if price is None else f", ${hours * price:,.2f} at ${price:g} an hour"
-        lines.append(f"GPU-hours    {hours:,.2f}{cost}")
-    return "\n".join(lines)
-
-
-def footprint_of(recipe: Recipe) -> footprint.Footprint:
-    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities.
-
-    Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
-    sequence only the first steps are traced; each later one adds the same to the cache.
-    """
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
-
-    def upto(steps: int) -> footprint.Footprint:
-        """What the first ``steps`` AR steps need."""
-
-        def choose(step: int, log_p: Tensor) -> Tensor:
-            return torch.zeros(log_p.shape[:-1], dtype=torch.long)
-
-        def work(samples: int) -> None:
-            condition = Condition(torch.zeros(samples, dtype=torch.long))
-            footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
-
-        return footprint.trace(work)
-
-    steps = config.layout.steps
-    if steps <= TRACED or len(set(config.layout.groups)) > 1:
-        return upto(steps)
-    short, longer = upto(TRACED // 2), upto(TRACED)
-    per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
-    return replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step))
 
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:

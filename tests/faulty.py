@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from pathlib import Path
 
 import pyarrow as pa
+import ray
 from torch import Tensor
 
 from pipeline.manifest import Facts
@@ -41,23 +41,24 @@ class Teacher(llamagen.Teacher):
 
 
 class Poisoned(Replica):
-    """One of the replicas that there are loses its device with every shard, whichever processes follow."""
+    """The first replica of each of two pools loses its device with every shard, in its next processes, too."""
 
     def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
         super().__init__(recipe, known)
-        self.folder = Path(folder)
-        self.mark = open(self.folder / "poisoned", "w")  # noqa: SIM115  locked as long as this process lives
-        try:
-            fcntl.flock(self.mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.ill = True
-        except OSError:
-            self.ill = False
+        self.folder, me = Path(folder), ray.get_runtime_context().get_actor_id()
+        first_pool = len(self.losses()) < 2  # processes of one replica, which may lose two before it is given up
+        self.ill = Path(folder, f"ill-{me}").exists() or first(Path(folder, f"pool-{first_pool}"))
+        if self.ill:
+            Path(folder, f"ill-{me}").touch()
+
+    def losses(self) -> list[Path]:
+        return list(self.folder.glob("lost-*"))
 
     def __call__(self, number: int, rows: int) -> pa.Table:
         if self.ill:
-            Path(self.folder, f"failed-{os.getpid()}").touch()
+            Path(self.folder, f"lost-{os.getpid()}").touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        while number > 3 and len(list(self.folder.glob("failed-*"))) < 2:  # else there may be nothing left to fail
+        while number > 3 and len(self.losses()) < 2:  # else there may be nothing left to fail
             time.sleep(0.05)
         return super().__call__(number, rows)
 
