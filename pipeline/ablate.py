@@ -28,6 +28,7 @@ def ablate(recipe: Recipe) -> str:
     RuntimeError when some variants could not be made.
     """
     mlflow_store.check(recipe)
+    cluster.check_address()
     plan = ablation_plan.build(cluster.portable(recipe))
     if recipe.dry_run:
         return ablation_plan.describe(plan)

@@ -317,8 +317,7 @@ def describe(plan: Plan) -> str:
         seeds = ", ".join(f"{trial.seed}: {trial.student[:SHORT]}" for trial in some)
         lines.append(f"variant   {variant.label}; pairs {some[0].pairs[:SHORT]}; students by seed {seeds}")
     for key, recipe in plan.sets.items():
-        place = storage.join(recipe.pairs_uri, "manifest.json")
-        there = storage.read_json(place)["count"] if storage.exists(place) else 0
+        there = (manifest.complete(recipe.pairs_uri) or {"count": 0})["count"]
         state = f"{min(there, recipe.pairs.count):,} of {recipe.pairs.count:,} are in a complete set"
         lines.append(f"pairs     {key[:SHORT]} at {recipe.pairs_uri}; {state}")
     for key, trial in plan.students.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline import pairs, storage
+from pipeline import manifest, pairs
 from pipeline.ablation_plan import SPLIT, TEACHER, Plan, Variant, text, titled
 from pipeline.models import checkpoints
 from pipeline.plots import line, png
@@ -99,7 +99,7 @@ def _codes(plan: Plan, key: str) -> dict[str, Any] | None:
     Only sets of one seed and one layout share noise; how it is rounded may differ.
     """
     mine, base = plan.sets[key], plan.sets[plan.trials[0][0].pairs]
-    complete = [storage.exists(storage.join(recipe.pairs_uri, "manifest.json")) for recipe in (mine, base)]
+    complete = [manifest.complete(recipe.pairs_uri) for recipe in (mine, base)]
     layouts = [checkpoints.config(recipe.teacher).layout for recipe in (mine, base)]
     if mine is base or not all(complete) or layouts[0] != layouts[1] or mine.pairs.seed != base.pairs.seed:
         return None

@@ -8,17 +8,28 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray._private import auto_init_hook
+from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from pipeline import storage
-from pipeline.errors import Refused
+from pipeline import fields, signals, storage
+from pipeline.addresses import PLACEHOLDER
+from pipeline.errors import Outage, Refused
+from pipeline.heartbeat import Heartbeat as Heartbeat
+from pipeline.ray_address import LOCAL, address, make_token, use_token
+from pipeline.ray_address import check_address as check_address
+from pipeline.ray_errors import Lost as Lost
+from pipeline.ray_errors import device_error as device_error
+from pipeline.ray_errors import end_process as end_process
+from pipeline.ray_errors import is_ray as is_ray
+from pipeline.ray_errors import translated
+from pipeline.ray_errors import translation as translation
 from pipeline.recipe import FORMULA, Recipe
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
@@ -26,6 +37,9 @@ SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write
 # glibc gives every large block back to the kernel and gets it back page by page; keeping 1 GiB saved a fifth of the CPU
 # time of VAR's pairs. It is read when a process starts, so the workers have it and this process has not.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount
+POOL = "ray.data._internal.execution.operators.actor_pool_map_operator"  # the logger that knows of failed starts
 
 LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
@@ -40,14 +54,53 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
+    auto_init_hook.enable_auto_connect = False  # a thread that outlives the connection must not start a Ray of its own
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS", "local") != "local":
-            _use_token()
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start_local(recipe)
-    _quiet()
+        check_address()
+        with signals.kept():  # Ray sets its own
+            if address() == LOCAL:
+                _start_local(recipe)
+            else:
+                _join()
     _warn_about_local_folder(recipe)
+
+
+@contextmanager
+def session(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
+    """Everything that a job does on Ray: join or start it, say what it waits for, translate what it raises.
+
+    A Refused or Unfinished raised in a worker comes out as itself, whatever else Ray raises as Unfinished, a sentence.
+    Settings of Ray Data made in the body are gone after it.
+    """
+    connect(recipe)
+    with _own_settings(), waiting(recipe, replicas, what), translated():
+        yield
+
+
+def on_worker(recipe: Recipe, function: Callable[..., Any], *args: Any, cpus: float | None = None) -> Any:
+    """Call a function in one Ray task that has a replica's resources, or another number of CPUs; its result."""
+    alone = recipe if cpus is None else replace(recipe, cluster=replace(recipe.cluster, cpus=cpus))
+    with session(alone, 1, "workers"):
+        return ray.get(ray.remote(function).options(**_resources(alone)).remote(*args))
+
+
+def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *more: Any) -> Any:
+    """Call one method of ``cls(*args)`` in an actor that has a replica's resources; its result."""
+    with session(recipe, 1, "workers"):
+        actor: Any = ray.remote(cls).options(**_resources(recipe)).remote(*args)
+        return ray.get(getattr(actor, method).remote(*more))
+
+
+def pool(recipe: Recipe, size: int, retries: int) -> dict[str, Any]:
+    """What ``map_batches`` is told of a pool of so many replicas, whose units survive ``retries`` deaths of theirs."""
+    # One unit at a time: one that takes its actor down would take the retries of another queued behind it, too.
+    strategy = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    return {"compute": strategy, "max_task_retries": retries, **_resources(recipe)}
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    """Of a replica, as Ray's options."""
+    return {"num_cpus": recipe.cluster.cpus, "num_gpus": recipe.cluster.gpus}
 
 
 @contextmanager
@@ -63,7 +116,10 @@ def waiting(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[N
         """Say something whenever the number of places changes, and again while there is none."""
         said, silent = replicas, 0.0
         while not stop.is_set():
-            found = min(places(recipe), replicas)
+            try:
+                found = min(places(recipe), replicas)
+            except Exception:  # the cluster is gone, which the body hears, too
+                return
             if found != said or (not found and silent >= REMIND):
                 tqdm.write(_waiting_for(recipe, found, replicas, what), file=sys.stderr)
                 said, silent = found, 0.0
@@ -90,6 +146,12 @@ def places(recipe: Recipe) -> int:
     return sum(found)
 
 
+def cpus_of_a_node(recipe: Recipe) -> float:
+    """CPUs of the largest node of the cluster that the recipe's jobs run on, which is joined or started."""
+    connect(recipe)
+    return max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+
+
 def _waiting_for(recipe: Recipe, found: int, replicas: int, what: str) -> str:
     """One line: how many have a place, what each needs, what the cluster has."""
     settings, nodes = recipe.cluster, sum(node["Alive"] for node in ray.nodes())
@@ -111,27 +173,23 @@ def portable(recipe: Recipe) -> Recipe:
     """
 
     def fixed(uri: str) -> str:
-        return uri if not uri or uri.startswith(("package://", "models:/")) else storage.resolve(uri)
+        stays = uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER))
+        return uri if stays else storage.resolve(uri)
 
-    def optional(uri: str | None) -> str | None:
-        return fixed(uri) if uri else uri
+    return fields.mapped(recipe, fixed)
 
-    teacher, evaluate = recipe.teacher, recipe.evaluate
-    return replace(
-        recipe,
-        run=fixed(recipe.run),
-        teacher=replace(teacher, tokenizer=fixed(teacher.tokenizer), checkpoint=fixed(teacher.checkpoint)),
-        pairs=replace(recipe.pairs, uri=optional(recipe.pairs.uri)),
-        train=replace(recipe.train, uri=optional(recipe.train.uri)),
-        evaluate=replace(
-            evaluate,
-            uri=optional(evaluate.uri),
-            cache=optional(evaluate.cache),
-            student=optional(evaluate.student),
-            inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
-            reference=optional(evaluate.reference),
-        ),
-    )
+
+def _join() -> None:
+    """Join the cluster of RAY_ADDRESS, of which this machine must be a node."""
+    use_token()
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Outage(
+            f"the cluster of RAY_ADDRESS {address()} cannot be joined ({reason}); a job runs on one of its nodes:"
+            " submit it (cluster/submit.py), or see `ray status` there."
+        ) from error
 
 
 def _start_local(recipe: Recipe) -> None:
@@ -143,7 +201,16 @@ def _start_local(recipe: Recipe) -> None:
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    make_token()
+    try:
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except OSError as error:
+        raise Refused(
+            f"a local Ray cannot be started ({error}); it writes to {os.environ.get('RAY_TMPDIR', '/tmp')}"
+            " (RAY_TMPDIR, a short path) and its token to ~/.ray (HOME)."
+        ) from error
     found = ray.cluster_resources().get("GPU", 0)
     if found < recipe.cluster.gpus:
         ray.shutdown()
@@ -153,25 +220,40 @@ def _start_local(recipe: Recipe) -> None:
         )
 
 
-def _use_token() -> None:
-    """Authenticate with the token that is there: given an address, Ray 2.60 ignores it unless told to use it."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.exists()):
-        os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def _quiet() -> None:
-    """Ray Data without its own progress output, with blocks left as they are and no patience limit on spot nodes."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Ray Data as our jobs want it, while the body runs: quiet and patient, with whole blocks."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler):  # its files in Ray's logs may know everything
+            handler.setLevel(logging.CRITICAL)  # what it raises is translated
     # The only way in 2.60 to bound the retries of an actor's task; the warning comes at every call.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # a block is a unit of work of ours and must not be split
     context.execution_no_progress_timeout_s = -1  # waiting hours for spot GPUs is no error
     context.retried_map_errors = ["CUDA out of memory"]
     context.max_map_retries = 2
+    context.raise_original_map_exception = True  # so that a worker's sentence arrives as what it is
+    context.max_consecutive_actor_init_deaths = STARTS
+    starts, heard = logging.getLogger(POOL), _FailedStarts()
+    starts.addHandler(heard)
+    try:
+        with DataContext.current(context):
+            yield
+    finally:
+        starts.removeHandler(heard)
+
+
+class _FailedStarts(logging.Handler):
+    """Says why an actor could not start; Ray Data, which starts another, has it in its log alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            found = translation(record.exc_info[1])
+            reason = found.reason if isinstance(found, Lost) else found
+            tqdm.write(f"An actor could not start and is started again: {reason}", file=sys.stderr)
 
 
 def _warn_about_local_folder(recipe: Recipe) -> None:

@@ -16,14 +16,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
@@ -36,6 +37,7 @@ from pipeline import (
     footprint,
     losses,
     mlflow_store,
+    signals,
     storage,
     tracking,
     training_data,
@@ -52,12 +54,13 @@ from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.recomputation import recomputed
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
-FAILURES = 2  # groups of workers that Ray Train replaces before it gives up
-MEASURED = 3  # steps that a dry run times, after one to warm up
+FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
+MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -68,6 +71,7 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
+    recipe.check_filled("teacher", "pairs", "train")
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
     plan = training_plan.check(recipe)
@@ -78,6 +82,8 @@ def distill(recipe: Recipe) -> str:
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
+    if plan.recipe.train.workers:
+        cluster.check_address()
     storage.check_writable(plan.at())
     earlier = training_plan.claimed(plan) or {}
     start = time.monotonic()
@@ -120,12 +126,13 @@ def fit(plan: Plan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
-    if done:
-        print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
-            """A worker's message as progress and as MLflow metrics and pictures."""
+            """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            if message.line:
+                print(message.line, flush=True)
+                return
             progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
             if message.grid:
@@ -133,12 +140,12 @@ def fit(plan: Plan, run: tracking.Run) -> None:
 
                 run.image("samples", mosaic(message.grid), message.step)
 
-        workers = recipe.train.workers
-        if workers:
-            cluster.connect(recipe)
-        places = cluster.waiting(recipe, workers, "training workers") if workers else nullcontext()
-        with (_relay if workers else nullcontext)(receive) as report, places:
-            _fit(recipe, {"plan": plan, "report": report, "mlflow_run": run.id})
+        config = {"plan": plan, "mlflow_run": run.id}
+        if not recipe.train.workers:
+            _fit(recipe, config | {"report": receive})
+            return
+        with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
+            _fit(recipe, config | {"report": report})
 
 
 def noteworthy(metrics: dict[str, float]) -> str:
@@ -157,9 +164,16 @@ def _relay(receive: Report) -> Iterator[Report]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
+    failed: list[Exception] = []
+
     def follow() -> None:
-        while (message := queue.get()) is not None:
-            receive(message)
+        """Until the end is said, or until the queue is gone because the work was ended."""
+        try:
+            with suppress(RayError):
+                while (message := queue.get()) is not None:
+                    receive(message)
+        except Exception as error:
+            failed.append(error)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -169,14 +183,43 @@ def _relay(receive: Report) -> Iterator[Report]:
         thread.join()
     finally:
         queue.shutdown(force=True)
+    if failed:
+        raise failed[0]
 
 
 def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Ray Train around ``train``: places the workers, joins them for DDP, replaces a group of which one failed.
+    """``train`` here or on the workers, who are replaced as long as the checkpoints advance; Unfinished where not.
+
+    A worker's own Refused or Unfinished is the last word: it would be raised again.
+    """
+    folder, total = config["plan"].at("checkpoints"), config["plan"].total
+    lost, done = 0, training_state.steps_done(folder)
+    while True:
+        try:
+            _fit_once(recipe, config)
+            return
+        except Exception as error:
+            if not cluster.is_ray(error):
+                raise
+            found = cluster.translation(error)
+        if found.__class__ is not cluster.Lost:
+            raise found
+        before, done = done, training_state.steps_done(folder)
+        lost = 1 if done > before else lost + 1
+        if lost > FAILURES:
+            break
+        print(f"Lost workers ({found.reason}); going on from the checkpoint of step {done:,}.", flush=True)
+    raise Unfinished(
+        f"training stopped ({found.reason}) after step {done:,} of {total:,}; what was learnt until then is in"
+        f" {folder}, and the same command goes on from there."
+    )
+
+
+def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Ray Train around ``train``: places the workers and joins them for DDP.
 
     It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
-    ``training_state``). Ray counts failures of a whole run, of which a week on spot nodes has many, so it is asked
-    again as long as the checkpoints advance. RuntimeError where they do not.
+    ``training_state``). Nor does Ray count failures: it knows neither which are final nor whether steps were made.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
@@ -186,29 +229,18 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
         resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )
     backend = TorchConfig(backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo")
-    folder, total = config["plan"].at("checkpoints"), config["plan"].total
-    done, before = training_state.steps_done(folder), -1
-    while done > before:
-        before = done
-        try:
-            with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
-                failures = FailureConfig(max_failures=FAILURES)
-                run_config = RunConfig(name="train", storage_path=scratch, failure_config=failures)
-                TorchTrainer(
-                    train,
-                    train_loop_config=config,
-                    torch_config=backend,
-                    scaling_config=scaling,
-                    run_config=run_config,
-                ).fit()
-            return
-        except TrainingFailedError as error:
-            done, reason = training_state.steps_done(folder), str(error).strip().splitlines()[-1]
-            print(f"Lost workers {FAILURES + 1} times; the last checkpoint is of step {done:,}.", flush=True)
-    raise Unfinished(
-        f"training stopped ({reason}) after step {done:,} of {total:,}; what was learnt until then is in {folder}, and"
-        " the same command goes on from there."
-    )
+    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            train,
+            train_loop_config=config,
+            torch_config=backend,
+            scaling_config=scaling,
+            run_config=RunConfig(name="train", storage_path=scratch),
+        )
+        if recipe.train.workers:
+            signals.interruptible(trainer.fit)  # in this thread, Ray would take Ctrl-C for itself
+        else:
+            trainer.fit()
 
 
 # ---- every worker
@@ -223,16 +255,18 @@ def train(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), _device(plan.recipe)
 
-    # 2. The student starts from its teacher, of which only the tokenizer stays.
-    student, loss = build(plan.recipe, device)
+    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
+    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
+    folder = plan.at("checkpoints")
+    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
+    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
     state = TrainingState(student, settings)
+    if newest and rank == 0:
+        resume(plan, state, newest, config["report"])
 
-    # 3. Or it goes on where the last checkpoint left it. What rank 0 sees counts, should a folder be slow to show.
-    newest = broadcast_from_rank_zero(training_state.newest(plan.at("checkpoints")) if rank == 0 else None)
-    if newest:
-        state.restore(plan.at("checkpoints", newest))
-        if rank == 0:
-            training_state.drop_after(plan.at("checkpoints"), newest)
+    # 3. The workers become one.
+    if world > 1:
+        state.share(broadcast_from_rank_zero)
     prepare(student, loss)
     network = _distributed(student, settings, device)
 
@@ -240,28 +274,43 @@ def train(config: dict[str, Any]) -> None:
     observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
-    window = Window(settings, device)
     pairs = training_data.stream(plan)
-    for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
-        window.waited += waited
-        batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
-        window.add(*step(network, loss, state, batch, plan.total))
+    window = Window(settings, device)
+    with training_state.Writer(folder, settings.keep) as writer:
+        for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
+            window.waited += waited
+            batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            window.add(*step(network, loss, state, batch, plan.total))
 
-        saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
-        looking = state.step in plan.snapshot_steps
-        if saving or looking or state.step % settings.log_every == 0:
-            state.check()
-            metrics = window.close()
-            if observer:
-                observer.log(metrics)
-            if observer and looking:
-                observer.snapshot()
-            if observer and saving:
-                state.save(plan.at("checkpoints"))
+            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+            looking = state.step in plan.snapshot_steps
+            if saving or looking or state.step % settings.log_every == 0:
+                state.check()
+                metrics = window.close()
+                if observer:
+                    observer.log(metrics)
+                if observer and looking:
+                    observer.snapshot()
+                    window.begin()
+                if observer and saving:
+                    writer.write(state)
 
     # 6. The result comes last: whoever finds it knows that nothing is missing.
     if observer:
         observer.export(plan.result)
+
+
+def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
+    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
+    folder = plan.at("checkpoints")
+
+    def say(line: str) -> None:
+        report(Message(state.step, {}, [], line))
+
+    names = [name for name in training_state.saved(folder) if name <= newest]
+    name = state.restore(folder, names, say)
+    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
+    training_state.drop_after(folder, name)
 
 
 def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
@@ -278,13 +327,22 @@ def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, tot
     return torch.stack(sums).sum(0), state.advance(total)
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
-    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone."""
+def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Student, Loss]:
+    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone.
+
+    Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
+    """
     # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32", compile=False))
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
+    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
+    if fresh:
+        teacher = checkpoints.teacher(settings)
+        tokenizer = teacher.tokenizer.to(device)
+        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
+    else:
+        tokenizer = checkpoints.tokenizer(settings).to(device)
+        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
-    return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
+    return student.train(), Loss(recipe.train, tokenizer, network)
 
 
 def prepare(student: Student, loss: Loss) -> None:
@@ -299,6 +357,7 @@ def _device(recipe: Recipe) -> torch.device:
     """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
     set_products(recipe.train.precision)
     if recipe.cluster.runs_on == "cuda":
+        torch.backends.cudnn.benchmark = True  # decoder and LPIPS meet the same shapes at every step
         return ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
     return torch.device("cpu")
@@ -383,9 +442,7 @@ def _seconds_per_step(recipe: Recipe) -> float:
     """``measure`` where a worker would run."""
     if not recipe.train.workers:
         return measure(recipe)
-    cluster.connect(recipe)
-    task = ray.remote(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)(measure)
-    return ray.get(task.remote(recipe))
+    return float(cluster.on_worker(recipe, measure, recipe))
 
 
 def measure(recipe: Recipe) -> float:
@@ -398,8 +455,8 @@ def measure(recipe: Recipe) -> float:
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []
-    for _ in range(1 + MEASURED):
-        step(student, loss, state, batch, total=1 + MEASURED)
-        state.check()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / MEASURED
+    for _ in range(WARM_UP + MEASURED):
+        step(student, loss, state, batch, total=WARM_UP + MEASURED)
+        ends.append(now(device))
+    state.check()
+    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED

@@ -30,4 +30,4 @@ class Unfinished(RuntimeError):
 
 
 class Outage(Unfinished):
-    """A storage that does not answer, is overloaded or is full: nothing is wrong with the input, and it may pass."""
+    """A storage that does not answer or is overloaded: nothing is wrong with the input, and it may pass by itself."""

@@ -1,29 +1,24 @@
 """Noise-token pairs at scale (Alg. 1): a pool of teachers turns numbered shards of noise into Parquet files.
 
-Two stages of Ray Data: a teacher actor makes one whole shard, a CPU task commits it, so that the device never waits for
-storage. What is committed is never made again; a run that was killed goes on where it stopped.
+``passes`` has Ray Data make and commit the shards. What is committed is never made again; a run that was killed goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import ray
 import torch
 import yaml
-from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError
 from torch import Tensor
 
 from pipeline import cluster, compilation, footprint, manifest, mlflow_store, pairs, storage, tracking
@@ -31,43 +26,48 @@ from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
+from pipeline.passes import FAILURES, commits, patiently
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.replica import Replica, outcome
+from pipeline.replica import Replica
 
-FAILURES = 10  # failed shards at which the job stops; fewer are named at the end
-DEATHS = 5  # times that a shard may take its actor down with it before it counts as failed
+NAMED = 10  # of them, in a sentence
 LEDGER = 60.0  # seconds between two records of what is committed; what a killed driver has not recorded is read again
 TRACED = 16  # AR steps of a raster sequence that a plan traces
-VERIFIED_ROWS = 64  # rows that verify derives again
+VERIFIED_SHARDS = 8  # of which verify derives rows again, and more where more machines made them
+VERIFIED_ROWS = 16  # of each of those
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
 
 
 def generate(recipe: Recipe) -> str:
     """Make what is missing of the recipe's pair set; returns a summary.
 
-    Raises ValueError or FileNotFoundError for bad input before any work, RuntimeError when shards failed.
+    Raises ValueError or FileNotFoundError for bad input before any work, RuntimeError when shards failed. Nothing is
+    claimed before Ray and MLflow are there.
     """
     recipe = cluster.portable(recipe)
     mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:
         compilation.check("teacher.compile", recipe.cluster.runs_on)
     if recipe.pairs.verify:
         return verify(recipe, known)
-    complete = storage.read_json(_manifest(uri)) if storage.exists(_manifest(uri)) else None
+    files, complete = storage.sizes(uri), manifest.complete(uri)
     count = max(recipe.pairs.count, complete["count"] if complete else 0)  # a set never shrinks
-    there = manifest.committed(uri)
+    there = manifest.shards_among(files)
     shards = manifest.present(there, count, recipe.pairs.shard_rows)
     todo = [number for number, name in shards.items() if name is None]
     if complete and complete["count"] == count and not todo:
         if not recipe.dry_run:
             tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
+            manifest.tidy(uri, complete, files)
         return f"Nothing is missing: {_described(uri, complete)}."
     _check_weights(recipe)
     if recipe.dry_run:
         return plan(recipe, known, count, todo)
+    cluster.check_address()
     storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
@@ -100,12 +100,29 @@ def _complete(
     uri, start = recipe.pairs_uri, time.monotonic()
     todo = [number for number, name in shards.items() if name is None]
     kept = [recorded[name] for name in shards.values() if name in recorded]
+    unknown = [name for name in shards.values() if name and name not in recorded]
+    made: list[Shard] = []
     # The manifest needs the SHA-256 of what is there: it is read beside the teachers' work, not after it.
-    with ThreadPoolExecutor(pairs.CHECKERS) as pool:
-        unknown = [name for name in shards.values() if name and name not in recorded]
-        there = [pool.submit(pairs.inspect_shard, uri, known, name) for name in unknown]
-        made = _make(recipe, known, count, todo, kept, run) if todo else []
-        checked = [future.result() for future in there]
+    with _checking(uri, known, unknown) as reading:
+
+        def record() -> None:
+            """Write the ledger if it can be written: it only saves the next run some reading."""
+            found = kept + _results(reading) + made
+            with suppress(Refused, Unfinished):
+                if found:  # else the folder may not even be claimed
+                    manifest.record(uri, known, found)
+
+        try:
+            if todo:
+                with cluster.session(recipe, min(recipe.pairs.actors, len(todo))):
+                    manifest.claim(uri, known, recipe)
+                    _make(recipe, known, count, todo, made, record, run)
+            else:
+                manifest.claim(uri, known, recipe)
+            checked = [future.result() for future in reading]
+        except BaseException:
+            record()
+            raise
     summary = {
         "rows": sum(shard.rows for shard in made),
         "seconds": round(time.monotonic() - start, 3),
@@ -114,7 +131,8 @@ def _complete(
         "device": recipe.cluster.runs_on,
         "mlflow_run": run.id,
     }
-    complete = manifest.finish(uri, known, kept + checked + made, summary)
+    finish = partial(manifest.finish, uri, known, kept + checked + made, summary)
+    complete = patiently(finish, recipe.pairs.patience_hours, partial(print, file=sys.stderr, flush=True))
     _log(run, recipe, complete)
     return complete
 
@@ -124,128 +142,109 @@ def _log(run: tracking.Run, recipe: Recipe, complete: dict[str, Any]) -> None:
     uri = recipe.pairs_uri
     run.dataset("pairs", uri, complete["fingerprint"], "output")
     run.tag("pairs_fingerprint", complete["fingerprint"])
-    run.artifact("manifest.json", partial(storage.read_bytes, _manifest(uri)))
+    run.artifact("manifest.json", partial(storage.read_bytes, storage.join(uri, manifest.MANIFEST)))
     run.conclude(f"{recipe.name}, {complete['count']:,} pairs", f"{_described(uri, complete)}.")
 
 
+@contextmanager
+def _checking(uri: str, known: Facts, names: list[str]) -> Iterator[list[Future[Shard]]]:
+    """Shards that are read and checked in threads while the body runs; when it ends, what is not begun is left."""
+    pool = ThreadPoolExecutor(pairs.CHECKERS)
+    try:
+        yield [pool.submit(pairs.inspect_shard, uri, known, name) for name in names]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _results(reading: list[Future[Shard]]) -> list[Shard]:
+    """Of those that are done and found to be whole."""
+    done = [future for future in reading if future.done() and not future.cancelled()]
+    return [future.result() for future in done if not future.exception()]
+
+
 def _make(
-    recipe: Recipe, known: Facts, count: int, todo: list[int], kept: list[Shard], run: tracking.Run
-) -> list[Shard]:
-    """Make and commit the shards ``todo``, with progress; RuntimeError naming those that failed."""
-    cluster.connect(recipe)
-    made: list[Shard] = []
+    recipe: Recipe,
+    known: Facts,
+    count: int,
+    todo: list[int],
+    made: list[Shard],
+    record: Callable[[], None],
+    run: tracking.Run,
+) -> None:
+    """Make and commit the shards ``todo``, with progress, into ``made``; RuntimeError naming those that failed."""
     failed: set[int] = set()
     total = math.ceil(count / recipe.pairs.shard_rows)
-    replicas, rows, size, last = min(recipe.pairs.actors, len(todo)), 0, 0, time.monotonic()
-    try:
-        with cluster.waiting(recipe, replicas), Progress(total, "shards", done=total - len(todo)) as progress:
-            for row in commits(recipe, known, count, todo):
-                if row["error"]:
-                    failed.add(int(row["number"]))
-                    progress.say(f"shard {row['number']} failed: {row['error']}")
-                    if len(failed) == FAILURES:
-                        break
-                    continue
-                shard = Shard(**json.loads(row["shard"]))
-                made.append(shard)
-                rows, size = rows + shard.rows, size + shard.bytes
-                speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
-                progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
-                values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
-                run.metrics(values, step=progress.done)
-                if time.monotonic() - last > LEDGER:
-                    _record(recipe, known, kept + made)
-                    last = time.monotonic()
-    finally:
-        if len(made) < len(todo):
-            _record(recipe, known, kept + made)
+    limit = FAILURES * min(recipe.pairs.actors, len(todo))
+    rows, size, last = 0, 0, time.monotonic()
+    with Progress(total, "shards", done=total - len(todo)) as progress:
+        for outcome in commits(recipe, known, count, todo, progress):
+            if outcome.shard is None:
+                failed.add(outcome.number)
+                progress.say(f"shard {outcome.number} failed: {outcome.error}")
+                if len(failed) == limit:
+                    break
+                continue
+            made.append(outcome.shard)
+            rows, size = rows + outcome.shard.rows, size + outcome.shard.bytes
+            speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
+            progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
+            values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
+            run.metrics(values, step=progress.done)
+            if time.monotonic() - last > LEDGER:
+                record()
+                last = time.monotonic()
     if len(made) < len(todo):
-        raise Unfinished(_lost(recipe, todo, made, failed))
-    return made
+        raise Unfinished(_missing(recipe, todo, made))
 
 
-def _record(recipe: Recipe, known: Facts, shards: list[Shard]) -> None:
-    """Write the ledger if it can be written: it only saves the next run some reading."""
-    with suppress(ValueError, FileNotFoundError):
-        manifest.record(recipe.pairs_uri, known, shards)
-
-
-def _lost(recipe: Recipe, todo: list[int], made: list[Shard], failed: set[int]) -> str:
-    """Which shards were not made; those that took their process with them are named on stderr, having had no say."""
-    lost = sorted(set(todo) - {shard.number for shard in made})
-    for number in set(lost) - failed if len(failed) < FAILURES else ():
-        print(f"shard {number} failed: its process or its node died {DEATHS + 1} times", file=sys.stderr)
-    names = ", ".join(map(str, lost[:FAILURES])) + (", ..." if len(lost) > FAILURES else "")
+def _missing(recipe: Recipe, todo: list[int], made: list[Shard]) -> str:
+    """Which shards were not made."""
+    missing = sorted(set(todo) - {shard.number for shard in made})
+    names = ", ".join(map(str, missing[:NAMED])) + (", ..." if len(missing) > NAMED else "")
     return (
-        f"{len(lost)} of {len(todo)} shards were not made ({names}), see above for why; the others are committed in"
+        f"{len(missing)} of {len(todo)} shards were not made ({names}), see above for why; the others are committed in"
         f" {recipe.pairs_uri}, and the same command makes what is missing."
     )
-
-
-def commits(
-    recipe: Recipe, known: Facts, count: int, todo: list[int], replica: type[Replica] = Replica, **more: Any
-) -> Iterator[dict[str, Any]]:
-    """Numbers -> teacher -> Parquet file: {number, error, shard} of every shard as it is committed.
-
-    ``replica`` is the actor's class, ``more`` what its constructor takes beside recipe and facts.
-    """
-    size = recipe.pairs.shard_rows
-    DataContext.get_current().max_errored_blocks = FAILURES  # of shards whose process died every time
-    tasks = [{"number": k, "rows": min(size, count - k * size)} for k in todo]
-    made = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        replica,
-        fn_constructor_args=(recipe, known),
-        fn_constructor_kwargs=more,
-        batch_size=1,
-        # One at a time: a shard that takes its actor down would take the retries of one queued behind it, too.
-        compute=ActorPoolStrategy(size=min(recipe.pairs.actors, len(todo)), max_tasks_in_flight_per_actor=1),
-        num_cpus=recipe.cluster.cpus,
-        num_gpus=recipe.cluster.gpus,
-        max_task_retries=DEATHS,
-    )
-    written = made.map_batches(
-        commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
-        fn_kwargs={"uri": recipe.pairs_uri, "known": known},
-        batch_size=None,
-        batch_format="pyarrow",
-    )
-    try:
-        yield from written.iter_rows()
-    except RayError as error:
-        raise Unfinished(f"Ray ended the work early ({_last_line(error)}); the same command goes on.") from error
-
-
-def commit(table: Any, uri: str, known: Facts) -> dict[str, np.ndarray]:
-    """Write the Arrow table of one shard, or hand on the error that came instead."""
-    if "error" in table.column_names:
-        return {name: table[name].to_numpy() for name in table.column_names}
-    number = int(table["sample_id"][0].as_py()) // known["shard_rows"]
-    try:
-        return outcome(number, pairs.write_shard(uri, known, table))
-    except Exception as error:
-        return outcome(number, error=error)
 
 
 # ---- checking and planning
 
 
 def verify(recipe: Recipe, known: Facts) -> str:
-    """Check every shard of the complete set and derive some rows again through the teacher; returns a summary."""
-    uri = recipe.pairs_uri
+    """Check every shard of the complete set and derive some rows again through the teacher; returns a summary.
+
+    The rows are of several shards, of every machine that made some at least one; each shard has to agree.
+    """
+    uri, chance = recipe.pairs_uri, random.Random()  # others every time
     complete = pairs.verify(uri)
-    names = [shard["name"] for shard in complete["shards"]]
-    chosen = pairs.load_shard(uri, known, random.choice(names))  # another one every time
-    picked = np.sort(np.random.default_rng().permutation(len(chosen.ids))[:VERIFIED_ROWS])
-    share = _on_replica(recipe, known, "agreement", chosen.take(picked))
+    shards = _sample([Shard(**shard) for shard in complete["shards"]], chance)
+    parts = []
+    for shard in shards:
+        picked = sorted(chance.sample(range(shard.rows), min(VERIFIED_ROWS, shard.rows)))
+        parts.append(pairs.load_shard(uri, known, shard.name).take(picked))
+    shares = _on_replica(recipe, known, "agreements", parts)
+    count = sum(len(part.ids) for part in parts)
+    share, worst = min(zip(shares, shards, strict=True), key=lambda pair: pair[0])
     if share < AGREEMENT:
+        host = f", made on {worst.host}," if worst.host else ""
         raise Refused(
-            f"only {share:.1%} of the codes of {len(picked)} rows of {uri} were found again through the teacher (from"
-            f" id {chosen.ids[picked[0]]} on); they were not made as the manifest says: make the set again elsewhere."
+            f"only {share:.1%} of the codes of rows of {storage.join(uri, worst.name)}{host} were found again through"
+            " the teacher; they were not made as the manifest says: make the set again elsewhere."
         )
+    mean = sum(part.tokens.size * share for part, share in zip(parts, shares, strict=True))
+    mean /= sum(part.tokens.size for part in parts)
     return (
-        f"Verified: {_described(uri, complete)}; all shards are whole, and {share:.2%} of the codes of {len(picked)}"
-        " random rows were found again through the teacher."
+        f"Verified: {_described(uri, complete)}; all shards are whole, and {mean:.2%} of the codes of {count} random"
+        f" rows of {len(shards)} of them were found again through the teacher."
     )
+
+
+def _sample(shards: list[Shard], chance: random.Random) -> list[Shard]:
+    """Some shards at random, one of each machine that made some among them."""
+    mixed = chance.sample(shards, len(shards))
+    chosen = {shard.host: shard for shard in mixed}
+    others = [shard for shard in mixed if shard is not chosen[shard.host]]
+    return [*chosen.values(), *others[: max(0, VERIFIED_SHARDS - len(chosen))]]
 
 
 def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
@@ -307,27 +306,12 @@ def footprint_of(recipe: Recipe) -> footprint.Footprint:
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:
     """Call a method of one Replica, on the hardware that the recipe gives it."""
-    cluster.connect(recipe)
-    actor = ray.remote(Replica).options(num_cpus=recipe.cluster.cpus, num_gpus=recipe.cluster.gpus)
-    replica = actor.remote(recipe, known)
-    try:
-        return ray.get(getattr(replica, method).remote(*args))
-    except RayError as error:
-        raise Unfinished(f"the teacher could not run: {_last_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    """What was raised in the worker; the lines before it are its traceback."""
-    return " ".join(str(error).strip().splitlines()[-1].split())
+    return cluster.on_actor(recipe, Replica, (recipe, known), method, *args)
 
 
 def _rows_of(recipe: Recipe, count: int, todo: list[int]) -> int:
     size = recipe.pairs.shard_rows
     return sum(min(size, count - k * size) for k in todo)
-
-
-def _manifest(uri: str) -> str:
-    return storage.join(uri, "manifest.json")
 
 
 def _described(uri: str, complete: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
 """The folder of a pair set: who owns it, what is missing from it, and when it is complete.
 
-    <uri>/recipe.json               written first: claims the folder, holds the facts and their fingerprint
-    <uri>/shard-00000.parquet ...   shard k holds the ids from k * shard_rows on; any worker can remake it, bit for bit
-    <uri>/ledger.json               while shards are made: rows and SHA-256 of those that are there, now and then
-    <uri>/manifest.json             written last: the set is complete; rows and SHA-256 of every shard
-    <uri>/README.md                 dataset card
+    <uri>/_recipe.json              written first: claims the folder, holds the facts and their fingerprint
+    <uri>/shard-00000.parquet ...   shard k holds the ids from k * shard_rows on; any worker can remake it
+    <uri>/_ledger.json              while shards are made: rows and SHA-256 of those that are there, now and then
+    <uri>/_manifest.json            written last: the set is complete; rows and SHA-256 of every shard
+    <uri>/_README.md                dataset card
+
+Readers of a folder of Parquet take no notice of names that begin with an underscore. Earlier versions wrote the four
+without it; such a set is read, and gets the new names when it is completed or grows.
 
 A last shard of fewer rows carries their number in its name (shard-00002-500.parquet). When ``pairs.count`` grows, the
 whole shard is made under its own name, with the same first rows; the short one is deleted once the manifest no longer
@@ -19,7 +22,7 @@ import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,12 +30,14 @@ from typing import Any
 import numpy as np
 
 from pipeline import noise, storage
-from pipeline.errors import Missing, Refused
+from pipeline.errors import Missing, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, fingerprint, leaves
 
+RECIPE, LEDGER, MANIFEST, CARD = "_recipe.json", "_ledger.json", "_manifest.json", "_README.md"
 FORMAT = 1
+NAMED = 3  # files that a sentence names
 SHARD = re.compile(r"shard-(\d{5,})(?:-(\d+))?\.parquet")
 VERSIONS = ("torch", "numpy", "scipy", "pyarrow", "ray")
 
@@ -42,13 +47,14 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard, as the manifest lists it."""
+    """A committed shard, as the manifest lists it; ``host`` is the machine that made it, or empty."""
 
     name: str
     number: int
     rows: int
     bytes: int
     sha256: str
+    host: str = ""
 
 
 # ---- what a set is
@@ -118,9 +124,20 @@ def number_and_rows(name: str, shard_rows: int) -> tuple[int, int]:
     return int(match[1]), int(match[2] or shard_rows)
 
 
+def ids_of(name: str, known: Facts) -> np.ndarray:
+    """The sample ids of a shard's rows, int64 [rows], by its name."""
+    number, rows = number_and_rows(name, known["shard_rows"])
+    return number * known["shard_rows"] + np.arange(rows)
+
+
 def committed(uri: str) -> dict[str, int]:
     """Names of the shards in the folder and their bytes, by one listing."""
-    return {name: size for name, size in storage.sizes(uri).items() if SHARD.fullmatch(name)}
+    return shards_among(storage.sizes(uri))
+
+
+def shards_among(files: dict[str, int]) -> dict[str, int]:
+    """Those of a folder's files (name -> bytes) that are shards."""
+    return {name: size for name, size in files.items() if SHARD.fullmatch(name)}
 
 
 def present(names: Container[str], count: int, shard_rows: int) -> dict[int, str | None]:
@@ -139,52 +156,85 @@ def present(names: Container[str], count: int, shard_rows: int) -> dict[int, str
 def record(uri: str, known: Facts, shards: list[Shard]) -> None:
     """Write down what was committed, so that a run that goes on need not read it again for its SHA-256."""
     content = {"fingerprint": fingerprint(known), "shards": [asdict(shard) for shard in shards]}
-    storage.write_json(_ledger(uri), content)
+    storage.write_json(storage.join(uri, LEDGER), content)
 
 
 def recorded(uri: str, known: Facts, there: dict[str, int]) -> dict[str, Shard]:
     """The shards of ``there`` (name -> bytes) that a ledger or a manifest knows with as many bytes, by name."""
     found: dict[str, Shard] = {}
-    for place in (storage.join(uri, "manifest.json"), _ledger(uri)):
-        with suppress(FileNotFoundError):
-            content = storage.read_json(place)
-            if content["fingerprint"] == fingerprint(known):
-                found |= {line["name"]: Shard(**line) for line in content["shards"]}
+    for content in (complete(uri), _stored(uri, LEDGER)):
+        if content and content["fingerprint"] == fingerprint(known):
+            found |= {line["name"]: Shard(**line) for line in content["shards"]}
     return {name: shard for name, shard in found.items() if there.get(name) == shard.bytes}
 
 
-def _ledger(uri: str) -> str:
-    return storage.join(uri, "ledger.json")
+def complete(uri: str) -> dict[str, Any] | None:
+    """The manifest of a complete set, as it stands there; None without one."""
+    return _stored(uri, MANIFEST)
+
+
+def _stored(uri: str, name: str) -> Any:
+    """The content of one of the set's JSON files, under its name or that of earlier versions; None if there is none."""
+    for place in (name, _earlier(name)):
+        with suppress(FileNotFoundError):  # asked for by name: a bucket lists 12,000 shards in seconds
+            return storage.read_json(storage.join(uri, place))
+    return None
+
+
+def _earlier(name: str) -> str:
+    """What earlier versions called the file."""
+    return name.removeprefix("_")
 
 
 # ---- claiming a folder
 
 
 def check_claim(uri: str, known: Facts) -> bool:
-    """Whether the folder already belongs to this set; ValueError if it belongs to something else."""
-    with suppress(FileNotFoundError):  # asked for by name: a bucket lists 12,000 shards in seconds
-        there = storage.read_json(storage.join(uri, "recipe.json"))
-        if there["fingerprint"] != fingerprint(known):
+    """Whether the folder already belongs to this set; ValueError if it belongs to something else.
+
+    A claim without a single shard, left by a start that failed, holds nothing and may be replaced.
+    """
+    there = _stored(uri, RECIPE)
+    if there is not None and "facts" in there:
+        if there["fingerprint"] == fingerprint(known):
+            return True
+        if committed(uri) or complete(uri):
             raise Refused(
                 f"{uri} holds a pair set made otherwise: {_differences(there['facts'], known)}; set pairs.uri (or run)"
                 " to another folder, or go back to the recipe that it was made with."
             )
-        return True
+        return False
     foreign = [name for name in storage.listing(uri) if not name.startswith(".")]
     if foreign:
         raise Refused(
-            f"{uri} is not empty ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and holds no"
-            " recipe.json, so it is no pair set; set pairs.uri to a new or empty folder."
+            f"{uri} is not empty ({', '.join(foreign[:NAMED])}{', ...' if len(foreign) > NAMED else ''}) and holds no"
+            f" {RECIPE} of a pair set; set pairs.uri to a new or empty folder."
         )
     return False
 
 
 def claim(uri: str, known: Facts, recipe: Recipe) -> None:
-    """Write recipe.json into a free folder, or do nothing in one of ours; sweep what killed writers left behind."""
+    """Write _recipe.json into a free folder, or do nothing in one of ours; sweep what killed writers left behind.
+
+    Raises ValueError if another recipe claims it in the same moment: of two, the last one to write has it.
+    """
     if not check_claim(uri, known):
         content = {"fingerprint": fingerprint(known), "facts": known, "recipe": recipe.resolved()}
-        storage.write_json(storage.join(uri, "recipe.json"), content)
+        storage.write_json(storage.join(uri, RECIPE), content)
+        storage.remove(storage.join(uri, _earlier(RECIPE)))
+        check_owner(uri, known)
     storage.sweep(uri)
+
+
+def check_owner(uri: str, known: Facts) -> None:
+    """ValueError unless the folder still belongs to this set; asked before anything is written into it."""
+    there = _stored(uri, RECIPE)
+    if there is None or there["fingerprint"] != fingerprint(known):
+        found = "is gone" if there is None else f"is another one's now: {_differences(there['facts'], known)}"
+        raise Refused(
+            f"{storage.join(uri, RECIPE)}, which says whose the folder is, {found}; somebody else works in it. Set"
+            " pairs.uri (or run) to a folder of its own, and run the same command again."
+        )
 
 
 def _differences(there: Facts, here: Facts) -> str:
@@ -199,32 +249,66 @@ def _differences(there: Facts, here: Facts) -> str:
 
 
 def finish(uri: str, known: Facts, shards: list[Shard], made: dict[str, Any]) -> dict[str, Any]:
-    """Write the card and manifest.json, then delete short shards that whole ones replaced; returns the manifest.
+    """Write the card and the manifest, then delete what they make superfluous; returns the manifest.
 
-    ``made`` describes this run (rows, seconds, batch, device, MLflow run, ...) and joins those of earlier manifests.
+    ``made`` describes this run (rows, seconds, batch, device, MLflow run, ...) and joins those of earlier manifests. A
+    driver that has completed more rows of the same set in the meantime keeps them. Raises ValueError if the folder has
+    another owner by now and RuntimeError if a shard is not there, as its listing has it.
     """
-    place = storage.join(uri, "manifest.json")
-    before = storage.read_json(place)["made"] if storage.exists(place) else []
+    check_owner(uri, known)
+    before = complete(uri) or {"made": [], "shards": []}
+    best = {shard.number: shard for shard in sorted(shards, key=lambda shard: shard.rows)}
+    for shard in (Shard(**line) for line in before["shards"]):
+        if shard.number not in best or shard.rows > best[shard.number].rows:
+            best[shard.number] = shard
+    files = storage.sizes(uri)
+    _check_there(uri, best.values(), files)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    run = made | {"versions": versions}
     manifest = {
         "fingerprint": fingerprint(known),
-        "count": sum(shard.rows for shard in shards),
-        "bytes": sum(shard.bytes for shard in shards),
+        "count": sum(shard.rows for shard in best.values()),
+        "bytes": sum(shard.bytes for shard in best.values()),
         "noise_digest": _noise_digest(known),
         "facts": known,
-        "made": [*before, made | {"versions": versions}],
-        "shards": [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.number)],
+        "made": [*(other for other in before["made"] if other != run), run],  # once, though it may be said again
+        "shards": [asdict(best[number]) for number in sorted(best)],
     }
-    storage.write_bytes(storage.join(uri, "README.md"), card(manifest).encode())
-    storage.write_json(place, manifest)
-    storage.remove(_ledger(uri))
-    storage.sweep(uri)
-    listed, whole = {shard.name for shard in shards}, {shard.number for shard in shards}
-    for name in committed(uri).keys() - listed:
-        number, rows = number_and_rows(name, known["shard_rows"])
-        if number in whole and rows < known["shard_rows"]:
-            storage.remove(storage.join(uri, name))
+    if not storage.exists(storage.join(uri, RECIPE)):  # a set of an earlier version
+        storage.write_json(storage.join(uri, RECIPE), _stored(uri, RECIPE))
+    storage.write_bytes(storage.join(uri, CARD), card(manifest).encode())
+    storage.write_json(storage.join(uri, MANIFEST), manifest)
+    tidy(uri, manifest, [*files, MANIFEST])
     return manifest
+
+
+def _check_there(uri: str, shards: Iterable[Shard], sizes: dict[str, int]) -> None:
+    """RuntimeError naming shards that were committed and that this machine does not see as they were written."""
+    missing = [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+    if missing:
+        raise Unfinished(
+            f"{len(missing)} shards were committed but are not in {uri} as they were written"
+            f" ({', '.join(missing[:NAMED])}{', ...' if len(missing) > NAMED else ''}): the workers write to another"
+            " place than this machine reads. Give --run an s3:// or gs:// URI or a folder that all nodes share."
+        )
+
+
+def tidy(uri: str, manifest: dict[str, Any], files: Iterable[str]) -> None:
+    """Delete those of the folder's files that the complete set no longer needs; a killed driver may have left them.
+
+    They are the ledger, what killed writers left, files of earlier names, and short shards that longer ones replaced:
+    nothing that another driver needs which is about to complete more rows.
+    """
+    rows = {shard["number"]: shard["rows"] for shard in manifest["shards"]}
+    useless = {LEDGER, _earlier(LEDGER)}
+    if MANIFEST in files:
+        useless |= {_earlier(name) for name in (RECIPE, MANIFEST, CARD)}
+    for name in files:
+        number, held = number_and_rows(name, manifest["facts"]["shard_rows"]) if SHARD.fullmatch(name) else (-1, 0)
+        if name in useless or held < rows.get(number, 0):
+            storage.remove(storage.join(uri, name))
+    if any(name.startswith(storage.TEMPORARY) for name in files):
+        storage.sweep(uri)
 
 
 def read(uri: str, expected: str | None = None) -> dict[str, Any]:
@@ -233,11 +317,11 @@ def read(uri: str, expected: str | None = None) -> dict[str, Any]:
     ``expected`` is the fingerprint that the caller's recipe asks for. Raises FileNotFoundError for a set that is not
     there or not complete, and ValueError for another set or another noise, with one sentence.
     """
-    if not storage.exists(storage.join(uri, "manifest.json")):
-        begun = storage.exists(storage.join(uri, "recipe.json"))
+    manifest = complete(uri)
+    if manifest is None:
+        begun = _stored(uri, RECIPE) is not None
         what = "holds a pair set that is not complete" if begun else "holds no pair set"
         raise Missing(f"{uri} {what}; run generate_pairs with this recipe first.")
-    manifest = storage.read_json(storage.join(uri, "manifest.json"))
     known = manifest["facts"]
     if expected is not None and manifest["fingerprint"] != expected:
         raise Refused(
@@ -261,7 +345,8 @@ def card(manifest: dict[str, Any]) -> str:
     other = "" if dtype == "float16" else f', "{dtype}"'
     call = f"pipeline.noise.gaussian({known['seed']}, sample_ids, {length}, {dim}{other})"
     if known["noise"] == "stored":
-        noise_row = f"| noise | {dtype} [{length}, {dim}] | standard normal, exactly what the teacher was given |\n"
+        shape = f"{length}, {dim}"
+        noise_row = f"| noise | {dtype} [{shape}], flat | standard normal, exactly what the teacher was given |\n"
         origin = f"The noise comes from `{call}`."
     else:
         noise_row = ""
@@ -295,7 +380,7 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 * Solver: {", ".join(f"{name} {value}" for name, value in known["solver"].items())}.
 * {len(manifest["shards"])} shards, {manifest["bytes"] / 1e6:,.1f} MB; the last run made {made["rows"]:,} rows in \
 {made["seconds"]:,.0f} s on {made["device"]}.
-* Fingerprint `{manifest["fingerprint"]}`; `manifest.json` holds the rest.
+* Fingerprint `{manifest["fingerprint"]}`; `{MANIFEST}` holds the rest.
 """
 
 

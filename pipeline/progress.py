@@ -13,20 +13,33 @@ class Progress:
     """``with Progress(40, "shards") as progress: progress.update(note="1,520 rows/s")``, written to stderr.
 
     In a log a line is written after the first update, at most every ``every`` seconds, and at the end. ``done`` of the
-    ``total`` were there before and do not count towards the speed.
+    ``total`` were there before and do not count towards the speed. Where units are made side by side, ``begin`` says
+    so, and time counts from the first one on: what a pool waits for before is no part of a unit's time.
     """
 
     def __init__(self, total: int, unit: str, every: float = 30.0, done: int = 0) -> None:
         self.total, self.unit, self.every, self.done = total, unit, every, done
         self._before, self._start, self._last = done, time.monotonic(), -float("inf")
+        self._abreast, self._warm = 0, (0, 0.0)  # units in work at once; units and seconds of the first of each
         self._bar = None
         if sys.stderr.isatty():
             form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
             self._bar = tqdm(total=total, initial=done, desc=unit, bar_format=form, dynamic_ncols=True)
 
+    def begin(self, abreast: int) -> None:
+        """A unit is begun, with which ``abreast`` are in work."""
+        if not self._abreast:
+            self._start = time.monotonic()
+            if self._bar is not None:
+                self._bar.unpause()
+        self._abreast = max(self._abreast, abreast)
+
     def update(self, n: int = 1, note: str = "") -> None:
         """``n`` more are done; ``note`` says how it goes."""
         self.done += n
+        made = self.done - self._before
+        if not self._warm[0] and made >= max(1, self._abreast):
+            self._warm = made, self.seconds
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
@@ -57,10 +70,16 @@ class Progress:
         return f"{self.unit} {self.done:,}/{self.total:,}"
 
     def _left(self) -> str:
-        made = self.done - self._before
-        if self.done >= self.total or not made:
-            return f"{duration(self.seconds)} in all"
-        return f"{duration(self.seconds / made * (self.total - self.done))} left"
+        """Time left, once as many are done as are made at once; then without these, which were slow to come."""
+        made, left, seconds = self.done - self._before, self.total - self.done, self.seconds
+        if left <= 0 or not made:
+            return f"{duration(seconds)} in all"
+        first, cold = self._warm
+        if not first:
+            return ""
+        if made >= 2 * first and self._abreast:
+            made, seconds = made - first, seconds - cold
+        return f"{duration(seconds / made * left)} left"
 
 
 def duration(seconds: float) -> str:

@@ -1,29 +1,41 @@
 """Alg. 1 for one shard: a teacher and flow matching turn noise into tokens.
 
-A ``Replica`` is what Ray Data runs in each of its actors; it knows neither Ray nor files.
+A ``Replica`` works in an actor of the ``pool``; it knows neither Ray nor files.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import gc
+import os
 import traceback
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline import flow, manifest, noise, pairs
 from pipeline.ahead import ahead
-from pipeline.manifest import Facts, Shard
+from pipeline.errors import Unfinished
+from pipeline.manifest import Facts
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.pairs import Rows
 from pipeline.precision import set_products
+from pipeline.ray_errors import device_error
 from pipeline.recipe import Recipe
+from pipeline.stopwatch import now, warm_up
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a shard, and where; ``device_lost`` if the process can do nothing more on its device."""
+
+    text: str
+    device_lost: bool = False
 
 
 class Replica:
@@ -35,18 +47,38 @@ class Replica:
         self.recipe, self.known, self.device = recipe, known, recipe.cluster.runs_on
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
 
-    def __call__(self, task: dict[str, np.ndarray]) -> Any:
-        """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or what went wrong.
+    def __call__(self, number: int, rows: int) -> pa.Table:
+        """The first ``rows`` rows of shard ``number`` as the Arrow table of a shard."""
+        return pairs.table(self.known, self.rows(number, rows))
 
-        An error is handed on as a value, so that the driver names it in one line and the other shards go on.
-        """
-        number = int(task["number"][0])
+    def attempt(self, number: int, rows: int) -> tuple[Failure | None, pa.Table | None]:
+        """The table, or why there is none: an error is handed on as a value, and the other shards go on."""
         try:
-            return pairs.table(self.known, self.rows(number, int(task["rows"][0])))
-        except torch.OutOfMemoryError:
-            raise  # Ray tries again: a neighbour on a shared device may have gone
+            return None, self._with_memory(number, rows)
         except Exception as error:
-            return outcome(number, error=error)
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+            return Failure(text, device_error(error)), None
+
+    def _with_memory(self, number: int, rows: int) -> pa.Table:
+        """The table, at the second attempt if memory is short; Unfinished, which names pairs.batch, if it stays so."""
+        try:
+            return self(number, rows)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+        gc.collect()  # what the failed attempt held, which its traceback no longer does
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            return self(number, rows)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+            raise Unfinished(
+                f"pairs.batch is {self.recipe.pairs.batch}, for which the memory does not suffice"
+                f" ({_free(self.device)}): lower it, or see what else is at work there"
+            ) from error
 
     def rows(self, number: int, rows: int) -> Rows:
         """The first ``rows`` rows of shard ``number``.
@@ -68,24 +100,30 @@ class Replica:
         tokens = self._generate(labels, drawn)
         return Rows(ids, labels, drawn, tokens.cpu().numpy().astype(np.uint16))
 
+    def agreements(self, parts: list[Rows]) -> list[float]:
+        """``agreement`` of each."""
+        return [self.agreement(rows) for rows in parts]
+
     def agreement(self, rows: Rows) -> float:
         """Share of the stored codes that flow matching finds again, each given the stored codes before it."""
-        stored = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.device)
-        drawn = manifest.gaussian(self.known, rows.ids)
-        found: list[Tensor] = []
-        self._generate(rows.labels, drawn, stored, found)
-        return (torch.cat(found, dim=1) == stored).float().mean().item()
+        same, batch = 0, self.recipe.pairs.batch
+        for begin in range(0, len(rows.ids), batch):
+            some = rows.take(slice(begin, begin + batch))
+            stored = torch.from_numpy(some.tokens.astype(np.int64)).to(self.device)
+            found: list[Tensor] = []
+            self._generate(some.labels, manifest.gaussian(self.known, some.ids), stored, found)
+            same += int((torch.cat(found, dim=1) == stored).sum())
+        return same / rows.tokens.size
 
     def measure(self) -> float:
-        """Seconds of one batch, after a short one to warm up, or after those that graphs are recorded in."""
+        """Seconds of one batch in steady state."""
         batch = min(self.recipe.pairs.batch, self.known["shard_rows"])
         drawn = manifest.gaussian(self.known, np.arange(batch))
-        warm = [batch, batch] if self.recipe.teacher.graphs else [min(2, batch)]
-        for size in warm:
-            self.make(np.arange(size), drawn[:size])
-        start = time.perf_counter()
-        self.make(np.arange(batch), drawn)
-        return time.perf_counter() - start
+        call = partial(self.make, np.arange(batch), drawn)
+        warm_up(call)
+        start = now(self.device)
+        call()
+        return now(self.device) - start
 
     @torch.no_grad()
     def _generate(
@@ -107,15 +145,22 @@ class Replica:
             return forced[:, layout.span(step)]
 
         tokens = self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        self.teacher.check()
         matcher.check()
         return tokens
 
 
-def outcome(number: int, shard: Shard | None = None, error: Exception | None = None) -> dict[str, np.ndarray]:
-    """A row for the driver: the shard's line of the manifest, or the error and where it was raised."""
-    text = ""
-    if error is not None:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-    line = json.dumps(asdict(shard)) if shard else ""
-    return {"number": np.array([number]), "error": np.array([text]), "shard": np.array([line])}
+def _is_full(error: Exception) -> bool:
+    """Whether it says that memory is short; torch's allocator for the CPU raises nothing more particular."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
+
+
+def _free(device: str) -> str:
+    """How much of the memory of a device is free."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    return f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"

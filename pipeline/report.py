@@ -9,30 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import legend, tables
+from pipeline.protocol import protocol
 from pipeline.tables import Table
 
 
 def headlines(results: dict[str, Any]) -> dict[str, float]:
     """The few numbers that MLflow draws: {"DD_1_step/FD": 5.2, "DD_1_step/speed-up_at_batch_1": 40.1, ...}.
 
-    The distance of the AR teacher and of each few-step sampler, and how much less time the latter take than the former
-    at the smallest and the largest batch at which both were timed. All others are in ``scores``.
+    The distance of the AR teacher and of each few-step sampler, and the latter's speed-ups over the former at batch 1
+    and at the throughput batch. All others are in ``scores``.
     """
-    drawn = [row for row in results["rows"] if row.get("sampler", {}).get("name") in ("Autoregressive", "FewStep")]
-    teacher = next((row["speeds"] for row in drawn if row["sampler"]["name"] == "Autoregressive"), None)
-    yardstick = {speed["batch"]: speed["ms"] for speed in teacher or filter(None, [results["baseline"]])}
-    out: dict[str, float] = {}
-    for row in drawn:
-        name = metric_name(row["name"])
-        out[f"{name}/{metric_name(results['title'])}"] = row["score"]
-        if row["sampler"]["name"] == "FewStep":
-            ratios = {
-                speed["batch"]: yardstick[speed["batch"]] / speed["ms"]
-                for speed in row["speeds"]
-                if speed["batch"] in yardstick
-            }
-            ends = {min(ratios), max(ratios)} if ratios else set()
-            out |= {f"{name}/speed-up_at_batch_{batch}": ratios[batch] for batch in sorted(ends)}
+    batch, out = results["speed"]["throughput_batch"], {}
+    for row in results["rows"]:
+        kind, name = row.get("sampler", {}).get("name"), metric_name(row["name"])
+        if kind in ("Autoregressive", "FewStep"):
+            out[f"{name}/{metric_name(results['title'])}"] = row["score"]
+        for key, size in (("speedup", 1), ("throughput_speedup", batch)):
+            if kind == "FewStep" and row.get(key) is not None:
+                out[f"{name}/speed-up_at_batch_{size}"] = row[key]
     return out
 
 
@@ -95,7 +89,7 @@ def markdown(results: dict[str, Any]) -> str:
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
     if results["made"]["timing"]["device"]:
-        parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
+        parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]
@@ -103,6 +97,7 @@ def markdown(results: dict[str, Any]) -> str:
         sizes = as_markdown(tables.over_pairs(results["pair_sets"]))
         parts += ["## Over the size of the pair set", "![distance over pairs](pairs.png)"]
         parts += [legend.about_pairs(results), sizes]
+    parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
     parts += ["## How these numbers were made", _nested(results["made"], 0)]
     return "\n\n".join(parts) + "\n"
 

@@ -2,43 +2,45 @@
 
 fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never from a URI. A write is atomic: whoever lists a
-folder sees a whole file or none. A missing file raises FileNotFoundError, other trouble ValueError, in one sentence
-with the URI. What is busy or breaks off is tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by botocore,
-and five times that by s3fs where the server says SlowDown or a connection breaks.
+folder sees a whole file or none. Trouble is one sentence with the URI: ``Missing`` for a file that is not there,
+``Outage`` for what may pass (nobody answers, overloaded, a disk that fails), Unfinished for a full disk, ``Refused``
+for the rest. What is busy or breaks off is first tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by
+botocore, and five times that by s3fs where the server says SlowDown or a connection breaks. Errors of a caller that has
+a file open here are its own and pass untouched.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import Missing, Refused
+from pipeline import hub_cache, local_files
+from pipeline.errors import Missing, Outage, Refused
+from pipeline.local_files import TEMPORARY
+from pipeline.storage_errors import sentences, watched
 
 ASSETS = Path(__file__).parent / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
-TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
-ADVICE = {  # by the number of an OSError
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another folder"),
-    errno.EBUSY: "the server is overloaded, so run the same command again later",  # after many attempts
-}
 JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
+TYPES = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "json": "application/json"}
+TYPES |= {"png": "image/png"}
 # A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
 # need not ask for the size first. Uploads go in parts, each of which is tried again.
 DOWNLOADS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
@@ -52,7 +54,9 @@ def resolve(uri: str) -> str:
         return str(ASSETS / uri.removeprefix("package://"))
     if "://" in uri and not uri.startswith("file://"):
         return uri.rstrip("/")
-    path = Path(uri.removeprefix("file://")).expanduser()
+    path = Path(uri.removeprefix("file://"))
+    if path.parts[:1] == ("~",):
+        path = local_files.user().joinpath(*path.parts[1:])
     return str(path if path.is_absolute() else _base(os.getcwd()) / path)
 
 
@@ -70,7 +74,7 @@ def _base(folder: str) -> Path:
 
 def home() -> Path:
     """Where files go that need a local folder and were given none that lasts."""
-    return Path.home() / "distilled-decoding"
+    return local_files.user() / "distilled-decoding"
 
 
 def check_no_credentials(uri: str, name: str) -> None:
@@ -93,6 +97,8 @@ def join(uri: str, *names: str) -> str:
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """(the fsspec filesystem, the path inside it) of a URI; it knows nothing from before, because others write too."""
     check_no_credentials(uri, f"the URI ...@{uri.rpartition('@')[2]}")
+    if not is_remote(uri):  # as it is: fsspec would take "::" and a leading "local:" for its own signs
+        return LocalFileSystem(), resolve(uri)
     protocol = resolve(uri).partition("://")[0]
     try:
         fs, path = fsspec.core.url_to_fs(resolve(uri))
@@ -107,10 +113,26 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+def _sentences(uri: str, doing: str) -> AbstractContextManager[None]:
+    return sentences(uri, doing, is_remote(uri))
+
+
 def exists(uri: str) -> bool:
-    with _sentences(uri, "looked up"):
-        fs, path = filesystem(uri)
-        return bool(fs.exists(path))
+    return _info(uri) is not None
+
+
+def _info(uri: str) -> dict[str, Any] | None:
+    """What a filesystem knows of a file or folder; None without one. Its ``exists`` takes an outage for that, too."""
+    try:
+        with _sentences(uri, "looked up"):
+            fs, path = filesystem(uri)
+            if not is_remote(uri):
+                os.stat(path)  # through a link
+            return dict(fs.info(path))
+    except Missing:
+        return None
+    except Outage as outage:
+        return {"type": "file", "name": str(_kept(uri, outage))}
 
 
 def listing(uri: str) -> list[str]:
@@ -132,9 +154,8 @@ def sizes(uri: str) -> dict[str, int]:
 
 
 def is_folder(uri: str) -> bool:
-    with _sentences(uri, "looked up"):
-        fs, path = filesystem(uri)
-        return bool(fs.isdir(path))
+    found = _info(uri)
+    return found is not None and found["type"] == "directory"
 
 
 def below(uri: str) -> dict[str, str]:
@@ -144,7 +165,8 @@ def below(uri: str) -> dict[str, str]:
     """
     with _sentences(uri, "listed"):
         fs, path = filesystem(uri)
-        found = fs.find(path, detail=True)
+        strict = {} if is_remote(uri) else {"on_error": "raise"}  # a folder without permission is not empty
+        found = fs.find(path, detail=True, **strict)
     inside = path.rstrip("/") + "/"
     stamps = ("ETag", "etag", "mtime", "LastModified", "updated")
     return {
@@ -156,7 +178,8 @@ def below(uri: str) -> dict[str, str]:
 def read_bytes(uri: str) -> bytes:
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
-        return bytes(fs.cat_file(path, **_download(uri)))
+        _check_regular(uri)
+        return bytes(fs.cat_file(path, **DOWNLOADS.get(uri.partition("://")[0], {})))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -167,26 +190,37 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with _sentences(uri, "written"):
         fs, path = filesystem(uri)
-        fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
+        # one PUT of a finished buffer, or a multipart upload that is published as one
+        fs.pipe_file(path, data, **_content_type(uri))
+
+
+def _content_type(uri: str) -> dict[str, str]:
+    """What a browser must be told of a file in a bucket to show it: a report without it is downloaded instead."""
+    kind = TYPES.get(uri.rpartition(".")[2])
+    argument = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}
+    protocol = uri.partition("://")[0]
+    return {argument[protocol]: kind} if kind and protocol in argument else {}
 
 
 @contextmanager
 def replacing(uri: str) -> Iterator[IO[bytes]]:
     """A file open for writing, which becomes the one at ``uri`` as ``write_bytes`` would make it; for large content.
 
-    Nothing of it is held in memory. If the body raises, what was at ``uri`` stays.
+    Nothing of it is held in memory. If the body raises, what was at ``uri`` stays, and the error is the body's own.
     """
     with _sentences(uri, "written"):
         fs, place = filesystem(uri)
-        target = Path(tempfile.gettempdir(), Path(place).name) if is_remote(uri) else Path(place)
+        target = Path(scratch(), Path(place).name) if is_remote(uri) else Path(place)
         target.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{socket.gethostname()}@{os.getpid()}@{uuid.uuid4().hex}"
-    temporary = target.with_name(f"{TEMPORARY}{target.name}@{writer}")
+        temporary = target.with_name(local_files.temporary(target.name))
     try:
-        with _sentences(str(target), "written"), open(temporary, "wb") as file:
+        with _sentences(str(temporary), "written"):
+            opened = io.FileIO(temporary, "wb")
+        with watched(opened, uri if target == Path(place) else str(temporary), remote=False, writing=True) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with _sentences(str(target), "written"):
+                os.fsync(file.fileno())
         with _sentences(uri, "written"):
             if is_remote(uri):
                 fs.put_file(str(temporary), place)  # a multipart upload that is published as one
@@ -199,17 +233,39 @@ def replacing(uri: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def reading(uri: str) -> Iterator[IO[bytes]]:
-    """A file open for reading, wherever it is; what is read is not kept."""
+    """A file open for reading, wherever it is; what is read is not kept. Errors of the body are its own."""
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
-        with fs.open(path, "rb") as file:
-            yield file
+        _check_regular(uri)
+        opened = fs.open(path, "rb") if is_remote(uri) else io.FileIO(path)
+    with watched(opened, uri, is_remote(uri)) as file:
+        yield file
+
+
+def _check_regular(uri: str) -> None:
+    if not is_remote(uri) and (kind := local_files.no_file(resolve(uri))):
+        raise Refused(f"{uri} could not be read: it is {kind}, not a file; check the path.")
+
+
+@contextmanager
+def borrowed(uri: str) -> Iterator[Path]:
+    """A local file with the URI's content for the body: the file itself, or a copy that is deleted afterwards."""
+    if not is_remote(uri):
+        yield local(uri)
+        return
+    temporary = scratch() / local_files.temporary(Path(uri).name)
+    try:
+        _copy(uri, temporary)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(uri: str) -> Any:
+    data = read_bytes(uri)
     try:
-        return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+        return json.loads(data)
+    except ValueError as error:  # also of another encoding
         raise Refused(f"{uri} is not JSON ({error}); it was not written by this package or was edited.") from None
 
 
@@ -218,31 +274,93 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def local(uri: str) -> Path:
-    """A local file with the URI's content: the file itself, or a download kept in ~/.cache/distilled-decoding.
+    """A local file with the URI's content: the file itself, or a download kept in ``local_files.cache()``.
 
-    A remote file that changes gets another place in the cache.
+    A remote file that changes gets another place in the cache. Of the processes of a machine that want one at once, one
+    fetches it. Where the Hub cannot be asked, the last download serves, one in the Hub's own cache too, and that is
+    said. A file in a bucket does not: what lies there is made anew by our own jobs, and an old one would mislead.
     """
+    if not is_remote(uri):
+        with _sentences(uri, "read"):
+            _check_regular(uri)
+            io.FileIO(resolve(uri)).close()  # may it be read?
+        return Path(resolve(uri))
+    try:
+        return _downloaded(uri)
+    except Outage as outage:
+        return _kept(uri, outage)
+
+
+def _downloaded(uri: str) -> Path:
+    """The download of a remote file as it is now; fetched if it is not there."""
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
-        if not is_remote(uri):
-            os.stat(path)
-            return Path(path)
-        key = hashlib.sha256(f"{resolve(uri)} {fs.ukey(path)}".encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distilled-decoding" / key
-        target = cache / Path(path).name
-        if not target.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            temporary = cache / f"{TEMPORARY}{uuid.uuid4().hex}"
-            try:
-                fs.get_file(path, str(temporary), **_download(uri))
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return target
+        version = fs.ukey(path)
+    folder = local_files.cache() / _digest(f"{resolve(uri)} {version}")
+    target = folder / Path(path).name
+    with sentences(str(folder), "written", remote=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        with local_files.alone(folder):
+            if not target.exists():
+                _fetch(uri, target)
+            if uri.startswith("hf://"):
+                local_files.point(_latest(uri), folder.name)
+    return target
 
 
-def _download(uri: str) -> dict[str, Any]:
-    return DOWNLOADS.get(uri.partition("://")[0], {})
+def _fetch(uri: str, target: Path) -> None:
+    """Download a file to ``target``, whole or not at all; what killed downloads left in the cache is swept."""
+    sweep(str(local_files.cache()))
+    temporary = local_files.cache() / local_files.temporary(target.name)
+    try:
+        _copy(uri, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(uri: str, target: Path) -> None:
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        fs.get_file(path, str(target), **DOWNLOADS.get(uri.partition("://")[0], {}))
+
+
+def _latest(uri: str) -> Path:
+    """The link to the folder of a URI's last download."""
+    return local_files.cache() / f"latest-{_digest(resolve(uri))}"
+
+
+def _kept(uri: str, outage: Outage) -> Path:
+    """The last download of a file of the Hub's that cannot be asked for now; raises where there is none."""
+    if not uri.startswith("hf://"):
+        raise outage
+    own = _latest(uri) / Path(uri).name
+    found = own.resolve() if own.exists() else hub_cache.kept(uri)
+    if found is None and hub_cache.is_offline():
+        raise Refused(f"{uri} was not downloaded before, and HF_HUB_OFFLINE is set; unset it this once.")
+    if found is None:
+        raise outage
+    _say_kept(uri, str(found))
+    return found
+
+
+@lru_cache
+def _say_kept(uri: str, place: str) -> None:
+    """Once in a process."""
+    print(f"{uri} cannot be asked for now; what was downloaded before serves: {place}", flush=True)
+
+
+def scratch() -> Path:
+    """Where files lie until they are uploaded: a folder of this user's in TMPDIR, swept of what killed ones left."""
+    with sentences("the folder for temporary files (TMPDIR)", "written", remote=False):
+        folder = Path(tempfile.gettempdir(), f"distilled-decoding-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+    sweep(str(folder))
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sha256(uri: str) -> str:
@@ -271,48 +389,29 @@ def sweep(uri: str) -> None:
 
 def _abandoned(uri: str) -> bool:
     """Whether the writer of a temporary file is gone: a process of this machine that is no more, a day of silence."""
-    writer = uri.rsplit("@", 3)[1:]
-    if len(writer) < 3:
-        return True  # not even named as one of ours
-    host, process, _ = writer
-    if host != socket.gethostname():
+    gone = local_files.writer_is_gone(uri)
+    if gone is None:
         fs, path = filesystem(uri)
         with suppress(FileNotFoundError):
             return bool(time.time() - fs.modified(path).timestamp() > SILENCE)
-        return False
-    try:
-        os.kill(int(process), 0)  # asks, and kills nobody
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False
+    return bool(gone)
 
 
 def check_writable(uri: str, needed: int = 0) -> None:
-    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room."""
+    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room.
+
+    A folder that was not there before is not there afterwards.
+    """
     probe = join(uri, f"{TEMPORARY}probe-{uuid.uuid4().hex}")
+    above = [] if is_remote(uri) else [Path(resolve(uri)), *Path(resolve(uri)).parents]
+    made = [folder for folder in above if not folder.exists()]
     write_bytes(probe, b"probe")
     remove(probe)
+    room_in = made[-1].parent if made else None
+    for folder in made:
+        with suppress(OSError):  # somebody else may use it by now
+            folder.rmdir()
     if not is_remote(uri):
-        free = shutil.disk_usage(resolve(uri)).free
+        free = shutil.disk_usage(room_in or resolve(uri)).free
         if free < needed:
             raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")
-
-
-@contextmanager
-def _sentences(uri: str, doing: str) -> Iterator[None]:
-    """Turn what a filesystem raises into one sentence that names the URI."""
-    try:
-        yield
-    except FileNotFoundError:
-        what = "bucket" if doing == "written" and is_remote(uri) else "file"
-        raise Missing(f"{uri} could not be {doing}: there is no such {what}; check the path.") from None
-    except PermissionError as error:
-        raise Refused(f"{uri} could not be {doing}: permission denied ({error.strerror or error}).") from None
-    except OSError as error:
-        advice = ADVICE.get(error.errno or 0, "check the path and the credentials")
-        raise Refused(f"{uri} could not be {doing} ({error.strerror or error}); {advice}.") from None
-    except Exception as error:
-        # Backends have their own families (botocore's NoCredentialsError, EndpointConnectionError, ...).
-        if isinstance(error, ValueError) or not is_remote(uri):
-            raise
-        raise Refused(f"{uri} could not be {doing} ({error}); check the address and the credentials.") from None

@@ -28,6 +28,7 @@ from pipeline.mlflow_names import LONGEST, Job, fitted, parameters
 from pipeline.mlflow_store import Store, first_line, without_credentials
 from pipeline.outbox import JOINED, Outbox
 from pipeline.recipe import Recipe
+from pipeline.signals import Stopped, held
 
 ABOUT: dict[Job, str] = {
     "pairs": "Noise-token pairs (Alg. 1): what the teacher makes of numbered noise.",
@@ -66,11 +67,17 @@ class Run:
         store = mlflow_store.of(recipe)
         client = mlflow_store.opened(store)
         note = [ABOUT[job], f"`{without_credentials(shlex.join(['python', *sys.argv]))}`"]
-        with mlflow_store.usable(store):
-            experiment = _experiment(client, recipe.name, store.artifacts)
-            run_id = _reopened(client, resume_id) if resume_id else None
-            run_id = run_id or _created(client, experiment, recipe.name, job, note)
-        run = cls(store, run_id, client, note)
+        run = None
+        try:
+            with mlflow_store.usable(store), held():
+                experiment = _experiment(client, recipe.name, store.artifacts)
+                run_id = _reopened(client, resume_id) if resume_id else None
+                run_id = run_id or _created(client, experiment, recipe.name, job, note)
+                run = cls(store, run_id, client, note)
+        except Stopped as stopped:
+            if run:
+                run.__exit__(Stopped, stopped, None)
+            raise
         run._outbox.put(partial(run._send_parameters, parameters(recipe, job)))
         run.artifact("recipe.yaml", _shown(recipe).encode())
         return run
@@ -81,10 +88,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
-        self._outbox.put(lambda _: self._client.set_terminated(self.id, status))
-        missing = self._outbox.close(PATIENCE if kind is None else HASTE)
+        stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, Stopped))
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        with held():
+            self._outbox.put(lambda _: self._client.set_terminated(self.id, status))
+            missing = self._outbox.close(PATIENCE if kind is None else HASTE)
         if missing:
             again = "; the same command tries again" if self._folder and kind is None else ""
             print(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 from torch import Tensor
 
+from pipeline.manifest import Facts
 from pipeline.models import llamagen
 from pipeline.models.base import Choose, Condition
 from pipeline.models.llamagen import Config, Student, Tokenizer
+from pipeline.recipe import Recipe
+from pipeline.replica import Replica
 
-__all__ = ["Config", "Student", "Teacher", "Tokenizer"]
+__all__ = ["Config", "Hangs", "Poisoned", "Student", "Teacher", "Tokenizer"]
 
 RAISES = 1  # the class that cannot be drawn
 DIES = 2  # the class that takes the process with it
@@ -33,3 +38,49 @@ class Teacher(llamagen.Teacher):
         if ILL.exists() and (condition.labels == RAISES).any():
             raise ArithmeticError("this class cannot be drawn")
         return super().generate(condition, choose, prefix, stop)
+
+
+class Poisoned(Replica):
+    """One of the replicas that there are loses its device with every shard, whichever processes follow."""
+
+    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+        super().__init__(recipe, known)
+        self.folder = Path(folder)
+        self.mark = open(self.folder / "poisoned", "w")  # noqa: SIM115  locked as long as this process lives
+        try:
+            fcntl.flock(self.mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.ill = True
+        except OSError:
+            self.ill = False
+
+    def __call__(self, number: int, rows: int) -> pa.Table:
+        if self.ill:
+            Path(self.folder, f"failed-{os.getpid()}").touch()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        while number > 3 and len(list(self.folder.glob("failed-*"))) < 2:  # else there may be nothing left to fail
+            time.sleep(0.05)
+        return super().__call__(number, rows)
+
+
+class Hangs(Replica):
+    """The first process of all cannot start; shard 1 hangs the first time."""
+
+    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+        self.folder = Path(folder)
+        if first(self.folder / "started"):
+            raise ConnectionError("429: too many requests")
+        super().__init__(recipe, known)
+
+    def __call__(self, number: int, rows: int) -> pa.Table:
+        if number == 1 and first(self.folder / "hung"):
+            time.sleep(3600)
+        return super().__call__(number, rows)
+
+
+def first(mark: Path) -> bool:
+    """Whether nobody has been here before."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

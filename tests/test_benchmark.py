@@ -6,17 +6,20 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
-from tiny import IMAGES, tiny, with_pairs
+from safetensors.torch import load_file
+from tiny import IMAGES, Family, tiny, with_pairs
 
-from pipeline import benchmark, flow, plots, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
+from pipeline import benchmark, flow, plots, stopwatch, storage, tracking
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
 from pipeline.models import checkpoints
-from pipeline.recipe import Recipe
+from pipeline.recipe import Measured, Recipe
 
 CPU = torch.device("cpu")
 
@@ -61,13 +64,46 @@ def test_calls_take_turns_and_change_their_order(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(clock, "once", lambda call, device: (call(), next(seconds))[1])
     calls = {name: (lambda name=name: called.append(name)) for name in "ab"}
     assert clock.turns(calls, CPU, 60.0) == {"a": 2.0, "b": 6.0}, "medians of 1, 2, 3 and of 5, 6, 7"
-    assert called == [*"ab", *"ab", *"ba", *"ab"], "a warm-up, then in turns"
+    assert called == [*"aabb", *"ab", *"ba", *"ab"], "warmed up each, then in turns"
+
+
+def test_no_ratio_sees_a_recording(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two generations of a size, of which the second records CUDA graphs, are in no number."""
+    slow = iter([(10.0, 90.0, 1.0), (10.0, 90.0, 1.0), (10.0, 2.0, 1.0)])
+    monkeypatch.setattr(matching, "_drawn_twice", lambda *args: next(slow))
+    section = matching.overhead(checkpoints.teacher(recipe.teacher), flow.Solver(), (2,), 0.0)
+    assert section.rows[0]["Alg. 1 / AR"] == pytest.approx(12 / 11)
+    monkeypatch.setattr(clock, "MOST", 1)
+    calls: list[int] = []
+    monkeypatch.setattr(clock, "once", lambda call, device: (call(), 500.0 if len(calls) < 3 else 0.5)[1])
+    assert clock.turns({"a": lambda: calls.append(1)}, CPU, 0.0) == {"a": 0.5}
+
+
+def test_sizes_are_not_mixed_where_graphs_are_those_of_one_size(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, drawn = checkpoints.teacher(recipe.teacher), list[int]()
+    monkeypatch.setattr(growth, "BATCHES", (2, 3))
+    monkeypatch.setattr(teacher, "generate", lambda condition, choose: drawn.append(len(condition.labels)))
+    growth._over_batch(teacher, 0.0)
+    assert drawn == sorted(drawn)
+    assert drawn.count(2) >= 3
+
+
+def test_what_is_profiled_runs_without_graphs(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, seen = checkpoints.teacher(recipe.teacher), []
+    graphs = teacher.graphs = SimpleNamespace(find=lambda kind, begin: None)  # type: ignore[assignment]
+    monkeypatch.setattr(networks, "in_products", lambda call, device: seen.append(teacher.graphs) or 0.5)
+    section = networks.teachers(teacher, recipe.teacher, (1,), 0.01, clock.Peaks(1e12, 1e12))
+    assert section.rows[0]["in products, %"] == 50
+    assert seen == [None]
+    assert teacher.graphs is graphs
 
 
 def test_a_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 3.0, 10.0, 14.0])
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(times))
-    watch = clock.Stopwatch(CPU)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(times))
+    watch = stopwatch.Stopwatch(CPU)
     for _ in range(2):
         with watch:
             pass
@@ -152,6 +188,16 @@ def test_work_is_that_of_the_formula(recipe: Recipe, monkeypatch: pytest.MonkeyP
     assert networks.Work.of(recipe.teacher, batch=2).read == pytest.approx(found.read)
 
 
+def test_the_bytes_are_those_of_the_numbers_that_are_read(recipe: Recipe) -> None:
+    """In fp16 weights of the blocks, keys and values take two, the output layer four."""
+    config, batch = checkpoints.config(recipe.teacher), 2
+    blocks = config.layers * (4 * config.dim**2 + 3 * config.dim * config.hidden)
+    found = networks.Work.of(replace(recipe.teacher, precision="fp16"), batch)
+    for t, read in enumerate(found.read, start=1):
+        keys_and_values = config.layers * 2 * (2 * batch) * config.dim * t
+        assert read == pytest.approx(2 * (blocks + keys_and_values) + 4 * config.dim * config.vocabulary)
+
+
 def test_the_roofline_takes_the_slower_of_the_two() -> None:
     work = networks.Work([10.0, 1.0], [1.0, 20.0])
     assert work.least(clock.Peaks(flops=10.0, bytes=10.0)) == 1.0 + 2.0
@@ -173,10 +219,47 @@ def test_sampling_has_the_papers_figures(recipe: Recipe) -> None:
     section = networks.sampling(recipe, checkpoints.teacher(recipe.teacher), (2,), 2.0)
     assert [row["sampler"] for row in section.rows[:4:2]] == ["teacher, AR", "teacher, FM"]
     ours = section.rows[-2:]
-    assert [row["batch"] for row in ours] == [1, 2]
+    assert [row["batch"] for row in section.rows] == [1, 2] * 3, "every sampler at every batch"
     assert [row["paper"] for row in ours] == [6.3, None]
-    assert section.rows[0]["speed-up"] == 1.0
-    assert [claim.value for claim in section.claims] == [ours[0]["speed-up"]]
+    assert [row["speed-up"] for row in section.rows[:2]] == [1.0, 1.0]
+    assert [claim.value for claim in section.claims] == [row["speed-up"] for row in ours]
+    assert [claim.text for claim in section.claims] == [f"Speed-up of DD 1 step, batch {b}, cpu" for b in (1, 2)]
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_precisions_are_compared_with_fp32(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, whatever a precision would draw itself; what needs a GPU is left empty."""
+    monkeypatch.setattr(rounding, "TOKENS", 300)
+    monkeypatch.setattr(rounding, "BATCH", 10)
+    section = rounding.precisions(tiny(tmp_path, family), CPU)
+    assert [row["teacher.precision"] for row in section.rows] == ["fp32", "tf32", "fp16", "bf16"]
+    fp32, tf32, fp16, bf16 = ([row[name] for name in rounding.BOUNDS] for row in section.rows)
+    assert fp32 == [0, 0]
+    assert tf32 == [None, None]
+    assert 0 < fp16[0] < bf16[0] / 4
+    assert fp16[1] <= bf16[1] < 10
+    assert [claim.value for claim in section.claims] == fp16
+    assert all(claim.met for claim in section.claims)
+
+
+def test_the_distance_is_the_total_variation_and_the_share_of_other_codes() -> None:
+    p, q = (torch.tensor(x)[None].log() for x in ([[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [0.0, 1.0]]))
+    found = rounding._distance(iter([(p, torch.tensor([[0, 1]]))]), [(q, torch.tensor([[0, 0]]))])
+    assert found == pytest.approx((100 * (0.25 + 1.0) / 2, 50.0))
+
+
+def test_a_teacher_beyond_float16_says_so_in_the_table(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "TOKENS", 18)
+    weights = load_file(recipe.teacher.checkpoint)
+    weights["layers.0.feed_forward.w1.weight"] *= 60_000 / weights["layers.0.feed_forward.w1.weight"].abs().max()
+    checkpoints.save(weights, recipe.teacher.checkpoint, {})
+    section = rounding.precisions(recipe, CPU)
+    assert [section.rows[2][name] for name in rounding.BOUNDS] == ["overflow", "overflow"]
+    assert not any(claim.met for claim in section.claims)
+    assert "overflow" in section.markdown()
 
 
 # ---- the pools
@@ -257,6 +340,7 @@ def test_the_job_leaves_its_table_its_numbers_and_an_mlflow_run(recipe: Recipe) 
     text = benchmark.benchmark(recipe)
     assert text == storage.read_bytes(f"{recipe.benchmark_uri}/benchmark.md").decode()
     found = storage.read_json(f"{recipe.benchmark_uri}/benchmark.json")
+    assert text.count("Meanwhile others kept") == 2, "each section says what else the machine did"
     assert [section["title"] for section in found["sections"]] == ["Flow matching beside plain sampling", "The teacher"]
     assert "No GPU took part" in text
     client = tracking.loaded().MlflowClient()
@@ -272,3 +356,16 @@ def test_a_missing_gpu_is_one_sentence(recipe: Recipe) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             benchmark.benchmark(replace(recipe, cluster=replace(recipe.cluster, gpus=1)))
+
+
+def test_a_dry_run_plans_every_section_and_writes_nothing(recipe: Recipe) -> None:
+    """Without a GPU for a recipe that asks for one, too."""
+    settings = replace(recipe.benchmark, sections=get_args(Measured), batches=(1, 2), seconds=3.0)
+    few = replace(recipe.evaluate, samplers=[{"name": "FewStep"}])
+    on_gpu = replace(recipe, dry_run=True, evaluate=few, benchmark=settings, cluster=replace(recipe.cluster, gpus=1))
+    text = benchmark.benchmark(on_gpu)
+    assert [line.split()[0] for line in text.splitlines()[-10:]] == [*get_args(Measured), "needs", "time"]
+    assert "matching    2 measurements of 3 s, at batch 1, 2" in text
+    assert "each with 1 CPU and 1 GPU" in text
+    assert not Path(recipe.run).exists()
+    assert set(plan.SECTIONS) == set(get_args(Measured))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,8 +27,10 @@ from tiny import tiny, with_pairs
 
 from pipeline import cluster, manifest, pairs, storage
 from pipeline import generate as module
+from pipeline.errors import Unfinished
 from pipeline.generate import generate
 from pipeline.models import checkpoints
+from pipeline.passes import Outcome, write_owned
 from pipeline.recipe import ClusterSettings, Recipe
 from pipeline.replica import Replica
 
@@ -72,7 +77,7 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     _, errors = job.communicate()
     before = contents(recipe.pairs_uri)
     assert 3 <= len(before) < 30, f"the job was to be killed half-way: {errors[-2000:]}"
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     Path(recipe.pairs_uri, f"{storage.TEMPORARY}shard-00028.parquet-0123").write_bytes(b"half a shard")
 
     assert "Made" in generate(with_pairs(recipe, actors=1))
@@ -83,9 +88,10 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     assert len(after) == 30
     assert after == contents(straight.pairs_uri)
     assert {name: after[name] for name in before} == before
-    assert storage.listing(recipe.pairs_uri) == sorted([*after, "README.md", "manifest.json", "recipe.json"])
+    assert storage.listing(recipe.pairs_uri) == sorted([*after, "_README.md", "_manifest.json", "_recipe.json"])
     one, other = pairs.verify(recipe.pairs_uri), pairs.verify(straight.pairs_uri)
-    assert one["shards"] == other["shards"]
+    assert [shard | {"host": ""} for shard in one["shards"]] == [shard | {"host": ""} for shard in other["shards"]]
+    assert {shard["host"] for shard in other["shards"]} == {socket.gethostname()}
     assert one["count"] == 119
     assert one["made"][0]["rows"] < 119, "what the killed job had committed was not made again"
 
@@ -109,7 +115,7 @@ def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path
         assert np.array_equal(a, b[:4])
     assert "holds 32 pairs" in generate(recipe), "a smaller count takes nothing away"
 
-    assert "100.00% of the codes of 16" in generate(with_pairs(recipe, verify=True))
+    assert "100.00% of the codes of 32 random rows of 2 of them" in generate(with_pairs(recipe, verify=True))
     found = manifest.read(recipe.pairs_uri)
     assert [made["rows"] for made in found["made"]] == [20, 16]
     assert len({made["mlflow_run"] for made in found["made"]}) == 2
@@ -130,7 +136,7 @@ def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None
     place.write_bytes(data[:-7])
     with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged .*; delete it and run generate_pairs again"):
         generate(recipe)
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     place.write_bytes(data)
     assert "holds 16 pairs" in generate(recipe), "only the manifest was missing"
 
@@ -139,9 +145,9 @@ def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None
 def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two shards raise, one takes its process down every time."""
-    monkeypatch.setattr("pipeline.generate.DEATHS", 1)
-    good = with_pairs(tiny(tmp_path, "llamagen"), count=5, shard_rows=1)
+    """Two shards raise, with either replica, and one takes its process down every time."""
+    monkeypatch.setattr("pipeline.passes.DEATHS", 1)
+    good = with_pairs(tiny(tmp_path, "llamagen"), count=5, shard_rows=1, actors=2)
     recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # class 1: shards 1 and 4; class 2: shard 2
     faulty.ILL.touch()
     try:
@@ -151,10 +157,10 @@ def test_failed_shards_are_named_and_a_later_run_makes_only_them(
         faulty.ILL.unlink()
     printed = capsys.readouterr().err
     assert "shard 4 failed: ArithmeticError: this class cannot be drawn (faulty.py:" in printed
-    assert "shard 2 failed: its process or its node died 2 times" in printed
+    assert "shard 2 failed: its process or its node died 2 times in each of" in printed
     before = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
     assert set(before) == {"shard-00000.parquet", "shard-00003.parquet"}
-    assert not Path(recipe.pairs_uri, "manifest.json").exists()
+    assert not Path(recipe.pairs_uri, "_manifest.json").exists()
     assert "Made 3 pairs" in generate(recipe)
     after = {path.name: path.stat().st_mtime_ns for path in Path(recipe.pairs_uri).glob("shard-*")}
     assert len(after) == 5
@@ -171,18 +177,16 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """What Ray's workers do, here; "shards" of the fixture's value is after how many of them the job is stopped."""
     stop = {"shards": 10**9}
 
-    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int]) -> Iterator[dict[str, Any]]:
+    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int], *rest: Any) -> Iterator[Outcome]:
         replica, size = Replica(recipe, known), recipe.pairs.shard_rows
         for done, number in enumerate(todo):
             if done == stop["shards"]:
                 raise Stopped
-            made = pairs.table(known, replica.rows(number, min(size, count - number * size)))
-            row = module.commit(made, recipe.pairs_uri, known)
-            yield {name: column[0] for name, column in row.items()}
+            table = replica(number, min(size, count - number * size))
+            yield Outcome(number, write_owned(recipe.pairs_uri, known, "here", table))
 
     monkeypatch.setattr(module, "commits", commits)
-    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
-    monkeypatch.setattr(cluster, "waiting", lambda recipe, replicas: nullcontext())
+    monkeypatch.setattr(cluster, "session", lambda recipe, replicas: nullcontext())
     return stop
 
 
@@ -203,7 +207,7 @@ def test_what_was_recorded_is_not_read_again(
     one_process["shards"] = 2
     with pytest.raises(Stopped):
         generate(recipe)
-    ledger = Path(recipe.pairs_uri, "ledger.json")
+    ledger = Path(recipe.pairs_uri, "_ledger.json")
     lines = json.loads(ledger.read_text())
     assert [shard["name"] for shard in lines["shards"]] == ["shard-00000.parquet", "shard-00001.parquet"]
     ledger.write_text(json.dumps(lines | {"shards": lines["shards"][:1]}))
@@ -230,6 +234,109 @@ def test_a_record_of_another_size_counts_for_nothing(tmp_path: Path, one_process
         generate(recipe)
 
 
+@pytest.mark.faults("pairs: driver killed between the manifest and the cleaning")
+def test_what_a_killed_driver_did_not_clean_up_goes_later(tmp_path: Path, one_process: dict[str, int]) -> None:
+    """A short shard beside the whole one: whoever reads all there is would see its rows twice."""
+    recipe = with_pairs(tiny(tmp_path), count=8, shard_rows=6)
+    generate(recipe)
+    place = Path(recipe.pairs_uri)
+    short = (place / "shard-00001-2.parquet").read_bytes()
+    generate(with_pairs(recipe, count=12))
+    files = storage.listing(recipe.pairs_uri)
+    (place / "shard-00001-2.parquet").write_bytes(short)
+    (place / "_ledger.json").write_text("{}")
+    (place / f"{storage.TEMPORARY}shard-00001.parquet-0123").write_bytes(b"half")
+    assert generate(replace(recipe, dry_run=True)).startswith("Nothing is missing")
+    assert len(storage.listing(recipe.pairs_uri)) == len(files) + 3, "a plan changes nothing"
+    assert generate(recipe).startswith("Nothing is missing")
+    assert storage.listing(recipe.pairs_uri) == files
+
+
+def test_a_start_that_fails_leaves_the_folder_free(
+    tmp_path: Path, one_process: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is not there, and then the first shard is not made: another recipe may have the folder."""
+    recipe = with_pairs(tiny(tmp_path), count=12, shard_rows=6)
+
+    def gone(recipe: Recipe, replicas: int) -> None:
+        raise Unfinished("no Ray at all")
+
+    with monkeypatch.context() as patch, pytest.raises(Unfinished, match="no Ray at all"):
+        patch.setattr(cluster, "session", gone)
+        generate(recipe)
+    assert storage.listing(recipe.pairs_uri) == []
+    one_process["shards"] = 0
+    with pytest.raises(Stopped):
+        generate(recipe)
+    assert "_recipe.json" in storage.listing(recipe.pairs_uri)
+    one_process["shards"] = 99
+    assert "holds 12 pairs" in generate(with_pairs(recipe, seed=5))
+    with pytest.raises(ValueError, match="seed is 5 there and 1 here"):
+        generate(recipe)
+
+
+def test_a_failure_does_not_wait_for_what_is_still_read(
+    tmp_path: Path, one_process: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 shards that nobody recorded, one is checked, two are being read: one is recorded."""
+    recipe = with_pairs(tiny(tmp_path), count=78, shard_rows=6)
+    one_process["shards"] = 12
+    with pytest.raises(Stopped):
+        generate(recipe)
+    ledger = Path(recipe.pairs_uri, "_ledger.json")
+    ledger.unlink()
+    inspect, held, third, asked = pairs.inspect_shard, threading.Event(), threading.Event(), []
+
+    def slow(uri: str, known: manifest.Facts, name: str) -> manifest.Shard:
+        asked.append(name)
+        if len(asked) == 3:
+            third.set()  # by the thread that is done with the first
+        if name != "shard-00000.parquet":
+            held.wait(60)
+        return inspect(uri, known, name)
+
+    def stop(*args: Any) -> Iterator[Outcome]:
+        assert third.wait(60)
+        raise Stopped
+        yield
+
+    monkeypatch.setattr(pairs, "inspect_shard", slow)
+    monkeypatch.setattr(pairs, "CHECKERS", 2)
+    monkeypatch.setattr(module, "commits", stop)
+    with pytest.raises(Stopped):
+        generate(recipe)
+    held.set()
+    assert len(asked) == 3
+    assert [shard["name"] for shard in json.loads(ledger.read_text())["shards"]] == ["shard-00000.parquet"]
+
+
+def test_verify_looks_at_every_machine_and_at_each_shard_alone(
+    tmp_path: Path, one_process: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One machine of ten made other codes: a tenth of all, and nearly all of its own."""
+    hosts = [f"node-{k // 4}" for k in range(40)]
+    shards = [manifest.Shard(f"shard-{k:05d}.parquet", k, 6, 1, "", host) for k, host in enumerate(hosts)]
+    for seed in range(20):
+        chosen = module._sample(shards, random.Random(seed))
+        assert {shard.host for shard in chosen} == set(hosts)
+        assert len(module._sample(shards[:8], random.Random(seed))) == 8
+
+    recipe = with_pairs(tiny(tmp_path), count=60, shard_rows=6)
+    generate(recipe)
+    uri = recipe.pairs_uri
+    found = manifest.read(uri)
+    lines = [line | {"host": f"node-{line['number']}"} for line in found["shards"]]
+    Path(uri, "_manifest.json").write_text(json.dumps(found | {"shards": lines}))
+
+    def shares(recipe: Recipe, known: manifest.Facts, method: str, parts: list[pairs.Rows]) -> list[float]:
+        assert method == "agreements"
+        return [0.4 if part.ids[0] // 6 == 7 else 1.0 for part in parts]
+
+    monkeypatch.setattr(module, "_on_replica", shares)
+    with pytest.raises(ValueError, match=r"only 40\.0% of the codes of .*shard-00007\.parquet, made on node-7,"):
+        generate(with_pairs(recipe, verify=True))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
@@ -242,17 +349,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.faults("pairs: disk full")
-def test_a_disk_that_fills_up_costs_nothing_that_was_made(
-    ray_cluster: None, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_fills_up_costs_nothing_that_was_made(ray_cluster: None, tmp_path: Path, small_disk: Path) -> None:
     """Somebody else's file takes the room while the shards are made; without it the same command ends the set."""
     recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=2, batch=2, uri=str(small_disk / "pairs"))
     generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
     ballast = small_disk / "film.mkv"
     ballast.write_bytes(bytes((1 << 20) - (40 << 10)))
-    with pytest.raises(RuntimeError, match=r"shards were not made .* the same command makes what is missing"):
+    with pytest.raises(Unfinished, match=r"No space left on device\); free some space or choose another folder\.$"):
         generate(recipe)
-    assert "No space left on device); free some space or choose another folder" in capsys.readouterr().err
     kept = contents(recipe.pairs_uri)
     assert 0 < len(kept) < 20
     ballast.unlink()
@@ -324,10 +428,12 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not empty \(thesis\.doc\)"):
         generate(recipe)
     (place / "thesis.doc").unlink()
-    manifest.claim(str(place), manifest.facts_of(recipe), recipe)
+    known = manifest.facts_of(recipe)
+    manifest.claim(str(place), known, recipe)
+    pairs.write_shard(str(place), known, Replica(recipe, known)(0, 16))
     with pytest.raises(ValueError, match="holds a pair set made otherwise: seed is 1 there and 4 here"):
         generate(with_pairs(recipe, seed=4))
-    assert [path.name for path in place.iterdir()] == ["recipe.json"]
+    assert sorted(path.name for path in place.iterdir()) == ["_recipe.json", "shard-00000.parquet"]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -341,7 +447,7 @@ def test_verify_notices_another_teacher(tmp_path: Path) -> None:
     manifest.claim(recipe.pairs_uri, known, recipe)
     shard = pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(0, 16)))
     manifest.finish(recipe.pairs_uri, known, [shard], {"rows": 16, "seconds": 1.0, "device": "cpu"})
-    with pytest.raises(ValueError, match=r"only .*% of the codes of 16 rows of .* were found again"):
+    with pytest.raises(ValueError, match=r"only .*% of the codes of rows of .*shard-00000\.parquet were found"):
         generate(with_pairs(recipe, verify=True))
 
 

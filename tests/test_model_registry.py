@@ -182,7 +182,9 @@ def test_what_is_not_in_the_registry_is_one_sentence(recipe: Recipe) -> None:
 def test_what_cannot_be_registered_is_one_sentence_before_sampling(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("a/b", "a:b", "a@b", "it's", " "):
+    with pytest.raises(ValueError, match=r"evaluate.register is ' '; it must be a name"):
+        EvaluateSettings(register=" ")
+    for name in ("a/b", "a:b", "a@b", "it's"):
         with pytest.raises(ValueError, match=r"evaluate.register is .*; give a name without slash"):
             EvaluateSettings(register=name)
     refused(

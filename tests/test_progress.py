@@ -26,6 +26,29 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     assert progress.seconds == 120
 
 
+def test_time_left_counts_from_the_first_unit_and_leaves_out_the_slow_first_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour for nodes; then two at once, of which each takes 100 s at first and 20 s from then on."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress(20, "shards", every=0) as progress:
+        clock[0] = 3600
+        for abreast in (1, 2):
+            progress.begin(abreast)
+        for moment in (3700, 3700, 3720, 3720):
+            clock[0] = moment
+            progress.update(note="fine")
+            progress.begin(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "shards 1/20, fine",  # the second is nearly done, which one alone does not say
+        "shards 2/20, fine, 15 min left",
+        "shards 3/20, fine, 11 min left",
+        "shards 4/20, fine, 3 min left",
+    ]
+    assert progress.seconds == 120
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress(2, "shards") as progress:

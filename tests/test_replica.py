@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from tiny import Family, tiny, with_pairs
 
 from pipeline import flow, flow_oracle, manifest, noise
 from pipeline.models.base import Condition
+from pipeline.pairs import Rows
 from pipeline.recipe import Recipe
-from pipeline.replica import Replica, outcome
+from pipeline.replica import Failure, Replica
 
 
 def replica(recipe: Recipe) -> Replica:
@@ -81,11 +81,15 @@ def test_derived_noise_is_not_handed_on(tmp_path: Path) -> None:
     assert np.array_equal(stored.tokens, derived.tokens)
 
 
-def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path) -> None:
+def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = replica(tiny(tmp_path))
     rows = made.rows(0, 16)
     assert made.agreement(rows) == 1.0
     assert made.agreement(rows.take(np.array([3, 11]))) == 1.0, "in any company"
+    asked, generate = [], made._generate
+    monkeypatch.setattr(made, "_generate", lambda labels, *rest: asked.append(len(labels)) or generate(labels, *rest))
+    assert made.agreements([rows, rows.take([1])]) == [1.0, 1.0]
+    assert asked == [6, 6, 4, 1], "no more at once than pairs.batch"
     swapped = rows._replace(tokens=rows.tokens[::-1].copy())
     assert made.agreement(swapped) < 0.9
     one = rows.tokens.copy()
@@ -97,16 +101,59 @@ def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.M
     made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
     monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
     assert made.measure() > 0
-    assert asked == [2, 16], "no batch is larger than a shard"
-    asked.clear()
-    graphs = replace(made.recipe.teacher, graphs=True)
-    made.recipe = replace(made.recipe, teacher=graphs, cluster=replace(made.recipe.cluster, gpus=1))
-    made.measure()
-    assert asked == [16, 16, 16], "the second is the one that graphs are recorded in"
+    assert asked == [16, 16, 16], "no batch is larger than a shard; the second may be recorded as graphs"
 
 
-def test_an_outcome_names_the_error_and_its_place() -> None:
-    with pytest.raises(ZeroDivisionError) as caught:
-        _ = 1 / 0
-    (text,) = outcome(3, error=caught.value)["error"]
-    assert text.startswith("ZeroDivisionError: division by zero (test_replica.py:")
+def attempted(made: Replica, *errors: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
+    """What becomes of a shard whose making raises these errors, one after the other."""
+    left, rows = list(errors), made.rows
+
+    def failing(number: int, count: int) -> Rows:
+        error = left.pop(0) if left else None
+        if error:
+            raise error
+        return rows(number, count)
+
+    monkeypatch.setattr(made, "rows", failing)
+    failure, table = made.attempt(0, 8)
+    assert (table is None) == (failure is not None)
+    assert not left, "as many attempts as there are errors"
+    return failure
+
+
+def test_a_failure_names_the_error_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = attempted(replica(tiny(tmp_path)), ZeroDivisionError("by zero"), monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.text.startswith("ZeroDivisionError: by zero (test_replica.py:")
+    assert not failure.device_lost
+
+
+@pytest.mark.faults("pairs: a device that is lost")
+def test_a_lost_device_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    failure = attempted(replica(tiny(tmp_path)), error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.device_lost
+
+
+@pytest.mark.faults("pairs: out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        MemoryError("Unable to allocate 9.00 GiB for an array"),
+    ],
+    ids=["torch", "driver", "torch on a CPU", "numpy"],
+)
+def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = replica(tiny(tmp_path))
+    assert attempted(made, error, monkeypatch=monkeypatch) is None, "a neighbour may have gone"
+    failure = attempted(made, error, error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert "pairs.batch is 6, for which the memory does not suffice" in failure.text
+    assert "GB are free" in failure.text
+    assert not failure.device_lost

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import cluster, evaluate, generate, manifest, noise, pairs, storage, tracking
+from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, passes, storage, tracking
 from pipeline.command_line import parse
 from pipeline.distill import distill
+from pipeline.errors import Outage, Refused
 from pipeline.evaluate import evaluate as evaluate_job
 from pipeline.generate import generate as generate_job
 from pipeline.observer import Observer
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 
@@ -87,6 +90,14 @@ def test_write_read_list_remove(folder: str) -> None:
     assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone"
     with pytest.raises(FileNotFoundError, match=f"{folder}/no.json could not be read: there is no such file"):
         storage.read_json(f"{folder}/no.json")
+
+
+def test_a_page_is_shown_and_not_downloaded(folder: str) -> None:
+    storage.write_bytes(f"{folder}/report.html", b"<p>")
+    storage.write_json(f"{folder}/report.json", {})
+    fs, path = storage.filesystem(folder)
+    assert fs.info(f"{path}/report.html", refresh=True)["ContentType"] == "text/html; charset=utf-8"
+    assert fs.info(f"{path}/report.json", refresh=True)["ContentType"] == "application/json"
 
 
 def test_a_listing_of_more_than_a_page(folder: str, s3_server: Relay) -> None:
@@ -189,7 +200,10 @@ def once(method: str, fault: str, inside: str = "") -> s3server.Fault:
             "slow down",
             r"could not be written \(.*reduce your request rate.*\); the server is overloaded, so run the same",
         ),
-        ("break upload", r"could not be written \(.*\); check the address and the credentials\."),
+        (
+            "break upload",
+            r"could not be written \(.*\); the server does not answer: check the address, or run the same",
+        ),
     ],
     ids=["slow down", "break upload"],
 )
@@ -204,7 +218,7 @@ def test_endless_trouble_is_one_sentence_and_nothing_is_half_written(
 
     with s3_server.failing(puts):
         for write, name in [(replaced, "old.bin"), (replaced, "new.bin"), (storage.write_bytes, "shard.bin")]:
-            with pytest.raises(ValueError, match=sentence) as caught:
+            with pytest.raises(Outage, match=sentence) as caught:
                 write(f"{folder}/{name}", data)
             assert "\n" not in str(caught.value)
             assert str(caught.value).startswith(f"{folder}/{name} ")
@@ -222,7 +236,7 @@ def test_a_broken_download_leaves_nothing_in_the_cache(folder: str, s3_server: R
     def gets(method: str, target: str) -> str:
         return "break download" if method == "GET" else ""
 
-    refused = pytest.raises(ValueError, match=r"weights\.bin could not be read")
+    refused = pytest.raises(Outage, match=r"weights\.bin could not be read")
     with s3_server.failing(gets), refused:
         storage.local(f"{folder}/weights.bin")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -236,10 +250,11 @@ def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Rela
     ids = np.arange(16)
     drawn = noise.gaussian(1, ids, *manifest.noise_shape(known))
     rows = pairs.Rows(ids, noise.labels(ids, 3), drawn, np.zeros((16, 14), np.uint16))
-    with s3_server.failing(every(1, "slow down")):
-        row = generate.commit(pairs.table(known, rows), folder, known)
-    assert "shard-00000.parquet could not be written" in row["error"][0]
-    assert storage.listing(folder) == []
+    manifest.claim(folder, known, recipe)
+    down = pytest.raises(Outage, match=r"shard-00000\.parquet could not be written")
+    with s3_server.failing(lambda method, target: "slow down" if method == "PUT" else ""), down:
+        passes.write_owned(folder, known, "here", pairs.table(known, rows))
+    assert storage.listing(folder) == ["_recipe.json"]
 
 
 @pytest.fixture
@@ -254,25 +269,22 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.faults("S3: wrong credentials, nobody answers, read only")
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "kind", "sentence"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "permission denied"),
-        ({"AWS_ACCESS_KEY_ID": "nobody"}, "permission denied"),
-        (REFUSED, "Could not connect to the endpoint URL: .*; check the address and the credentials"),
-        (
-            {"AWS_ACCESS_KEY_ID": READER, "AWS_SECRET_ACCESS_KEY": READER_SECRET},
-            "could not be written: permission denied",
-        ),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, Refused, "permission denied"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, Refused, "permission denied"),
+        (REFUSED, Outage, "Could not connect to the endpoint URL: .*; the server does not answer: check the address"),
+        (READ_ONLY, Refused, "could not be written: permission denied"),
     ],
     ids=["wrong secret", "unknown key", "nobody answers", "read only"],
 )
 def test_what_cannot_work_is_refused_by_every_job(
-    journey: Journey, folder: str, changes: dict[str, str], sentence: str
+    journey: Journey, folder: str, changes: dict[str, str], kind: type[Exception], sentence: str
 ) -> None:
     recipe = journey.recipe
     for job, part in [(generate_job, "pairs"), (distill, "train"), (evaluate_job, "evaluate")]:
         elsewhere = replace(recipe, **{part: replace(getattr(recipe, part), uri=f"{folder}/{part}")})
-        with client(**changes), pytest.raises(ValueError, match=sentence) as caught:
+        with client(**changes), pytest.raises(kind, match=sentence) as caught:
             job(elsewhere)
         assert "\n" not in str(caught.value)
     assert storage.listing(folder) == []
@@ -349,10 +361,9 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
     committed, log, rows = generate.commits, Observer.log, evaluate.parts_of
 
-    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[dict[str, Any]]:
+    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
-        row = generate.commit(pairs.table(known, Replica(recipe, known).rows(0, 12)), recipe.pairs_uri, known)
-        yield {name: column[0] for name, column in row.items()}
+        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, known, "here", Replica(recipe, known)(0, 12)))
         raise Stopped
 
     def three_steps(observer: Observer, metrics: dict[str, float]) -> None:
@@ -372,7 +383,7 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     patch.setattr(generate, "commits", one_shard)
     with pytest.raises(Stopped):
         generate_job(recipe)
-    assert not storage.exists(f"{recipe.pairs_uri}/manifest.json")
+    assert not storage.exists(f"{recipe.pairs_uri}/_manifest.json")
     patch.setattr(generate, "commits", committed)
     with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
@@ -403,8 +414,38 @@ def test_the_pairs_are_those_of_a_disk(journey: Journey) -> None:
     for name in (name for name in names if name.startswith("shard-")):
         assert storage.read_bytes(f"{there}/{name}") == (here / name).read_bytes()
     assert manifest.read(there)["made"][0]["rows"] < 60, "what was committed was not made again"
-    assert pairs.verify(there)["shards"] == pairs.verify(str(here))["shards"]
+    lines = [pairs.verify(place)["shards"] for place in (there, str(here))]
+    assert [line | {"host": ""} for line in lines[0]] == lines[1]
     assert generate_job(journey.recipe).startswith("Nothing is missing")
+
+
+@pytest.mark.faults("S3: nobody answers for a while")
+def test_an_outage_costs_no_finished_shard(
+    journey: Journey, folder: str, s3_server: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with the first shard that is committed and ends once it is noticed; the job goes on by itself."""
+    recipe, down, lines = tiny.with_pairs(journey.recipe, uri=f"{folder}/pairs"), threading.Event(), []
+    update = Progress.update
+
+    def committed(own: Progress, *args: Any, **more: Any) -> None:
+        update(own, *args, **more)
+        if own.done == 1:
+            down.set()
+
+    def say(own: Progress, line: str) -> None:
+        lines.append(line)
+        if "It is tried again until it answers" in line:
+            down.clear()
+
+    monkeypatch.setattr(Progress, "update", committed)
+    monkeypatch.setattr(Progress, "say", say)
+    with s3_server.failing(lambda method, target: "break upload" if down.is_set() else ""):
+        assert "Made 60 pairs" in generate_job(recipe)
+    trouble = [line for line in lines if "could not be" in line]
+    assert len(trouble) == 1, "said once"
+    assert f"{folder}/pairs answers again." in lines
+    for path in Path(journey.disk.pairs_uri).glob("shard-*"):
+        assert storage.read_bytes(f"{folder}/pairs/{path.name}") == path.read_bytes()
 
 
 def test_the_student_is_that_of_a_disk(journey: Journey) -> None:
@@ -419,7 +460,8 @@ def test_the_student_is_that_of_a_disk(journey: Journey) -> None:
 
 def test_the_report_is_on_s3(journey: Journey) -> None:
     uri = journey.recipe.report_uri
-    assert storage.listing(uri) == ["cache", "report.html", "report.json", "report.md", "samples.png", "tradeoff.png"]
+    files = ["report.html", "report.json", "report.md", "samples.png", "timing.json", "tradeoff.png"]
+    assert storage.listing(uri) == ["cache", *files]
     assert len(storage.listing(f"{uri}/cache")) == 3, "two samplers and the real images"
     assert journey.drawn == [], "what was drawn before the interruption was not drawn again"
     assert "Nothing is missing" in evaluate_job(journey.recipe)
@@ -442,12 +484,58 @@ def test_a_job_that_cannot_write_ends_with_one_sentence_and_goes_on_later(
 
     with (
         s3_server.failing(saving),
-        pytest.raises(ValueError, match=r"step-00000004\.pt could not be written") as caught,
+        pytest.raises(Outage, match=r"step-00000004\.pt could not be written") as caught,
     ):
         distill(recipe)
     assert "\n" not in str(caught.value)
     assert storage.listing(f"{folder}/student/checkpoints") == ["step-00000002.pt"]
     assert "after 6 steps" in distill(recipe)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.faults("S3: checkpoint cut short, emptied or with a flipped bit")
+@pytest.mark.parametrize("damage", [cut, flipped, lambda data: b""], ids=["cut", "flipped", "emptied"])
+def test_a_damaged_checkpoint_is_passed_over(
+    journey: Journey, folder: str, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(journey.recipe, train=replace(journey.recipe.train, uri=f"{folder}/student"))
+    there = f"{journey.recipe.student_uri}/checkpoints"
+    for name in ("step-00000004.pt", "step-00000006.pt"):
+        data = storage.read_bytes(f"{there}/{name}")
+        storage.write_bytes(f"{folder}/student/checkpoints/{name}", damage(data) if "6" in name else data)
+    storage.write_bytes(
+        f"{folder}/student/recipe.json", storage.read_bytes(f"{journey.recipe.student_uri}/recipe.json")
+    )
+    assert "after 6 steps" in distill(recipe)
+    said = capsys.readouterr().out
+    assert "step-00000006.pt is damaged; looking for the checkpoint before it." in said
+    assert "from step 4 of 6" in said
+    one, other = (load_file(storage.local(f"{r.student_uri}/student.safetensors")) for r in (journey.recipe, recipe))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.faults("S3: down for a while")
+@pytest.mark.usefixtures("no_work")
+def test_a_job_on_a_server_that_is_down_exits_1(
+    journey: Journey, s3_server: Relay, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is wrong with the input, so the status is not that of a bad recipe."""
+    monkeypatch.setattr(command_line, "parse", lambda doc: journey.recipe)
+    for job in (generate_job, distill, evaluate_job):
+        with client(**REFUSED), pytest.raises(SystemExit) as caught:
+            command_line.main(None, job)
+        assert caught.value.code == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: s3://")
+        assert "run the same command again later" in said
+        assert said.count("\n") == 1
 
 
 # ---- secrets
@@ -463,7 +551,7 @@ def test_the_secret_is_nowhere(journey: Journey) -> None:
         contents |= {str(path): path.read_bytes() for path in paths}
     contents["said"] = journey.said.encode()
     names = " ".join(contents)
-    for expected in ("pairs/manifest.json", "student/recipe.json", "step-00000006.pt", "home/mlflow.db", "raylet.out"):
+    for expected in ("pairs/_manifest.json", "student/recipe.json", "step-00000006.pt", "home/mlflow.db", "raylet.out"):
         assert expected in names
     assert not [name for name, content in contents.items() if SECRET.encode() in content]
 

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from pipeline import cluster, evaluate, generate, manifest, storage
-from pipeline.benchmark.clock import Stopwatch
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.errors import Unfinished
 from pipeline.evaluate import Artist
 from pipeline.manifest import Facts
 from pipeline.plan import ITEM, Draw, Plan, prepare
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
+from pipeline.stopwatch import Stopwatch
 from pipeline.tally import Statistics
 
 SHARDS = 4  # of each replica
@@ -64,9 +65,9 @@ class WatchedReplica(Replica):
         super().__init__(recipe, known)
         self.ready = time.time()
 
-    def __call__(self, task: dict[str, np.ndarray]) -> Any:
+    def __call__(self, number: int, rows: int) -> Any:
         begin, self.watch = time.time(), Stopwatch(torch.device(self.device))
-        made = super().__call__(task)
+        made = super().__call__(number, rows)
         busy = {"teacher": self.watch.seconds}
         Span(os.getpid(), self.ready - self.born, begin, time.time(), busy).write(self.folder)
         return made
@@ -79,9 +80,9 @@ class WatchedReplica(Replica):
 class WatchedArtist(Artist):
     """An artist whose samplers and whose scoring network are timed."""
 
-    def __init__(self, *args: Any, folder: str) -> None:
+    def __init__(self, *args: Any, folder: str, **more: Any) -> None:
         born, self.folder = time.time(), folder
-        super().__init__(*args)
+        super().__init__(*args, **more)
         self.born = time.time() - born
         network = self.network
         self.watches = {name: Stopwatch(torch.device(self.plan.device)) for name in ("drawing", "scoring")}
@@ -111,20 +112,20 @@ def generation(recipe: Recipe, folder: str) -> Section:
     recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=place, count=count))
     known, begun, cpu = manifest.facts_of(recipe), time.time(), _cpu()
     manifest.claim(place, known, recipe)
-    cluster.connect(recipe)
     numbers, size = list(range(SHARDS * recipe.pairs.actors)), 0
-    with tempfile.TemporaryDirectory() as watched:
-        for made in generate.commits(recipe, known, count, numbers, WatchedReplica, folder=watched):
-            if made["error"]:
-                raise Unfinished(f"shard {made['number']} failed: {made['error']}; see Ray's logs.")
-            size += json.loads(made["shard"])["bytes"]
+    progress = Progress(len(numbers), "shards")
+    with cluster.session(recipe, recipe.pairs.actors), tempfile.TemporaryDirectory() as watched:
+        for made in generate.commits(recipe, known, count, numbers, progress, WatchedReplica, folder=watched):
+            if made.shard is None:
+                raise Unfinished(f"shard {made.number} failed: {made.error}; see Ray's logs.")
+            size += made.shard.bytes
         spans, wall = read(watched), time.time() - begun
     rows, share = recipe.pairs.shard_rows, _share(spans, "teacher")
     busy = sum(span.busy["teacher"] for span in spans) / len(spans)
     section = Section(
         "Generation",
         f"{len(spans)} shards of {rows:,} rows from {recipe.pairs.actors} replicas of {recipe.cluster.cpus:g} CPU"
-        f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray Data to Parquet. *end to end* counts"
+        f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray to Parquet. *end to end* counts"
         " from a replica's first shard to its last; *bare* is the same replicas' teacher and flow matching alone, in"
         " the same seconds, without noise, tables, hand-over and files.",
     )
@@ -160,7 +161,6 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
 
 def _scored(plan: Plan, draw: Draw) -> Row:
     """One sampler's row."""
-    cluster.connect(plan.recipe)
     with tempfile.TemporaryDirectory() as watched:
         for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
             pass

@@ -1,0 +1,118 @@
+"""Ctrl-C, SIGTERM and SIGHUP: a job that is told to stop says so in one line and ends with the status that shells know.
+
+The exception that a signal becomes is a SystemExit: wherever it is raised and whoever lets it pass, the program ends
+without a traceback and with 128 plus the signal's number.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_held: list[int] = []  # depth of ``held``, and the signal that came meanwhile
+_depth = 0
+_stopping = False
+
+
+class Stopped(SystemExit):
+    """A signal ended the job. ``code``: 128 plus its number."""
+
+
+def leave_to_parent() -> None:
+    """In a child process: Ctrl-C, which a terminal sends to all, is the parent's, who ends its children."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stopping() -> bool:
+    """Whether the job is on its way out: what merely tidies up may be left out, for a supervisor waits seconds."""
+    return _stopping
+
+
+def install() -> None:
+    """Have the three signals raise Stopped in the main thread; elsewhere, nothing: Python allows it there alone.
+
+    One that is ignored stays so: SIGHUP by nohup, SIGINT by a shell's script for what it runs in the background.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes while the body runs is raised after it: for what must not be left half done.
+
+    Nothing in other threads than the main one, in which no signal is raised.
+    """
+    global _depth
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _held and not _depth:
+            _raise(_held.pop())
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """The handlers from before the body, put back after it: Ray sets its own when it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is _stop:
+                signal.signal(number, handler)
+
+
+def interruptible(call: Callable[[], Any]) -> Any:
+    """The result of a call that runs in a thread of its own, while this one may be told to stop."""
+    outcome: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def work() -> None:
+        """Hand on what came of it."""
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    result, error = outcome.get()
+    if error:
+        raise error
+    return result
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise Stopped once; whatever follows it finds the job on its way out."""
+    if _stopping or _held:
+        return
+    if _depth:
+        _held.append(number)
+    else:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
+    global _stopping
+    _stopping = True
+    name = signal.Signals(number).name
+    begin = "\n" if os.isatty(2) else ""  # there, the line may be begun: ^C
+    os.write(2, f"{begin}Stopped by {name}; what is finished is kept, and the same command goes on.\n".encode())
+    raise Stopped(128 + number)
