@@ -49,11 +49,11 @@ def test_one_ill_replica_costs_no_shard(
     """Its process is replaced and fails again, for ever; and the replicas have taken all CPUs there are."""
     monkeypatch.setattr(passes, "DEATHS", 1)
     monkeypatch.setattr(heartbeat, "LOOK", 0.1)
-    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=40, shard_rows=1, batch=1, actors=2)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=12, shard_rows=1, batch=1, actors=2)
     recipe = replace(recipe, cluster=replace(recipe.cluster, cpus=2))  # of four
-    outcomes = run(recipe, Noted(40), replica=faulty.Poisoned, folder=str(tmp_path))
-    assert sorted(outcome.number for outcome in outcomes if outcome.shard) == list(range(40))
-    assert manifest.committed(recipe.pairs_uri).keys() == {f"shard-{k:05d}.parquet" for k in range(40)}
+    outcomes = run(recipe, Noted(12), replica=faulty.Poisoned, folder=str(tmp_path))
+    assert sorted(outcome.number for outcome in outcomes if outcome.shard) == list(range(12))
+    assert manifest.committed(recipe.pairs_uri).keys() == {f"shard-{k:05d}.parquet" for k in range(12)}
     assert capfd.readouterr().err.count("lost its device and gets a new process") == 1, "it is named once"
     assert all(outcome.shard.host for outcome in outcomes if outcome.shard)
 
