@@ -109,12 +109,6 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
         teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
         pairs_fingerprint=fingerprint(known),
     )
-    if plan.per_epoch < 1:
-        raise Refused(
-            f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
-            f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
-            " make the batch smaller."
-        )
     if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
         raise Refused(
             f"train.export is released, but nobody released students of {recipe.teacher.family}, whose layout the file"
@@ -128,7 +122,13 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     if recipe.train.compile:
         compilation.check("train.compile", recipe.cluster.runs_on)
     claimed(plan)
-    if not recipe.dry_run:
+    if not recipe.dry_run:  # a set may be begun small and grow
+        if plan.per_epoch < 1:
+            raise Refused(
+                f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
+                f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
+                " make the batch smaller."
+            )
         there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
         if there < recipe.pairs.count:
             raise Refused(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import IMAGES, Family, tiny, with_pairs
 
-from pipeline import benchmark, flow, plots, stopwatch, storage, tracking
+from pipeline import benchmark, flow, mlflow_store, plots, stopwatch, storage
 from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
@@ -343,7 +343,7 @@ def test_the_job_leaves_its_table_its_numbers_and_an_mlflow_run(recipe: Recipe) 
     assert text.count("Meanwhile others kept") == 2, "each section says what else the machine did"
     assert [section["title"] for section in found["sections"]] == ["Flow matching beside plain sampling", "The teacher"]
     assert "No GPU took part" in text
-    client = tracking.loaded().MlflowClient()
+    client = mlflow_store.loaded().MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name(recipe.name).experiment_id])
     claims = {Claim(**{k: c[k] for k in ("text", "value")}).key for s in found["sections"] for c in s["claims"]}
     assert set(run.data.metrics) == claims
