@@ -132,6 +132,7 @@ def of_pairs(recipe: Recipe) -> Cost:
 def of_training(recipe: Recipe) -> Cost:
     """Optimiser steps that are left, a worker's memory, the time of a step without reading and communication."""
     found, settings = training_plan.check(replace(recipe, dry_run=True)), recipe.train
+    training_plan.check_batch(found)
     left = 0 if storage.exists(found.result) else found.total - training_state.steps_done(found.at("checkpoints"))
     student = checkpoints.parameters(recipe.teacher, settings.mask)["student"]
     at_once = training_plan.at_once(settings)

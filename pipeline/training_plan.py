@@ -123,12 +123,7 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
         compilation.check("train.compile", recipe.cluster.runs_on)
     claimed(plan)
     if not recipe.dry_run:  # a set may be begun small and grow
-        if plan.per_epoch < 1:
-            raise Refused(
-                f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
-                f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
-                " make the batch smaller."
-            )
+        check_batch(plan)
         there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
         if there < recipe.pairs.count:
             raise Refused(
@@ -136,6 +131,16 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
                 f" generate_pairs with this recipe, or set pairs.count to {there}."
             )
     return plan
+
+
+def check_batch(plan: Plan) -> None:
+    """ValueError for a set without a single whole batch."""
+    if plan.per_epoch < 1:
+        raise Refused(
+            f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
+            f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
+            " make the batch smaller."
+        )
 
 
 def at_once(settings: TrainSettings) -> int:

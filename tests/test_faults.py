@@ -26,7 +26,7 @@ from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 
 SHORT = 1  # kills of a run in the suite
-LONG = 25  # and of one by itself
+LONG = 37  # and of one by itself
 KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
 
 
@@ -143,7 +143,7 @@ def test_a_report_survives_kills_of_driver_and_actors(
     ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
 ) -> None:
     """And what a sampler's images gave is never made again once it is there."""
-    kills = min(kills, 8)
+    kills = min(kills, 13)
     listed = [{"name": "Autoregressive"}, {"name": "Skip", "n": 1}, {"name": "FlowMatched"}][: min(3, 1 + kills)]
     recipe = tiny(tmp_path, "var", **IMAGES)
     settings = replace(recipe.evaluate, samplers=listed, count=2000, batch=250, actors=2)
