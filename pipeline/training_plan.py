@@ -135,6 +135,7 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
 
 def check_batch(plan: Plan) -> None:
     """ValueError for a set without a single whole batch."""
+    recipe = plan.recipe
     if plan.per_epoch < 1:
         raise Refused(
             f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
