@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -26,10 +26,12 @@ from tqdm import tqdm
 from pipeline import signals
 from pipeline.errors import Unfinished
 from pipeline.progress import duration
-from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:  # the board's process needs neither recipes nor torch, which take seconds to import
+    from pipeline.recipe import Recipe
 
 LOOK = 5.0  # seconds between two looks at what is in work
-PATIENCE = 10.0  # seconds that the board may take to answer
+PATIENCE = 0.2  # seconds that the board may take to answer before the rows go on
 NAMED = 3  # units that a line names, those in work for longest
 TRIES = 2  # processes in which a unit may stall
 END = object()  # after the last row
@@ -141,6 +143,7 @@ class Heartbeat:
     ) -> None:
         self.what, self.total, self.done, self._begun, self._slots = what, total, done, begun, slots
         self._lines: set[str] = set()  # that were said
+        self._asked: Any = None  # the board, and not yet answered
         self._every, self._limit = 60 * recipe.cluster.heartbeat_minutes, 60 * recipe.cluster.stall_minutes
         self._said = time.monotonic()  # when something was last heard of
         self._taken = Counter[str]()
@@ -177,15 +180,15 @@ class Heartbeat:
                     self.done += 1
                     yield row
                 if time.monotonic() - looked >= LOOK or ended:
-                    self._look()
+                    self._look(LOOK if ended else PATIENCE)
                     looked = time.monotonic()
         finally:
             if not ended and not signals.stopping():
                 _end(dataset)
 
-    def _look(self) -> None:
+    def _look(self, patience: float) -> None:
         """Say what is in work if nothing has come for long, and take a unit away from who is at it for too long."""
-        work, now = self._in_work(), time.monotonic()
+        work, now = self._in_work(patience), time.monotonic()
         if work:
             self._begun(len(work))
         if now - self._said >= self._every:
@@ -212,13 +215,18 @@ class Heartbeat:
         tqdm.write(line, file=sys.stderr)
         self._said = time.monotonic()
 
-    def _in_work(self) -> list[Work]:
+    def _in_work(self, patience: float) -> list[Work]:
         """What living nodes are at; lines that workers have for the driver are said on the way."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        try:
-            found, lines = ray.get(self._board.read.remote(), timeout=PATIENCE)
-        except RayError:  # on a machine that is very busy: the next look will tell, and the work goes on
+        self._asked = self._asked or self._board.read.remote()
+        answered, _ = ray.wait([self._asked], timeout=patience, fetch_local=False)
+        if not answered:  # on a machine that is very busy: the next look will tell, and the work goes on
             return []
+        try:
+            found, lines = ray.get(self._asked)
+        except RayError:  # the board died with what it knew, and has started again
+            found, lines = [], []
+        self._asked = None
         for line in lines:
             if line.endswith(AGAIN):
                 self._lines = {said for said in self._lines if not said.startswith(line.removesuffix(AGAIN).rstrip())}
