@@ -5,6 +5,9 @@ RECIPE ?= jobs/recipes/digits-llamagen.yaml
 DEMO := --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/demo.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
+# A text as one word of the shell, whatever is in it: folders may have spaces and quotes in their names.
+quoted = '$(subst ','\'',$(1))'
+
 .PHONY: setup demo full ablate test test-slow test-faults lint format assets bench ui clean
 
 setup: .venv/ready
@@ -23,9 +26,9 @@ demo: setup
 
 # The same three jobs with a whole recipe: make full RECIPE=jobs/recipes/digits-llamagen.yaml
 full: setup
-	$(BIN)/python jobs/generate_pairs.py --config $(RECIPE)
-	$(BIN)/python jobs/distill.py --config $(RECIPE)
-	$(BIN)/python jobs/evaluate.py --config $(RECIPE)
+	$(BIN)/python jobs/generate_pairs.py --config $(call quoted,$(RECIPE))
+	$(BIN)/python jobs/distill.py --config $(call quoted,$(RECIPE))
+	$(BIN)/python jobs/evaluate.py --config $(call quoted,$(RECIPE))
 
 # One setting at a time around the digits: two training seeds of ten recipes, one table.
 ablate: setup
@@ -57,11 +60,12 @@ assets: setup
 bench: setup
 	$(BIN)/python jobs/benchmark.py
 
-# MLflow 3 opens on its page for language models; the address leads to the runs of the three jobs.
+# MLflow 3 opens on its page for language models; the address that is printed leads to the runs of the three jobs.
 RUN ?= runs/demo
+STORE = sqlite:///$(if $(filter /%,$(firstword $(RUN))),,$(CURDIR)/)$(RUN)/mlflow.db
 ui: setup
-	@echo 'Open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning once MLflow is up.'
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(RUN))/mlflow.db
+	@$(BIN)/python -m pipeline.mlflow_store $(call quoted,$(RUN))
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri $(call quoted,$(STORE))
 
 clean:
 	rm -rf runs

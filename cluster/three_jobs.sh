@@ -3,7 +3,7 @@
 # exit status. Run again, it skips what is done:
 #   cluster/three_jobs.sh --config jobs/recipes/var-d16.yaml --run s3://bucket/var-d16
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 for job in generate_pairs distill evaluate; do
   echo "== jobs/$job.py $*"

@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 from pathlib import Path
 
+from pipeline import signals, startup
 from pipeline.command_line import parse
 from pipeline.pretrain import Plan, make_card, make_classifier, make_family
 
@@ -22,11 +23,14 @@ def main() -> None:
         (name, parse(None, ["--config", str(RECIPES / f"digits-{name}.yaml")]).teacher, plan, out)
         for name, plan in PLANS.items()
     ]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:  # a core each: two threads in one net gain less
+    with multiprocessing.get_context("spawn").Pool(
+        2, signals.leave_to_parent
+    ) as pool:  # a core each: two threads in one net gain less
         pool.starmap(make_classifier, [("perceptual", out), ("scorer", out)])
         pool.starmap(make_family, families)
     print(make_card(out, PLANS))
 
 
 if __name__ == "__main__":
+    startup.begin()
     main()

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from pipeline import ablation_plan, ablation_report, cluster, manifest, storage, tracking
+from pipeline import ablation_plan, ablation_report, cluster, manifest, mlflow_store, storage, tracking
 from pipeline.ablation_plan import TEACHER, Plan, Trial
 from pipeline.distill import distill
 from pipeline.errors import Unfinished
@@ -29,6 +27,7 @@ def ablate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before the first job, and
     RuntimeError when some variants could not be made.
     """
+    mlflow_store.check(recipe)
     cluster.check_address()
     plan = ablation_plan.build(cluster.portable(recipe))
     if recipe.dry_run:
@@ -109,12 +108,12 @@ def _write(plan: Plan, results: dict[str, Any], run: tracking.Run) -> None:
         "ablation.md": ablation_report.markdown(results).encode(),
         "ablation.json": (json.dumps(results, indent=2) + "\n").encode(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            storage.write_bytes(plan.at(name), data)
-            Path(folder, name).write_bytes(data)
-            run.artifact(Path(folder, name))
+    for name, data in files.items():
+        storage.write_bytes(plan.at(name), data)
+        run.artifact(name, data)
     run.metrics(ablation_report.scalars(results))
+    variants = f"{len(plan.trials)} variants, {len(plan.recipe.ablate.seeds)} seeds"
+    run.conclude(f"{plan.recipe.name}, {variants}", ablation_report.table(results))
 
 
 def _link(plan: Plan, run: tracking.Run, lost: list[str]) -> None:
@@ -126,11 +125,9 @@ def _link(plan: Plan, run: tracking.Run, lost: list[str]) -> None:
     for trial in {trial.student: trial for trial in trials}.values():
         exported = checkpoints.metadata(storage.join(trial.recipe.student_uri, "student.safetensors"))
         run.adopt(exported["mlflow_run"], variant=_names(trials, student=trial.student))
-    reports = [(trial.name, trial.recipe.report_uri) for trial in trials]
-    for name, uri in reports:
-        fingerprint = storage.read_json(storage.join(uri, "report.json"))["fingerprint"]
-        if made_by := run.previous("evaluate", report_fingerprint=fingerprint):
-            run.adopt(made_by, variant=name)
+    for trial in trials:
+        fingerprint = storage.read_json(storage.join(trial.recipe.report_uri, "report.json"))["fingerprint"]
+        run.adopt_newest("evaluate", {"report_fingerprint": fingerprint}, variant=trial.name)
 
 
 def _names(trials: list[Trial], **shared: str) -> str:

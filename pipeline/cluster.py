@@ -14,13 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from pipeline import signals, storage
-from pipeline.errors import Refused
+from pipeline import fields, signals, storage
+from pipeline.addresses import PLACEHOLDER
+from pipeline.errors import Outage, Refused
 from pipeline.heartbeat import Heartbeat as Heartbeat
-from pipeline.ray_address import LOCAL, address, use_token
+from pipeline.ray_address import LOCAL, address, make_token, use_token
 from pipeline.ray_address import check_address as check_address
 from pipeline.ray_errors import Lost as Lost
 from pipeline.ray_errors import device_error as device_error
@@ -52,14 +54,14 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
+    auto_init_hook.enable_auto_connect = False  # a thread that outlives the connection must not start a Ray of its own
     if not ray.is_initialized():
         check_address()
         with signals.kept():  # Ray sets its own
             if address() == LOCAL:
                 _start_local(recipe)
             else:
-                use_token()
-                ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                _join()
     _warn_about_local_folder(recipe)
 
 
@@ -168,27 +170,23 @@ def portable(recipe: Recipe) -> Recipe:
     """
 
     def fixed(uri: str) -> str:
-        return uri if not uri or uri.startswith(("package://", "models:/")) else storage.resolve(uri)
+        stays = uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER))
+        return uri if stays else storage.resolve(uri)
 
-    def optional(uri: str | None) -> str | None:
-        return fixed(uri) if uri else uri
+    return fields.mapped(recipe, fixed)
 
-    teacher, evaluate = recipe.teacher, recipe.evaluate
-    return replace(
-        recipe,
-        run=fixed(recipe.run),
-        teacher=replace(teacher, tokenizer=fixed(teacher.tokenizer), checkpoint=fixed(teacher.checkpoint)),
-        pairs=replace(recipe.pairs, uri=optional(recipe.pairs.uri)),
-        train=replace(recipe.train, uri=optional(recipe.train.uri)),
-        evaluate=replace(
-            evaluate,
-            uri=optional(evaluate.uri),
-            cache=optional(evaluate.cache),
-            student=optional(evaluate.student),
-            inception=evaluate.inception if evaluate.inception == FORMULA else optional(evaluate.inception),
-            reference=optional(evaluate.reference),
-        ),
-    )
+
+def _join() -> None:
+    """Join the cluster of RAY_ADDRESS, of which this machine must be a node."""
+    use_token()
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Outage(
+            f"the cluster of RAY_ADDRESS {address()} cannot be joined ({reason}); a job runs on one of its nodes:"
+            " submit it (cluster/submit.py), or see `ray status` there."
+        ) from error
 
 
 def _start_local(recipe: Recipe) -> None:
@@ -200,7 +198,16 @@ def _start_local(recipe: Recipe) -> None:
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    make_token()
+    try:
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except OSError as error:
+        raise Refused(
+            f"a local Ray cannot be started ({error}); it writes to {os.environ.get('RAY_TMPDIR', '/tmp')}"
+            " (RAY_TMPDIR, a short path) and its token to ~/.ray (HOME)."
+        ) from error
     found = ray.cluster_resources().get("GPU", 0)
     if found < recipe.cluster.gpus:
         ray.shutdown()

@@ -1,86 +1,136 @@
 """From the command line to a recipe, and from a job's errors to one sentence and an exit status.
 
-``parse`` turns ``--config recipe.yaml --train.lr 1e-4`` into a ``Recipe`` and is strict about typos.
+``parse`` turns ``--config recipe.yaml --train.lr 1e-4`` into a ``Recipe``. A flag is a field's whole dotted name with
+its value, nothing is cut short, and flags lie over files wherever they stand.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from pipeline import signals
+from pipeline import fields, recipe_file, signals, usage
 from pipeline.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
+CONFIG, PRINT = "--config", "--print_config"
+OTHERS = {"-c": CONFIG, "--recipe": CONFIG, "--file": CONFIG, "--print": PRINT}  # what else people try
+RECIPE = fields.kind(Recipe)
+ANY = fields.kind(Any)
+FIELDS = dict(fields.named(Recipe))  # sections, too
 
 
 def parse(doc: str | None, args: list[str] | None = None) -> Recipe:
     """Command line and YAML -> Recipe; without a ``--config``, the digits default. A later file lies over earlier ones.
 
-    Bad keys, types and values end the program with one sentence and exit status 2.
+    Bad keys, types and values end the program with one sentence and exit status 2; ``--help`` and ``--print_config``
+    with status 0.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     given = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", nargs="?", action="append")
-    files = list(filter(None, first.parse_known_args(given)[0].config or []))
-    if not files:
-        # The default is not a layer below the user's recipe, which must say all that it means.
-        files, given = [str(DEFAULT)], ["--config", str(DEFAULT), *given]
-
-    parser = ArgumentParser(description=doc, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe, e.g. jobs/recipes/digits-llamagen.yaml")
-    parser.add_class_arguments(Recipe)
     try:
-        settings = parser.parse_args(given)
-        for file in files:
-            _check_sections(yaml.safe_load(Path(file).read_text()), Recipe().resolved(), "")
-        settings = parser.instantiate_classes(settings)
-        del settings["config"]
-        return Recipe(**settings)
-    except (ArgumentError, ValueError) as error:
+        if {"-h", "--help"} & set(given):
+            _answer(usage.text(doc, Recipe))
+        files, flags, printing = _split(given)
+        # The default is not a layer below the user's recipe, which must say all that it means.
+        recipe = _recipe([_of_file(file) for file in files or [str(DEFAULT)]] + flags)
+    except Refused as error:
         stop(error)
+    if printing:
+        _answer(yaml.safe_dump(recipe.resolved(), sort_keys=False).rstrip())
+    return recipe
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with other values of the dotted fields, or of the whole sections, in ``settings``.
+    """The recipe with other values of the dotted fields in ``settings``; those of whole sections lie over them.
 
     As strict as ``parse``, and raises ValueError, one sentence, where that would end the program.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    return _recipe([recipe.resolved()] + [_nested(name.split("."), value) for name, value in settings.items()])
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe)
-    tree = recipe.resolved()
-    for name, value in settings.items():
-        *sections, last = name.split(".")
-        inside = tree
-        for key in sections:
-            inside = inside[key] if isinstance(inside.get(key), dict) else {}
-        if last not in inside:
-            raise Refused(f"a recipe has no field {name}; see pipeline/recipe.py for those that there are.")
-        _check_sections(value, inside[last], name)
-        inside[last] = inside[last] | value if isinstance(inside[last], dict) else value
+
+def _recipe(layers: Sequence[dict[str, Any]]) -> Recipe:
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        tree = fields.laid_over(tree, fields.converted(layer, RECIPE, "", recipe_file.scalar))
+    return fields.built(Recipe, tree)
+
+
+def _of_file(place: str) -> dict[str, Any]:
+    """The settings of a file; what is wrong with one is said with the file's name."""
+    tree = recipe_file.read(place)
     try:
-        return Recipe(**parser.instantiate_classes(parser.parse_object(tree)))
-    except (ArgumentError, ValueError) as error:
-        raise Refused(" ".join(str(error).split())) from error
+        return fields.converted(tree, RECIPE, "", recipe_file.scalar)
+    except Refused as error:
+        raise Refused(f"{place}: {error}") from None
 
 
-def _check_sections(given: Any, known: Any, name: str) -> None:
-    """jsonargparse passes over a section that is not a mapping, like ``pairs: 3``."""
-    if isinstance(known, dict):
-        if not isinstance(given, dict):
-            raise Refused(f"the section {name} of the recipe is {given!r}; it must hold named settings.")
-        for key in given.keys() & known.keys():
-            _check_sections(given[key], known[key], f"{name}.{key}".lstrip("."))
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    """[a, b, c] and 3 -> {a: {b: {c: 3}}}."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+# ---- flags
+
+
+def _split(given: list[str]) -> tuple[list[str], list[dict[str, Any]], bool]:
+    """(the files of --config, every other flag as a nested mapping, whether --print_config is there)."""
+    files: list[str] = []
+    flags: list[dict[str, Any]] = []
+    printing, rest = False, list(given)
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        name, path = _flag(word)
+        switch = name == PRINT or (path and FIELDS.get(".".join(path), ANY).of is bool)
+        if not equals and name != PRINT and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        if not equals and not switch:
+            raise Refused(f"{name} has no value; write {name} {'FILE' if name == CONFIG else 'VALUE'}.")
+        if name == PRINT:
+            printing = True
+        elif name == CONFIG:
+            if not value.strip():
+                raise Refused(f"{CONFIG} is empty (is a variable of the shell not set?); give the recipe's path.")
+            files.append(value)
+        else:
+            free = ".".join(path) not in FIELDS  # an entry of a mapping whose values have no type of their own
+            flags.append(_nested(path, (recipe_file.scalar(value) if free else value) if equals else True))
+    return files, flags, printing
+
+
+def _flag(word: str) -> tuple[str, list[str]]:
+    """(a flag as it is called here, the keys that lead to its field); Refused, with a hint, for one that is none.
+
+    A hyphen may stand for an underscore. What follows the name of a free mapping is one key of it.
+    """
+    if not word.startswith("-"):
+        hint = f"{CONFIG} {word}" if word.endswith((".yaml", ".yml")) else f"{CONFIG} FILE"
+        raise Refused(f"{word!r} belongs to no flag; a recipe is given as {hint}, and a field as --NAME VALUE.")
+    field = word.removeprefix("--").replace("-", "_")
+    if word.startswith("--"):
+        if f"--{field}" in (CONFIG, PRINT):
+            return f"--{field}", []
+        if field in FIELDS:
+            return f"--{field}", field.split(".")
+        for free in (name for name, kind in FIELDS.items() if kind.of is dict):
+            if word.startswith(f"--{free}.") and word != f"--{free}.":
+                return word, [*free.split("."), word.removeprefix(f"--{free}.")]
+    known = [CONFIG, PRINT, "--help", *(f"--{name}" for name in FIELDS)]
+    if word in OTHERS:
+        raise Refused(f"there is no flag {word}; did you mean {OTHERS[word]}?")
+    raise Refused(fields.unknown(word, known, "there is no flag"))
+
+
+# ---- a job
 
 
 def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
@@ -90,11 +140,46 @@ def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     raised is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP end it in one line with status 130, 143 and 129.
     """
     signals.install()
-    recipe = parse(doc)
-    try:
-        print(job(recipe))
-    except (Refused, Unfinished) as error:
-        stop(error, error.status)
+    with redirect_stdout(Output(sys.stdout)):
+        recipe = parse(doc)
+        try:
+            print(job(recipe), flush=True)
+        except (Refused, Unfinished) as error:
+            stop(error, error.status)
+
+
+class Output:
+    """Standard output as jobs need it: whatever it cannot print or deliver, the work goes on.
+
+    Characters that its encoding lacks become question marks, and what a closed pipe (``| head``) would get is dropped.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = io.StringIO() if stream is None else stream  # None: closed when the program started
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._forgiving(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._forgiving(self._stream.flush)
+
+    def _forgiving(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except BrokenPipeError:
+            # What is still in the buffer would be tried again at exit, and fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return None
+
+
+def _answer(text: str) -> NoReturn:
+    print(text, flush=True)
+    raise SystemExit(0)
 
 
 def stop(error: Exception, status: int = 2) -> NoReturn:

@@ -36,6 +36,7 @@ from pipeline import (
     cluster,
     footprint,
     losses,
+    mlflow_store,
     signals,
     storage,
     tracking,
@@ -53,12 +54,13 @@ from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
 from pipeline.recomputation import recomputed
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
 
 FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
-MEASURED = 3  # steps that a dry run times, after one to warm up
+MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -69,10 +71,14 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
-    plan = training_plan.check(cluster.portable(recipe))
+    recipe.check_filled("teacher", "pairs", "train")
+    recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
+    plan = training_plan.check(recipe)
     if recipe.dry_run:
         return describe(plan)
     if storage.exists(plan.result):
+        tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
@@ -83,15 +89,29 @@ def distill(recipe: Recipe) -> str:
     start = time.monotonic()
     with tracking.Run.start(plan.recipe, "distill", earlier.get("mlflow_run")) as run:
         training_plan.claim(plan, run.id)
-        run.tag("pairs_fingerprint", plan.pairs_fingerprint)
-        if source := run.previous("pairs", pairs_fingerprint=plan.pairs_fingerprint):
-            run.tag("pairs_run", source)
-        run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
+        run.mark(plan.at())
+        _log_origin(run, plan)
         fit(plan, run)
-        run.tag("student", storage.sha256(plan.result))
+        _log(run, plan)
         _release(plan)
     took = duration(time.monotonic() - start)
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
+
+
+def _log_origin(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow from which pairs the student is made."""
+    run.tag("pairs_fingerprint", plan.pairs_fingerprint)
+    run.link("pairs", pairs_fingerprint=plan.pairs_fingerprint)
+    run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
+
+
+def _log(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow of a finished student."""
+    _log_origin(run, plan)
+    run.tag("student", storage.sha256(plan.result)[:12])
+    steps = ", ".join(map(str, plan.recipe.train.start_steps))
+    text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
+    run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
 
 
 def _release(plan: Plan) -> str:
@@ -106,12 +126,13 @@ def fit(plan: Plan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
-    if done:
-        print(f"Resuming {plan.at()} from step {done:,} of {plan.total:,}.", flush=True)
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
-            """A worker's message as progress and as MLflow metrics and pictures."""
+            """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            if message.line:
+                print(message.line, flush=True)
+                return
             progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
             if message.grid:
@@ -234,16 +255,18 @@ def train(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), _device(plan.recipe)
 
-    # 2. The student starts from its teacher, of which only the tokenizer stays.
-    student, loss = build(plan.recipe, device)
+    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
+    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
+    folder = plan.at("checkpoints")
+    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
+    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
     state = TrainingState(student, settings)
+    if newest and rank == 0:
+        resume(plan, state, newest, config["report"])
 
-    # 3. Or it goes on where the last checkpoint left it. What rank 0 sees counts, should a folder be slow to show.
-    newest = broadcast_from_rank_zero(training_state.newest(plan.at("checkpoints")) if rank == 0 else None)
-    if newest:
-        state.restore(plan.at("checkpoints", newest))
-        if rank == 0:
-            training_state.drop_after(plan.at("checkpoints"), newest)
+    # 3. The workers become one.
+    if world > 1:
+        state.share(broadcast_from_rank_zero)
     prepare(student, loss)
     network = _distributed(student, settings, device)
 
@@ -251,28 +274,43 @@ def train(config: dict[str, Any]) -> None:
     observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
-    window = Window(settings, device)
     pairs = training_data.stream(plan)
-    for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
-        window.waited += waited
-        batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
-        window.add(*step(network, loss, state, batch, plan.total))
+    window = Window(settings, device)
+    with training_state.Writer(folder, settings.keep) as writer:
+        for waited, (epoch, share) in timed(training_data.batches(plan, pairs, state.step, rank, world)):
+            window.waited += waited
+            batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            window.add(*step(network, loss, state, batch, plan.total))
 
-        saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
-        looking = state.step in plan.snapshot_steps
-        if saving or looking or state.step % settings.log_every == 0:
-            state.check()
-            metrics = window.close()
-            if observer:
-                observer.log(metrics)
-            if observer and looking:
-                observer.snapshot()
-            if observer and saving:
-                state.save(plan.at("checkpoints"))
+            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+            looking = state.step in plan.snapshot_steps
+            if saving or looking or state.step % settings.log_every == 0:
+                state.check()
+                metrics = window.close()
+                if observer:
+                    observer.log(metrics)
+                if observer and looking:
+                    observer.snapshot()
+                    window.begin()
+                if observer and saving:
+                    writer.write(state)
 
     # 6. The result comes last: whoever finds it knows that nothing is missing.
     if observer:
         observer.export(plan.result)
+
+
+def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
+    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
+    folder = plan.at("checkpoints")
+
+    def say(line: str) -> None:
+        report(Message(state.step, {}, [], line))
+
+    names = [name for name in training_state.saved(folder) if name <= newest]
+    name = state.restore(folder, names, say)
+    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
+    training_state.drop_after(folder, name)
 
 
 def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
@@ -289,13 +327,22 @@ def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, tot
     return torch.stack(sums).sum(0), state.advance(total)
 
 
-def build(recipe: Recipe, device: torch.device) -> tuple[Student, Loss]:
-    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone."""
+def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Student, Loss]:
+    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone.
+
+    Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
+    """
     # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    teacher = checkpoints.teacher(dataclasses.replace(recipe.teacher, precision="fp32", compile=False))
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed)
+    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
+    if fresh:
+        teacher = checkpoints.teacher(settings)
+        tokenizer = teacher.tokenizer.to(device)
+        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
+    else:
+        tokenizer = checkpoints.tokenizer(settings).to(device)
+        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
-    return student.to(device).train(), Loss(recipe.train, teacher.tokenizer.to(device), network)
+    return student.train(), Loss(recipe.train, tokenizer, network)
 
 
 def prepare(student: Student, loss: Loss) -> None:
@@ -310,6 +357,7 @@ def _device(recipe: Recipe) -> torch.device:
     """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
     set_products(recipe.train.precision)
     if recipe.cluster.runs_on == "cuda":
+        torch.backends.cudnn.benchmark = True  # decoder and LPIPS meet the same shapes at every step
         return ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
     return torch.device("cpu")
@@ -407,8 +455,8 @@ def measure(recipe: Recipe) -> float:
     pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
     batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
     ends = []
-    for _ in range(1 + MEASURED):
-        step(student, loss, state, batch, total=1 + MEASURED)
-        state.check()  # waits for the device
-        ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / MEASURED
+    for _ in range(WARM_UP + MEASURED):
+        step(student, loss, state, batch, total=WARM_UP + MEASURED)
+        ends.append(now(device))
+    state.check()
+    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED

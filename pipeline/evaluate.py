@@ -14,10 +14,9 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,19 @@ import numpy as np
 import ray
 import ray.data
 import torch
-from torch import Tensor
 
 from pipeline import (
     cluster,
     comparison,
+    legend,
+    machine,
+    mlflow_store,
     model_registry,
     noise,
     page,
     pairs,
     plots,
+    provenance,
     references,
     report,
     sample_files,
@@ -43,112 +45,22 @@ from pipeline import (
     speed,
     storage,
     summary,
-    tally,
+    timing,
     tracking,
 )
-from pipeline.compilation import compiled
-from pipeline.models import checkpoints
-from pipeline.models.base import Student
-from pipeline.plan import Draw, Plan, describe, prepare
+from pipeline.artist import Artist, load, load_student
+from pipeline.plan import Draw, Plan, departures, describe, prepare
 from pipeline.precision import set_products
 from pipeline.progress import Progress
-from pipeline.real_images import RealImages
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, fingerprint
 from pipeline.references import References
-from pipeline.samplers import Autoregressive, Models, OneStepStar
-from pipeline.tally import Seen, Statistics, glance
+from pipeline.samplers import Autoregressive, OneStepStar
+from pipeline.tally import Glance, Statistics, glance
 
+SHOWN = (".html", ".md", "report.json", ".png")  # the files of a report that MLflow gets, by how their names end
 RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
 
-# ---- the workers
-
-
-class Artist:
-    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
-
-    ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
-    ``working``: a context around each unit, which tells others of it.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        draws: list[Draw],
-        frequencies: np.ndarray | None,
-        weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
-        working: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
-        set_products("fp32")  # of what scores; the models set their own
-        self.plan, self.draws, self.working = plan, draws, working
-        self.models = load(plan, frequencies)
-        arrays = None if weights is None else ray.get(weights)
-        self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
-        self.samples = plan.samples()
-        self.real: RealImages | None = None  # opened by the actor that scores them
-        self.loaded = ""  # the student in self.models
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """{draw [1], item [1]} -> the same with packed statistics."""
-        draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
-        with self.working(f"part {item + 1} of {draw.name}"):
-            try:
-                statistics = self.statistics(draw, item)
-            except Exception as error:
-                if cluster.device_error(error):
-                    cluster.end_process(error)
-                raise
-        return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
-
-    @torch.no_grad()
-    def statistics(self, draw: Draw, item: int) -> Statistics:
-        """Draw and score the images of one unit of work."""
-        started, settings, layout = time.perf_counter(), self.plan.recipe.evaluate, self.plan.layout
-        out = Statistics.empty(self.network, layout.classes, layout.image_size, draw.count)
-        places, seen, labels = np.array(draw.places(item)), [], []
-        for start in range(0, len(places), settings.batch):
-            images, known = self.images(draw, places[start : start + settings.batch])
-            seen.append(Seen.of(images, self.network))
-            labels += [] if known is None else [known]
-        rows, known = Seen.joined(seen), np.concatenate(labels) if labels else None
-        keep = tally.spread(places, draw.keep, draw.count)
-        out.add(rows, known, self.network.names_labels, places, keep, settings.grid)
-        if draw in self.samples:
-            sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
-        out.seconds = time.perf_counter() - started
-        return out
-
-    def images(self, draw: Draw, places: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
-        """Images [B, 3, H, W] at ``places`` of a draw, and their labels where they are known."""
-        if draw.sampler is None:
-            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.layout.image_size)
-            assert self.real is not None
-            images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
-            return images.to(self.plan.device), labels
-        if draw.student and draw.student != self.loaded:
-            self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
-            self.loaded = draw.student
-        ids = draw.first + places
-        embeddings = draw.sampler.draw(self.models, ids)
-        images = self.models.decode(embeddings, draw.sampler.student)
-        return images, noise.labels(ids, self.plan.layout.classes)
-
-
-def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
-    """The teacher of a plan on its device; the student is loaded when a draw needs it."""
-    teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
-    shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
-    recipe = plan.recipe
-    precisions = recipe.teacher.precision, recipe.evaluate.precision
-    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
-
-
-def load_student(plan: Plan, uri: str, models: Models) -> Student:
-    """A student of a plan on its device, compiled if the recipe says so."""
-    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
-    if plan.recipe.evaluate.compile:
-        compiled(student)
-    return student
+# ---- the statistics
 
 
 class Shelf(Mapping[Draw, Statistics]):
@@ -166,8 +78,8 @@ class Shelf(Mapping[Draw, Statistics]):
     def __len__(self) -> int:
         return len(self.draws)
 
-    def glance(self, draw: Draw) -> tuple[float, np.ndarray]:
-        """(seconds, images of the grid)."""
+    def glance(self, draw: Draw) -> Glance:
+        """The small parts, without reading the rest."""
         with storage.reading(self.plan.cache(draw)) as file:
             return glance(file)
 
@@ -175,10 +87,12 @@ class Shelf(Mapping[Draw, Statistics]):
 def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     """The statistics of all draws: out of the cache, or drawn now and put there."""
     draws = plan.draws()
-    finished = [draw for draw in draws if storage.exists(plan.cache(draw)) and _saved(plan, draw)]
+    finished = in_cache(plan)
     todo = [draw for draw in draws if draw not in finished]
     if not todo:
         return Shelf(plan, draws)
+    for sentence in plan.stale(todo):
+        print(sentence, file=sys.stderr, flush=True)
     total, done = (sum(draw.items for draw in some) for some in (draws, finished))
     growing: dict[Draw, Statistics] = {}
     parts = dict.fromkeys(range(len(todo)), 0)
@@ -196,10 +110,20 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     return Shelf(plan, draws)
 
 
+def in_cache(plan: Plan) -> list[Draw]:
+    """The draws of a plan of which nothing is missing: their statistics, and the images where they are wanted."""
+    there = set(storage.listing(plan.shelf))
+    draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in there]
+    return [draw for draw in draws if _saved(plan, draw)]
+
+
 def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
     """Put a whole draw away: its images, if they are wanted, and then its statistics, which say that it is done."""
     if draw in plan.samples():
         sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
+    settings = plan.recipe.evaluate
+    statistics.made = {"date": provenance.now(), "batch": settings.batch, "actors": settings.actors}
+    statistics.made |= {"code": plan.code(draw)[:12]} | provenance.version()
     storage.write_bytes(plan.cache(draw), statistics.pack())
 
 
@@ -233,15 +157,25 @@ def parts_of(
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
-    """(draw, part), the parts of each draw in the order of their ids, whoever came first."""
-    waiting: dict[tuple[int, int], bytes] = {}
+    """(draw, part), the parts of each draw in the order of their ids, whoever came first.
+
+    One that comes before its turn waits in a temporary file: parts of Inception's features have tens of megabytes, and
+    a slow first one may let hundreds pass.
+    """
     following: dict[int, int] = defaultdict(int)
-    for row in rows:
-        i = row["draw"]
-        waiting[i, row["item"]] = row["statistics"]
-        while (i, following[i]) in waiting:
-            yield i, Statistics.unpack(waiting.pop((i, following[i])))
-            following[i] += 1
+    with tempfile.TemporaryDirectory(prefix="dd-parts-") as folder:
+        for row in rows:
+            i, part = row["draw"], row["statistics"]
+            early = Path(folder, f"{i}-{row['item']}")
+            if row["item"] != following[i]:
+                early.write_bytes(part)
+                continue
+            while part is not None:
+                yield i, Statistics.unpack(part)
+                following[i] += 1
+                waiting = Path(folder, f"{i}-{following[i]}")
+                part = waiting.read_bytes() if waiting.exists() else None
+                waiting.unlink(missing_ok=True)
 
 
 def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
@@ -259,18 +193,19 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
 
 
 def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
-    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores."""
+    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
+    machine that it was measured on, and what others did there.
+    """
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     set_products("fp32")
+    watch = machine.Watch(plan.device)
     models = load(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
-    return {
-        "speeds": speed.measure(models, listed, batches),
-        "device": speed.device_name(plan.device),
-        "threads": torch.get_num_threads(),
-    }
+    speeds = speed.measure(models, listed, batches)
+    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": provenance.now()}
+    return found | {"calls": speed.CALLS, "speeds": speeds, "load": dataclasses.asdict(watch.load())}
 
 
 # ---- the job
@@ -282,59 +217,94 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
+    mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs", "train", "evaluate")
     recipe, registered = model_registry.fetched(cluster.portable(recipe))
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     model_registry.check(recipe)
     others = comparison.read(plan, scoring.title(recipe.evaluate))
+    for sentence in said_of(plan):
+        print(sentence, file=sys.stderr, flush=True)
     if recipe.dry_run:
         return _dry_run(plan)
-    earlier = _earlier(plan)
-    if earlier and earlier["shown"] == summary.shown(plan, others) and all(_saved(plan, draw) for draw in plan.draws()):
+    earlier, times = _earlier(plan), timing.recalled(plan)
+    shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
+    if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     cluster.check_address()
     with tracking.Run.start(recipe, "evaluate") as run:
+        run.mark(recipe.report_uri)
         frequencies = _frequencies(plan)
         statistics = collect(plan, frequencies)
-        timing = summary.recalled(plan, earlier) if earlier else _timing(plan, frequencies)
-        seconds = sum(statistics.glance(draw)[0] for draw in statistics)
-        results = summary.summarise(plan, statistics, timing, seconds, others)
+        times = times or _timed(plan, frequencies)
+        glances = {draw: statistics.glance(draw) for draw in statistics}
+        results = summary.summarise(plan, statistics, times, glances, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = model_registry.register(run, recipe, results) if recipe.evaluate.register else ""
+    sweep(plan)
     place = storage.join(recipe.report_uri, "report.html")
     return f"{report.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
 
 
-def _timing(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
-    """What ``time_samplers`` finds, with the pool's cores; nothing where the recipe names no batch."""
+def said_of(plan: Plan) -> list[str]:
+    """What the report will say of its student and its samplers that nobody should find there only."""
+    names = sampler_list.names(plan.samplers)
+    found = [(name, departures(plan, sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
+    asking = ((name, "; ".join(why)) for name, why in found if why)
+    return [
+        *plan.notes,
+        *(f"{name} asks more of its student than that was trained for: {why}." for name, why in asking),
+    ]
+
+
+def _timed(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+    """What ``time_samplers`` finds with the pool's cores, after keeping it for the next report of the same samplers."""
     settings = plan.recipe.evaluate
-    if not settings.timing_batches:
-        return {"speeds": {}, "device": None, "threads": None}
     print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-    return time_alone(plan, frequencies, settings.timing_batches, settings.actors)
+    found = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
+    print(f"{legend.about_load(found)}.", file=sys.stderr, flush=True)
+    return found
 
 
 def _dry_run(plan: Plan) -> str:
     """The plan with what is left to draw, from the seconds of one batch of every sampler."""
-    timing = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
-    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in timing["speeds"].items()})
+    left = {draw.sampler for draw in plan.draws() if draw not in in_cache(plan)}
+    if not left - {None}:
+        return describe(plan, dict.fromkeys(plan.samplers, 0.0))
+    found = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
+    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in found["speeds"].items()})
 
 
 def _earlier(plan: Plan) -> dict[str, Any] | None:
     """The results of a report that is there already and was made from the same images and networks.
 
-    What it shows may have changed since: the paper's figures, the reports it is compared with, its form. Then it is
-    written again, from the statistics and the times that are there.
+    What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
+    that times. Then it is written again, from the statistics and the times that are there.
     """
     uri = storage.join(plan.recipe.report_uri, "report.json")
     results = storage.read_json(uri) if storage.exists(uri) else {}
     return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
 
 
+def _shows(results: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows beside its images: its form, the figures beside its own, its times."""
+    return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
+
+
+def _complete(plan: Plan, results: dict[str, Any]) -> bool:
+    """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
+    there = set(storage.listing(plan.recipe.report_uri))
+    return set(results["files"]) <= there and all(_saved(plan, draw) for draw in plan.draws())
+
+
 def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    said = f"Nothing is missing: {uri} holds this report; delete it to measure speed again."
+    names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(SHOWN)]
+    files = {name: partial(storage.read_bytes, storage.join(plan.recipe.report_uri, name)) for name in names}
+    tracking.complete(plan.recipe, "evaluate", plan.recipe.report_uri, lambda run: _log(run, plan, results, files))
+    said = f"Nothing is missing: {uri} holds this report; delete timing.json beside it to measure speed again."
     if not plan.recipe.evaluate.register:
         return said
     if known := model_registry.registered(plan.recipe, results):
@@ -348,12 +318,13 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
-    _write_reference(plan, statistics)
+    own = _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    names = sampler_list.names(plan.samplers)
-    files = {"samples.png": plots.samples(names, [statistics.glance(draw)[1] for draw in plan.table()], labels)}
+    grids = [images[:columns] for draw in plan.table() if (images := statistics.glance(draw).images) is not None]
+    files = {"samples.png": plots.samples(sampler_list.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)
+    results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()
     files["report.md"] = report.markdown(results).encode()
     files["report.json"] = (json.dumps(results, indent=2) + "\n").encode()
@@ -362,14 +333,38 @@ def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, b
     return files
 
 
-def _write_reference(plan: Plan, statistics: Shelf) -> None:
-    """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them."""
+def sweep(plan: Plan) -> None:
+    """Delete what no report needs any more, once this one is written.
+
+    Killed writers' temporary files, everywhere; parts of images whose draw is another one; and in the report's own
+    cache statistics of draws that this report does not have. A cache that reports share is left alone: who else uses
+    what is in it, nobody here knows.
+    """
+    samples = storage.join(plan.recipe.report_uri, "samples")
+    for folder in (plan.recipe.report_uri, plan.shelf, samples):
+        storage.sweep(folder)
+    for name in storage.listing(samples):
+        if sample_files.PART in name:
+            storage.remove(storage.join(samples, name))
+    if plan.recipe.evaluate.cache is None:
+        wanted = {plan.cache(draw).rpartition("/")[2] for draw in plan.draws()}
+        for name in storage.listing(plan.shelf):
+            if name.endswith(".npz") and name not in wanted:
+                storage.remove(storage.join(plan.shelf, name))
+
+
+def _write_reference(plan: Plan, statistics: Shelf) -> list[str]:
+    """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them.
+
+    Returns the name of the file, if there is one.
+    """
     settings = plan.recipe.evaluate
     if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
-        return
+        return []
     found, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
-    made = References(found.gaussian, found.spatial, settings.flavour, True, weights, plan.real)
+    made = References(found.gaussian, found.spatial, settings.flavours[0], True, weights, plan.real)
     storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
+    return ["reference.npz"]
 
 
 def _frequencies(plan: Plan) -> np.ndarray | None:
@@ -381,22 +376,25 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     return counts if by_class else counts[None]
 
 
-def _log(run: tracking.Run, plan: Plan, results: dict[str, Any], files: dict[str, bytes]) -> None:
+def _log(
+    run: tracking.Run, plan: Plan, results: dict[str, Any], files: Mapping[str, bytes | Callable[[], bytes]]
+) -> None:
     """Numbers, pictures and links into MLflow."""
-    run.metrics(report.scalars(results))
+    run.metrics(report.headlines(results))
     for point in (results["curve"] or {"points": []})["points"]:
         run.metrics({f"curve/{report.metric_name(point['name'])}": point["score"]}, step=point["step"])
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            Path(folder, name).write_bytes(data)
-            run.artifact(Path(folder, name))
+    for name, content in files.items():
+        run.artifact(name, content)
+    run.table("scores.json", *report.scores(results))
     run.tag("report_fingerprint", results["fingerprint"])
-    for key, value in plan.facts["teacher"].items():
-        run.tag(f"teacher_{key}", value)
     if plan.students:
-        run.tag("student", plan.students[plan.student])
+        run.tag("student", plan.students[plan.student][:12])
     if made_by := plan.exported.get("mlflow_run"):
-        run.tag("distill_run", made_by)
+        run.link("distill", made_by)
     if known := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):
         run.tag("pairs_fingerprint", known)
-        run.dataset("pairs", plan.recipe.pairs_uri, known, "evaluation")
+        run.link("pairs", pairs_fingerprint=known)
+        run.dataset("pairs", plan.recipe.pairs_uri, known, "training")
+    reference = results["made"]["reference"]
+    run.dataset("reference", str(reference["uri"]), fingerprint(reference), "evaluation")
+    run.conclude(report.headline(results), report.table(results))

@@ -17,42 +17,42 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from pipeline import fields
 from pipeline.errors import Refused
+from pipeline.fields import Range
 from pipeline.flow_solvers import GRIDS, adaptive, fixed, paper
 from pipeline.posterior import Block, augment, blocks, pad_columns, standardise
 from pipeline.precision import full_precision
-
-SOLVERS = ("adaptive", "fixed", "paper")
 
 
 @dataclass(frozen=True)
 class Solver:
     """How the ODE is integrated; in brackets the wrong codes in per cent for codebooks like VAR's / LlamaGen's.
 
-    adaptive: each token chooses its steps by `tolerance`, safe for any codebook (1e-3: 0.07 / 0.05).
-    fixed: `evaluations` nodes on a tuned grid, less exact where codes nearly coincide (10: 0.12 / 0.43).
-    paper: DPM-Solver++ with `evaluations` steps, as the paper sets it (10: 3.5 / 6.8).
+    Attributes:
+        name: adaptive lets each token choose its steps by ``tolerance``, safe for any codebook (1e-3: 0.07 / 0.05);
+            fixed takes ``evaluations`` nodes on a tuned grid, less exact where codes nearly coincide (10: 0.12 / 0.43);
+            paper is DPM-Solver++ with ``evaluations`` steps, as the paper sets it (10: 3.5 / 6.8).
+        evaluations: how often the fixed and the paper's solver ask for D(y, u), for each token.
+        tolerance: the error that a step of the adaptive solver may make.
     """
 
     name: Literal["adaptive", "fixed", "paper"] = "adaptive"
-    evaluations: int = 10
-    tolerance: float = 1e-3
+    evaluations: Annotated[int, Range(1, 10_000, "1 or more, and at most 10,000")] = 10
+    tolerance: Annotated[float, Range(1e-6, 0.1, "between 1e-6 and 0.1, in float32")] = 1e-3
 
     def __post_init__(self) -> None:
-        if self.name not in SOLVERS:
-            raise Refused(f"solver name is {self.name!r}; choose one of {', '.join(SOLVERS)}")
+        fields.check(self, "pairs.solver")
         if self.name == "fixed" and self.evaluations not in GRIDS:
             choices = ", ".join(map(str, GRIDS))
-            raise Refused(f"solver evaluations is {self.evaluations}; for the fixed solver choose one of {choices}")
-        if self.name == "paper" and self.evaluations < 1:
-            raise Refused(f"solver evaluations is {self.evaluations}; give the paper's solver 1 or more")
-        if self.name == "adaptive" and not 1e-6 <= self.tolerance <= 0.1:
-            raise Refused(f"solver tolerance is {self.tolerance}; choose one between 1e-6 and 0.1 (float32)")
+            raise Refused(
+                f"pairs.solver.evaluations is {self.evaluations}; for the fixed solver choose one of {choices}."
+            )
 
 
 ADAPTIVE = Solver()

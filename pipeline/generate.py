@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline import cluster, compilation, footprint, manifest, pairs, storage, tracking
+from pipeline import cluster, compilation, footprint, manifest, mlflow_store, pairs, storage, tracking
 from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.models import checkpoints
@@ -47,6 +47,8 @@ def generate(recipe: Recipe) -> str:
     claimed before Ray and MLflow are there.
     """
     recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
+    recipe.check_filled("teacher", "pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
     manifest.check_claim(uri, known)
     if recipe.teacher.compile:
@@ -61,6 +63,7 @@ def generate(recipe: Recipe) -> str:
     if complete and complete["count"] == count and not todo:
         if not recipe.dry_run:
             manifest.tidy(uri, complete, files)
+            tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
         return f"Nothing is missing: {_described(uri, complete)}."
     _check_weights(recipe)
     if recipe.dry_run:
@@ -109,12 +112,11 @@ def _complete(
                     manifest.record(uri, known, found)
 
         try:
-            if todo:
-                with cluster.session(recipe, min(recipe.pairs.actors, len(todo))):
-                    manifest.claim(uri, known, recipe)
-                    _make(recipe, known, count, todo, made, record, run)
-            else:
+            with cluster.session(recipe, min(recipe.pairs.actors, len(todo))) if todo else nullcontext():
                 manifest.claim(uri, known, recipe)
+                run.mark(uri)
+                if todo:
+                    _make(recipe, known, count, todo, made, record, run)
             checked = [future.result() for future in reading]
         except BaseException:
             record()
@@ -128,10 +130,17 @@ def _complete(
         "mlflow_run": run.id,
     }
     complete = _patiently(recipe, partial(manifest.finish, uri, known, kept + checked + made, summary))
+    _log(run, recipe, complete)
+    return complete
+
+
+def _log(run: tracking.Run, recipe: Recipe, complete: dict[str, Any]) -> None:
+    """What MLflow is told of a complete set."""
+    uri = recipe.pairs_uri
     run.dataset("pairs", uri, complete["fingerprint"], "output")
     run.tag("pairs_fingerprint", complete["fingerprint"])
-    run.artifact(storage.local(storage.join(uri, manifest.MANIFEST)))
-    return complete
+    run.artifact("manifest.json", partial(storage.read_bytes, storage.join(uri, manifest.MANIFEST)))
+    run.conclude(f"{recipe.name}, {complete['count']:,} pairs", f"{_described(uri, complete)}.")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
+from pipeline import signals
 from pipeline.errors import Unfinished
 from pipeline.progress import duration
 from pipeline.recipe import Recipe
@@ -102,7 +103,8 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ray.kill(self._board)
+        if not signals.stopping():
+            ray.kill(self._board)
 
     def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
         """The rows of a Ray data set as they come; Unfinished where a unit has stalled in two processes.
@@ -127,7 +129,7 @@ class Heartbeat:
                     self._look()
                     looked = time.monotonic()
         finally:
-            if not ended:
+            if not ended and not signals.stopping():
                 _end(dataset)
 
     def _look(self) -> None:

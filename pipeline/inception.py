@@ -95,12 +95,14 @@ def check(uri: str) -> str:
         )
     if uri == FORMULA:
         return FORMULA
-    if not storage.exists(uri):
+    try:
+        found = storage.sha256(uri)
+    except Missing:
         raise Missing(
             f"evaluate.inception {uri} is not there; fetch weights-inception-2015-12-05-6726825d.pth of the"
             f" torch-fidelity release v0.2.0, or set it to {FORMULA} for a rehearsal whose numbers are no FID."
-        )
-    return _checked(storage.sha256(uri), uri)
+        ) from None
+    return _checked(found, uri)
 
 
 def weights(uri: str) -> dict[str, np.ndarray]:

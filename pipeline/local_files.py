@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,18 @@ def user() -> Path:
     if place.startswith("~"):
         raise Refused("HOME is not set, and this user has no home; set HOME to a folder that can be written.")
     return Path(place)
+
+
+def cache() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or user() / ".cache") / "distilled-decoding"
+
+
+def no_file(path: str) -> str:
+    """What stands in a file's place: a folder has no bytes, a pipe would be waited for without end; "" for a file."""
+    mode = os.stat(path).st_mode
+    kinds = {"": stat.S_ISREG, "a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((name for name, is_kind in kinds.items() if is_kind(mode)), "a device")
 
 
 def temporary(name: str) -> str:

@@ -7,6 +7,8 @@ pass over all images would have found. Everything here is numbers in, numbers ou
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from scipy.special import softmax
@@ -15,7 +17,7 @@ from torch import Tensor
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
 BUFFER = 1024  # rows collected before they enter a covariance: smaller updates cost ten times as much
 COMPONENTS = 50  # principal components of the pixel distance
-GROUPS = 10  # of consecutive ids, left out in turn for the error of a distance
+GROUPS, FEWEST = 10, 5  # of rounds of classes, left out in turn for the error of a distance
 SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1_000, 2020  # of KID: torch-fidelity's
 
 
@@ -142,10 +144,16 @@ class InceptionScore:
         self.p_log_p += other.p_log_p
 
     def value(self) -> float:
-        """The mean of the blocks' scores; a short last block counts as much as the others, as in ADM's
-        evaluator.
+        """The mean of the blocks' scores, each weighing as its images.
+
+        ADM's evaluator counts a short last block like the others; fewer images score lower, so it would pull the mean.
         """
-        return float(self.scores().mean())
+        return float(np.average(self.scores(), weights=self.n[self.n > 0]))
+
+    def error(self) -> float | None:
+        """Standard error of ``value``, from the spread of the whole blocks; None of fewer than five."""
+        found = self.scores()[self.n[self.n > 0] == self.n.max()]
+        return float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) >= FEWEST else None
 
     def scores(self) -> np.ndarray:
         """The score of each block."""
@@ -177,31 +185,40 @@ def factor(cov: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def frechet_error(features: np.ndarray, total: Moments, reference: Gaussian) -> tuple[float, float] | None:
+def frechet_error(
+    features: np.ndarray, total: Moments, reference: Gaussian, rounds: np.ndarray
+) -> tuple[float, float] | None:
     """Standard error of the Fréchet distance of features [N, D] to ``reference``, and its limit for N to infinity.
 
-    The jackknife (Quenouille, Tukey) over ten groups of consecutive rows, each left out in turn: the spread of the ten
-    distances gives the error, and, as the bias of the distance goes with 1/N, the line through N and 0.9 N gives the
-    limit (FID-infinity, Chong & Forsyth 2020). Unlike a line through the distances of the first N/2 .. N rows, it
-    weighs all rows alike, which halves the variance. ``total`` are the moments of all rows, so that one group is in
-    memory at a time. The reference is taken as it is: its own finite size shifts both. None below 2 D rows, where
-    covariances are close to singular and the bias is no line.
+    The jackknife (Quenouille, Tukey; of unequal groups Busing et al. 1999) leaves up to ten groups out in turn: the
+    spread of the distances gives the error, and, as the bias of the distance goes with 1/N, what is left of the
+    distance without it the limit (FID-infinity, Chong & Forsyth 2020). Unlike a line through the distances of the first
+    N/2 .. N rows, it weighs all rows alike, which halves the variance. Groups are whole rounds of classes, of which
+    ``rounds`` [N] has each row's: groups in which classes are missing would differ by more than chance.
+
+    ``total`` are the moments of all rows, so that one group is in memory at a time. The reference is taken as it is:
+    its own finite size shifts both. None below 2 D rows, where covariances are close to singular and the bias is no
+    line, and below five rounds.
     """
-    n = len(features)
-    if n < 2 * features.shape[1] or n < 2 * GROUPS:
+    _, number, sizes = np.unique(rounds, return_inverse=True, return_counts=True)
+    n, groups = len(features), min(GROUPS, int((sizes == sizes.max()).sum()))  # a last round may not be whole
+    if n < 2 * features.shape[1] or groups < FEWEST:
         return None
-    root, found, sizes = factor(reference[1]), [], []
-    for group in np.array_split(features, GROUPS):
+    root = factor(reference[1])
+
+    def without(group: int) -> tuple[int, float]:
         part = Moments(features.shape[1])
-        part.add(group)
-        rest = total.without(part)
-        found.append(frechet(reference, rest.gaussian(), root))
-        sizes.append(1 / rest.n)
-    distances = np.array(found)
-    error = np.sqrt((GROUPS - 1) / GROUPS * np.square(distances - distances.mean()).sum())
-    whole = frechet(reference, total.gaussian(), root)
-    slope = (distances.mean() - whole) / (np.mean(sizes) - 1 / n)
-    return float(error), float(whole - slope / n)
+        part.add(features[number % groups == group])
+        part.flush()
+        return part.n, frechet(reference, total.without(part).gaussian(), root)
+
+    total.flush()
+    with ThreadPoolExecutor() as pool:  # LAPACK runs without Python's lock
+        left_out, distances = map(np.array, zip(*pool.map(without, range(groups)), strict=True))
+    whole, times = frechet(reference, total.gaussian(), root), n / left_out
+    limit = groups * whole - ((1 - 1 / times) * distances).sum()
+    pseudo = times * whole - (times - 1) * distances
+    return float(np.sqrt((np.square(pseudo - limit) / (times - 1)).mean())), float(limit)
 
 
 def kid(

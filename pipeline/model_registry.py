@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import report, storage, tracking
+from pipeline import mlflow_store, report, storage, tracking
 from pipeline.errors import Refused, Unfinished
+from pipeline.mlflow_store import first_line, without_credentials
 from pipeline.recipe import Recipe, fingerprint
 
 BEST = "best"  # the alias
@@ -43,13 +44,13 @@ def fetched(recipe: Recipe) -> tuple[Recipe, str]:
         raise Refused(
             f"evaluate.student is {asked}; write models:/NAME/3 for a version, models:/NAME@best for an alias."
         )
-    store, _ = tracking.store(recipe)
-    with tracking.usable(store):
-        client = tracking.loaded().MlflowClient(tracking_uri=store)
+    store = mlflow_store.of(recipe)
+    client = mlflow_store.opened(store)
+    with mlflow_store.usable(store):
         found, why = _version(client, match)
     if found is None:
         raise Refused(
-            f"evaluate.student is {asked}, which the registry of {tracking.without_credentials(store)} does not have"
+            f"evaluate.student is {asked}, which the registry of {without_credentials(store.uri)} does not have"
             f" ({why}); register a student with evaluate.register, or give the file of one."
         )
     version = f"models:/{found.name}/{found.version}"
@@ -61,7 +62,7 @@ def fetched(recipe: Recipe) -> tuple[Recipe, str]:
     sha256 = found.tags["student_sha256"]
     place = storage.join(recipe.report_uri, "cache", sha256[:24] + Path(found.tags["file"]).suffix)
     if not storage.exists(place) or storage.sha256(place) != sha256:
-        _download(client, found, store, place)
+        _download(client, found, store.uri, place)
     return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), version
 
 
@@ -76,7 +77,7 @@ def _version(client: Any, wanted: re.Match[str]) -> tuple[Any, str]:
     except MlflowException as error:
         if error.error_code not in ABSENT:
             raise
-        return None, tracking.first_line(error).rstrip(".")
+        return None, first_line(error).rstrip(".")
 
 
 def _download(client: Any, version: Any, store: str, place: str) -> None:
@@ -92,7 +93,7 @@ def _download(client: Any, version: Any, store: str, place: str) -> None:
             found = storage.sha256(local)
         except Exception as error:  # whatever the artifacts' store raises
             raise Refused(
-                f"{name} is registered, but its file could not be fetched ({tracking.first_line(error)}); restore the"
+                f"{name} is registered, but its file could not be fetched ({first_line(error)}); restore the"
                 " artifacts of its run, or give another student."
             ) from error
         if found != wanted:
@@ -117,16 +118,17 @@ def check(recipe: Recipe) -> None:
             f"evaluate.register is {name}, and evaluate.samplers lists no FewStep, by whose distance the best student"
             " is chosen; list one, e.g. {name: FewStep, steps: [1]}."
         )
-    store, _ = tracking.store(recipe)
-    with tracking.usable(store):
-        tracking.loaded().MlflowClient(tracking_uri=store).search_registered_models(max_results=1)
+    store = mlflow_store.of(recipe)
+    client = mlflow_store.opened(store)
+    with mlflow_store.usable(store):
+        client.search_registered_models(max_results=1)
 
 
 def registered(recipe: Recipe, results: dict[str, Any]) -> str | None:
     """The version that already holds this student with this report, as a sentence, or None; gives the alias its due."""
-    name, (store, _) = recipe.evaluate.register or "", tracking.store(recipe)
-    with tracking.usable(store):
-        client = tracking.loaded().MlflowClient(tracking_uri=store)
+    name, store = recipe.evaluate.register or "", mlflow_store.of(recipe)
+    client = mlflow_store.opened(store)
+    with mlflow_store.usable(store):
         found = _same(client, name, _tags(results))
         return found and f"The student is models:/{name}/{found.version} already; {_promoted(client, name, found)}."
 
@@ -146,7 +148,7 @@ def register(run: tracking.Run, recipe: Recipe, results: dict[str, Any]) -> str:
     except Exception as error:  # whatever the registry's client raises
         raise Unfinished(
             f"the report is {storage.join(recipe.report_uri, 'report.md')}, but its student could not be registered as"
-            f" {name} ({tracking.first_line(error)}); the same command tries again."
+            f" {name} ({first_line(error)}); the same command tries again."
         ) from error
 
 
@@ -171,6 +173,7 @@ def _tags(results: dict[str, Any]) -> dict[str, str]:
         "report_fingerprint": results["fingerprint"],
     }
     tags |= {f"teacher_{name}": made["teacher"][f"{name} SHA-256"] for name in ("tokenizer", "checkpoint")}
+    tags |= {} if first.get("score_std") is None else {"score_error": first["score_std"]}
     known = {"step": "step", "pairs_fingerprint": "pairs_fingerprint", "mlflow_run": "distill_run"}
     tags |= {tag: student[key] for key, tag in known.items() if key in student}
     return {key: value if isinstance(value, str) else f"{value:.17g}" for key, value in tags.items()}
@@ -216,5 +219,10 @@ def _promoted(client: Any, name: str, version: Any) -> str:
         if not float(mine["score"]) < float(holder["score"]):
             return f"version {best} stays {BEST} ({shown}, against {float(holder['score']):.2f})"
         shown += f", against {float(holder['score']):.2f} of version {best}"
+        if all("score_error" in tags for tags in (mine, holder)):
+            error = max(float(tags["score_error"]) for tags in (mine, holder))
+            if not float(holder["score"]) - float(mine["score"]) > error:
+                why = f"the two cannot be told apart within a standard error of {error:.2f}"
+                return f"version {best} stays {BEST}: {why} ({shown})"
     client.set_registered_model_alias(name, BEST, str(version.version))
     return f"it is {BEST} now ({shown})"

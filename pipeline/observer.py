@@ -24,11 +24,12 @@ COLUMNS = 8  # noises of a sample grid
 
 
 class Message(NamedTuple):
-    """What the driver is told: metrics at a step, and the rows of a sample grid, uint8 [columns, 3, H, W] each."""
+    """What the driver is told: metrics at a step, the rows of a sample grid, uint8 [columns, 3, H, W] each, a line."""
 
     step: int
     metrics: dict[str, float]
     grid: list[np.ndarray]
+    line: str = ""  # to print
 
 
 Report = Callable[[Message], None]
@@ -59,6 +60,10 @@ class Window:
         self.norm = torch.zeros((), device=device)
         self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
+    def begin(self) -> None:
+        """Let the time count from now on: what was done since ``close`` was no training."""
+        self.since = time.perf_counter()
+
     def add(self, sums: Tensor, norm: Tensor) -> None:
         """Take one step's sums in, on the device."""
         self.sums += sums
@@ -75,12 +80,12 @@ class Window:
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(waited, torch.distributed.ReduceOp.MAX)
         out = losses.summary(self.settings, self.sums) | {"gradient_norm": self.norm.item() / self.steps}
-        now = time.perf_counter()
-        seconds = now - self.since
+        seconds = time.perf_counter() - self.since
         out |= {"images_per_second": self.steps * self.settings.batch / seconds, "data_wait": waited.item() / seconds}
         self.sums.zero_()
         self.norm.zero_()
-        self.steps, self.waited, self.since = 0, 0.0, now
+        self.steps, self.waited = 0, 0.0
+        self.begin()
         return out
 
 

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from pipeline import legend, plots, tables
+from pipeline.protocol import protocol
 from pipeline.tables import Column, Row, Table
 
 HEAD, ROW = ' scope="col"', ' scope="row"'
@@ -26,20 +27,25 @@ STYLE = """
 body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
 main { max-width: 86rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 52rem; }
 .soft, figcaption { color: var(--soft); }
-nav { margin: .9rem 0 0; font-size: .9rem; }
-nav a { color: var(--ours); text-decoration: none; margin-right: 1.1rem; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: .9rem 0 0; font-size: .9rem; }
+nav a { color: var(--ours); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.6rem 0 0; padding: 0; list-style: none; }
 .cards li { flex: 1 1 11rem; max-width: 20rem; padding: .7rem 1rem .8rem; background: var(--tint); border-radius: 8px; }
 .cards b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .cards .ours b { color: var(--ours); }
 .cards span { display: block; font-size: .86rem; color: var(--soft); }
-.scroll { overflow-x: auto; margin: 1rem 0; }
+.scroll { overflow-x: auto; margin: 1rem 0; --shade: color-mix(in srgb, var(--ink) 22%, transparent);
+  background: linear-gradient(to right, var(--ground) 30%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--ground) 30%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) 0 0 / .8rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) 100% 0 / .8rem 100% no-repeat scroll; }
+.scroll:focus-visible { outline: 2px solid var(--ours); }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: min(100%, 30rem); }
 table.wide { font-size: .765rem; }
 table.wide th, table.wide td { padding: .38rem .4rem; }
@@ -63,16 +69,27 @@ dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 dl dl { margin: 0; font-size: 1em; }
 dl dl dt { font-weight: 400; color: var(--soft); }
 .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
+@media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
+  dl { grid-template-columns: minmax(0, 1fr); } dd { margin-bottom: .5rem; } .cards li { max-width: none; }
+  tbody th { white-space: normal; min-width: 6rem; max-width: 8rem; } }
 @page { size: A4 landscape; margin: 12mm; }
-@media print { table.wide { font-size: 6.8pt; } table.wide th, table.wide td { padding: .2rem .22rem; }
+@media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --ground: #fff; --tint: #f4f6f8;
     --ours: #004b80; --marked: #eef5fb; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } nav { display: none; }
-  .scroll { overflow: visible; } table { font-size: 7.6pt; } th, td { padding: .25rem .32rem; }
-  thead th { min-width: 0; } h2 { break-after: avoid; margin-top: 1.6rem; }
-  figure, tr, .cards li { break-inside: avoid; } figure img { max-height: 130mm; width: auto; }
-  tbody th { position: static; }
+  .scroll { overflow: visible; background: none; break-inside: avoid; }
+  table { font-size: 7.6pt; } th, td { padding: .25rem .32rem; }
+  table.wide { font-size: 6.6pt; width: 100%; } table.wide th, table.wide td { padding: .18rem .2rem; }
+  thead th { min-width: 0; } tbody th { position: static; white-space: normal; }
+  h2, h3 { break-after: avoid; } h2 { margin: 1rem 0 .4rem; padding-top: .5rem; } h3 { margin: .8rem 0 .3rem; }
+  h2 + p { break-after: avoid; } p, figcaption { max-width: none; }
+  .cards { margin-top: .8rem; } .cards b { font-size: 1.3rem; }
+  figure, tr, .cards li { break-inside: avoid; } figure { margin: .5rem 0; }
+  figure img { max-height: 98mm; max-width: 100%; width: auto; }
+  dl { max-width: none; font-size: 8pt; line-height: 1.3; gap: .1rem .8rem; grid-template-columns: 8rem 1fr; }
+  .made { columns: 3; column-gap: 1.5rem; } .made dl { display: block; font-size: 7pt; }
+  .made dl dl { padding-left: .6rem; clear: left; } .made dt { float: left; clear: left; margin-right: .5rem; }
+  .made dd { overflow-wrap: anywhere; } .made dd > dl { margin-top: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
@@ -112,7 +129,10 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
     out = [("images", "Images", _figure(pictures, "samples.png", "One row per sampler, one column per noise."))]
     out.append(("results", "Results", table + _described(results)))
     if "tradeoff.png" in pictures:
-        caption = "Lower is better, further left is faster; the line joins the samplers that draw with the student."
+        caption = (
+            "Lower is better, further left is faster; in each panel all samplers are timed at the same batch. The line"
+            " joins those that draw with the student."
+        )
         out.append(("time", "Quality against time", _figure(pictures, "tradeoff.png", caption)))
     if others := tables.further(results):
         out.append(("distances", "Other distances", _plain_table(others)))
@@ -120,7 +140,7 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
         text = _paragraph(legend.about_agreement(results))
         out.append(("agreement", "Flow matching against plain sampling", text))
     if results["made"]["timing"]["device"]:
-        text = _paragraph(legend.ABOUT_SPEEDS) + _plain_table(tables.speeds(results))
+        text = _paragraph(legend.about_speeds(results)) + _plain_table(tables.speeds(results))
         out.append(("speed", "Speed", text))
     if results["curve"]:
         text = _figure(pictures, "curve.png", legend.about_training(results))
@@ -129,7 +149,9 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
         text = _figure(pictures, "pairs.png", legend.about_pairs(results))
         text += _plain_table(tables.over_pairs(results["pair_sets"]))
         out.append(("pairs", "Over the size of the pair set", text))
-    out.append(("made", "How these numbers were made", _nested(results["made"])))
+    out.append(("protocol", "How these images were drawn, scored and timed", _list(protocol(results))))
+    made = f'<div class="made">{_nested(results["made"])}</div>'
+    out.append(("made", "How these numbers were made", made))
     return out
 
 
@@ -140,9 +162,9 @@ def _cards(results: dict[str, Any]) -> str:
         teacher = (row.get("sampler") or {}).get("name") == "Autoregressive"
         if row.get("score") is None or not (teacher or row.get("type") == "DD"):
             continue
-        notes = [f"{tables.ms(row['ms'])} ms an image"] if row.get("ms") else []
+        notes = [f"{tables.ms(row['ms'])} ms an image at batch 1"] if row.get("ms") else []
         if not teacher and row.get("speedup"):
-            notes.append(f"{row['speedup']:,.1f}x as fast as the teacher")
+            notes.append(_both_speed_ups(row))
         if not teacher and row.get("score_over_teacher"):
             notes.append(f"{tables.short_title(results)} {row['score_over_teacher']:.2f} times the teacher's")
         texts = "".join(f"<span>{escape(note)}</span>" for note in notes)
@@ -150,6 +172,14 @@ def _cards(results: dict[str, Any]) -> str:
         score = f"{tables.short_title(results)} {row['score']:.2f}"
         cards.append(f"<li{marked}>{escape(row['name'])}<b>{escape(score)}</b>{texts}</li>")
     return f'<ul class="cards">{"".join(cards)}</ul>' if cards else ""
+
+
+def _both_speed_ups(row: dict[str, Any]) -> str:
+    """A latency and a throughput in one breath: either alone would say too much."""
+    text = f"{tables.speed_up(row, 'speedup')} as fast as the teacher at batch 1"
+    if row.get("throughput_speedup"):
+        text += f", {tables.speed_up(row, 'throughput_speedup')} at batch {row['throughput_batch']:g}"
+    return text
 
 
 def _results_table(results: dict[str, Any]) -> str:
@@ -193,10 +223,10 @@ def _cell(tag: str, content: str, words: bool = False, more: str = "") -> str:
 
 
 def _scrolled(heads: str, lines: list[str]) -> str:
+    """A table in a box of its own that scrolls sideways, with the keyboard too, where the page is too narrow for it."""
     body, kind = "\n".join(lines), ' class="wide"' if heads.count("<th") > WIDE else ""
-    return (
-        f'<div class="scroll"><table{kind}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-    )
+    table = f"<table{kind}>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _list(entries: list[tuple[str, str]]) -> str:

@@ -12,7 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import compilation, manifest, sample_files, sampler_list, scoring, storage
+import numpy as np
+
+from pipeline import compilation, manifest, provenance, sample_files, sampler_list, scoring, storage, tally
 from pipeline.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
@@ -23,14 +25,22 @@ from pipeline.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar,
 ITEM = 1_000  # images of one unit of work; divides tally.SCORE_BLOCK
 KEEP = 512 << 20  # bytes of a sampler's features that are kept: precision, recall, KID and standard errors need them
 REAL_KEPT = 10_000  # real images whose features are, evenly spread: as many as ADM's reference holds
-FORMAT = 2  # of the cached statistics
+GRID = 32  # images that are kept of a row of the table, so that another evaluate.grid up to it draws nothing again
+FORMAT = 3  # of the cached statistics
+OLDER = re.compile(r"[0-9a-f]{24}\.npz")  # a file of them that does not name the code that made it
+# What shapes statistics: how images are looked at, and how a sampler's are drawn. ``artist`` imports this module.
+SCORED = ("pipeline.artist:looked_at", "pipeline.scoring:features", "pipeline.scoring:real")
+DRAWN = ("pipeline.artist:drawn", "pipeline.artist:load", "pipeline.noise:labels")
 SNAPSHOT = re.compile(r"step-(\d+)\.safetensors")  # students exported along the way
 
 
 @dataclass(frozen=True)
 class Draw:
     """Images that are scored as one set: ``count`` samples from id ``first``, or as many real images
-    (sampler None). ``keep`` is how many images' features are kept.
+    (sampler None).
+
+    ``keep`` is how many images' features are kept, of whole rounds of ``classes`` images, so that they are as balanced
+    as all; ``images`` how many of the first images are, for the grid.
     """
 
     sampler: Sampler | None
@@ -38,6 +48,8 @@ class Draw:
     first: int = 0
     student: str = ""
     keep: int = 0
+    images: int = 0
+    classes: int = 1
 
     @property
     def name(self) -> str:
@@ -52,6 +64,20 @@ class Draw:
         """The images of one unit of work, counted from 0."""
         return range(item * ITEM, min((item + 1) * ITEM, self.count))
 
+    def kept(self, places: np.ndarray) -> np.ndarray:
+        """Of which images at ``places`` [B] the features are kept, [B]: of all, or of rounds that are evenly spread."""
+        if self.keep >= self.count:
+            return np.full(len(places), True)
+        rounds = self.count // self.classes
+        return (places < rounds * self.classes) & tally.spread(
+            places // self.classes, self.keep // self.classes, rounds
+        )
+
+    def rounds(self) -> np.ndarray:
+        """The round of classes that each kept image belongs to, [keep]."""
+        places = np.arange(self.count)
+        return places[self.kept(places)] // self.classes
+
     @property
     def items(self) -> int:
         return math.ceil(self.count / ITEM)
@@ -59,7 +85,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that passed the cheap checks, with what they found."""
+    """A recipe that passed the cheap checks, with what they found; ``notes`` are for whoever reads the report."""
 
     recipe: Recipe
     layout: Layout
@@ -70,6 +96,7 @@ class Plan:
     snapshots: dict[int, str] = field(default_factory=dict)
     exported: dict[str, Any] = field(default_factory=dict)
     registered: str = ""  # the student's version in the model registry, where the recipe names one
+    notes: tuple[str, ...] = ()
 
     @property
     def mask(self) -> str:
@@ -81,14 +108,22 @@ class Plan:
         return self.recipe.cluster.runs_on
 
     @property
+    def side(self) -> int:
+        """Pixels across an image that is scored."""
+        return scoring.side(self.recipe.evaluate, self.layout.image_size)
+
+    @property
     def student(self) -> str:
         return self.recipe.evaluate.student or storage.join(self.recipe.student_uri, "student.safetensors")
 
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
-        count = self.recipe.evaluate.count
-        keep = count if count * self.facts["dim"] * 4 <= KEEP else 0
-        return [self._draw(sampler, keep=keep) for sampler in self.samplers]
+        settings, classes = self.recipe.evaluate, self.layout.classes
+        keep = min(settings.count, KEEP // (self.facts["dim"] * 4))
+        if keep < settings.count:
+            keep -= keep % classes
+        images = min(settings.count, max(GRID, settings.grid))
+        return [self._draw(sampler, keep=keep, images=images, classes=classes) for sampler in self.samplers]
 
     def reference(self) -> Draw:
         return Draw(None, self.real, keep=min(self.real, REAL_KEPT))
@@ -125,10 +160,14 @@ class Plan:
         out += [draw for draws in self.curve().values() for draw in draws]
         return list(dict.fromkeys(out))
 
-    def key(self, draw: Draw) -> str:
-        """Fingerprint of everything that shapes the statistics of a draw."""
+    def asked(self, draw: Draw) -> str:
+        """Fingerprint of all in the recipe and its files that shapes the statistics of a draw.
+
+        Device, batch and compilation are not in it: they change float rounding, as another version of torch does, and
+        the statistics say with which they were made.
+        """
         evaluate = self.recipe.evaluate
-        facts: dict[str, Any] = {"format": FORMAT, "features": self.facts["features"], "grid": evaluate.grid}
+        facts: dict[str, Any] = {"format": FORMAT, "features": self.facts["features"], "images": draw.images}
         facts |= {"count": draw.count, "first": draw.first, "keep": draw.keep}
         if draw.sampler is None:
             facts["reference"] = self.facts["reference"]
@@ -136,6 +175,8 @@ class Plan:
             facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
             facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
             facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
+        if self.side != self.layout.image_size:
+            facts["image_size"] = self.side
         if draw.student:
             facts["student_precision"] = evaluate.precision
         if isinstance(draw.sampler, FlowMatched):
@@ -143,6 +184,14 @@ class Plan:
         if isinstance(draw.sampler, OneStepStar):
             facts["pairs"] = self.facts["pairs"]
         return fingerprint(facts)
+
+    def code(self, draw: Draw) -> str:
+        """Digest of all code that shapes the statistics of a draw."""
+        return self.facts["code"]["real images" if draw.sampler is None else type(draw.sampler).__name__]
+
+    def key(self, draw: Draw) -> str:
+        """Fingerprint of everything that shapes the statistics of a draw."""
+        return fingerprint({"asked": self.asked(draw), "code": self.code(draw)})
 
     def fingerprint(self) -> str:
         """Fingerprint of the whole report; compiled and recorded networks are timed anew, not drawn with again."""
@@ -160,13 +209,28 @@ class Plan:
         folder = storage.join(self.recipe.report_uri, "samples")
         return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
 
-    def cache(self, draw: Draw) -> str:
-        folder = self.recipe.evaluate.cache or storage.join(self.recipe.report_uri, "cache")
-        return storage.join(folder, f"{self.key(draw)[:24]}.npz")
+    @property
+    def shelf(self) -> str:
+        """The folder of the statistics."""
+        return self.recipe.evaluate.cache or storage.join(self.recipe.report_uri, "cache")
 
-    def _draw(self, sampler: Sampler, count: int = 0, first: int = 0, student: str = "", keep: int = 0) -> Draw:
+    def cache(self, draw: Draw) -> str:
+        """The file of a draw's statistics, named by what was asked for and by which code made it."""
+        return storage.join(self.shelf, f"{self.asked(draw)[:24]}-{self.code(draw)[:12]}.npz")
+
+    def stale(self, draws: list[Draw]) -> list[str]:
+        """Why draws are made again of which there are statistics: a sentence for each reason."""
+        there, out = set(storage.listing(self.shelf)), []
+        if any(OLDER.fullmatch(name) for name in there):
+            out.append(f"Statistics in {self.shelf} that do not say which code drew them are not used.")
+        known = {name.partition("-")[0] for name in there}
+        if changed := [draw.name for draw in draws if self.asked(draw)[:24] in known]:
+            out.append(f"Drawn again, because the code that shapes them has changed: {', '.join(changed)}.")
+        return out
+
+    def _draw(self, sampler: Sampler, count: int = 0, student: str = "", **more: Any) -> Draw:
         uri = (student or self.student) if sampler.student else ""
-        return Draw(sampler, count or self.recipe.evaluate.count, first, uri, keep)
+        return Draw(sampler, count or self.recipe.evaluate.count, student=uri, **more)
 
 
 # ---- the checks
@@ -176,11 +240,25 @@ def prepare(recipe: Recipe) -> Plan:
     """Everything that can be wrong and is cheap to find; ValueError, one sentence each, before any
     sampling.
     """
+    plan = inputs(recipe)
+    if any(sampler.frequencies for sampler in plan.samplers):
+        expected = fingerprint(manifest.facts(recipe, plan.layout, plan.facts["teacher"]))
+        found = manifest.read(recipe.pairs_uri, expected)
+        plan.facts["pairs"] = {"fingerprint": found["fingerprint"], "count": found["count"]}
+    return _with_students(plan) if any(sampler.student for sampler in plan.samplers) else plan
+
+
+def inputs(recipe: Recipe) -> Plan:
+    """The checks of all that is there before the first pair: samplers, teacher, scoring network, reference, folder.
+
+    Raises as ``prepare`` does, which adds what needs the pair set and the student.
+    """
     settings = recipe.evaluate
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
     listed = sampler_list.build(settings.samplers, layout, recipe.train.split)
-    features = scoring.check(settings, layout.image_size, layout.classes)
+    side = scoring.side(settings, layout.image_size)
+    features = scoring.check(settings, side, layout.classes)
     facts = {
         "family": recipe.teacher.family,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
@@ -188,20 +266,31 @@ def prepare(recipe: Recipe) -> Plan:
         "precision": recipe.teacher.precision,
         "teacher": checkpoints.checksums(recipe.teacher),
         "features": features,
-        "reference": scoring.check_reference(settings, layout.image_size),
+        "reference": scoring.check_reference(settings, side),
         "dim": scoring.DIMENSIONS[settings.features],
+        "code": _code(recipe, [*listed, Autoregressive()]),
     }
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
             compilation.check(f"{name}.compile", recipe.cluster.runs_on)
-    plan = Plan(recipe, layout, listed, facts["reference"]["images"], facts)
-    pixels = settings.count * 3 * layout.image_size**2  # of a sampler, in parts and again in one file
+    pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
-    if any(sampler.frequencies for sampler in listed):
-        expected = fingerprint(manifest.facts(recipe, layout, facts["teacher"]))
-        found = manifest.read(recipe.pairs_uri, expected)
-        facts["pairs"] = {"fingerprint": found["fingerprint"], "count": found["count"]}
-    return _with_students(plan) if any(sampler.student for sampler in listed) else plan
+    return Plan(recipe, layout, listed, facts["reference"]["images"], facts)
+
+
+def _code(recipe: Recipe, listed: list[Sampler]) -> dict[str, str]:
+    """Digests of the code behind real images' statistics and behind those of each kind of sampler."""
+    out, family = {"real images": provenance.digest(*SCORED)}, recipe.teacher.family
+    for sampler in listed:
+        kind = type(sampler)
+        roots = [*SCORED, *DRAWN, f"{kind.__module__}:{kind.__name__}", f"{family}:Config", f"{family}:Teacher"]
+        roots.append(f"{family}:Tokenizer")
+        if sampler.student:
+            roots += ["pipeline.artist:load_student", f"{family}:Student"]
+        if sampler.frequencies:
+            roots.append("pipeline.pairs:token_frequencies")
+        out[kind.__name__] = provenance.digest(*roots)
+    return out
 
 
 def _with_students(plan: Plan) -> Plan:
@@ -215,10 +304,64 @@ def _with_students(plan: Plan) -> Plan:
     exported = checkpoints.metadata(plan.student) if plan.student.endswith(".safetensors") else {}
     if exported:
         _check_student(plan, exported)
+    listed = sampler_list.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
+    found, left_out = _snapshots(plan, exported)
+    students = {uri: storage.sha256(uri) for uri in [plan.student, *found.values()]}
+    plan = dataclasses.replace(plan, samplers=listed, snapshots=found, students=students, exported=exported)
+    return dataclasses.replace(plan, notes=(*_of_heads(plan), *left_out))
+
+
+def _of_heads(plan: Plan) -> list[str]:
+    """What a reader must know of where the heads' split comes from."""
+    recipe, split = plan.recipe, plan.exported.get("split")
+    if split is None:
+        return [
+            f"The student's file {plan.student} does not say with which split and start steps it was trained; the split"
+            f" is the recipe's, {recipe.train.split} where a sampler names none."
+        ]
+    if split != recipe.train.split and any(entry.get("split") is None for entry in recipe.evaluate.samplers):
+        return [f"train.split is {recipe.train.split}, but the student was trained with {split}, and so it draws."]
+    return []
+
+
+def _snapshots(plan: Plan, exported: dict[str, Any]) -> tuple[dict[int, str], list[str]]:
+    """({step: URI} of the students exported on the way to this one, what is said of others in the folder)."""
+    recipe = plan.recipe
     names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
     found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
-    students = {uri: storage.sha256(uri) for uri in [plan.student, *found.values()]}
-    return dataclasses.replace(plan, snapshots=found, students=students, exported=exported)
+    ours = {step: uri for step, uri in found.items() if _on_the_way(checkpoints.metadata(uri), exported)}
+    if len(ours) == len(found):
+        return found, []
+    lost = ", ".join(f"{step:,}" for step in sorted(found.keys() - ours.keys()))
+    return ours, [
+        f"The curve over training leaves out the students of step {lost} in {recipe.student_uri}, which are of another"
+        f" run or later than {plan.student}."
+    ]
+
+
+def _on_the_way(earlier: dict[str, Any], student: dict[str, Any]) -> bool:
+    """Whether a student was exported by the run that made ``student``, and not after it; files that say nothing do not
+    count.
+    """
+    run = "recipe_fingerprint" if "recipe_fingerprint" in student else "mlflow_run"
+    same = run in student and earlier.get(run) == student[run]
+    return same and earlier.get("step", 0) <= student.get("step", math.inf)
+
+
+def departures(plan: Plan, sampler: Sampler) -> list[str]:
+    """In what a sampler asks its student for more than it was trained for, as far as the student's file says so."""
+    known = plan.exported
+    out: list[str] = []
+    if not sampler.student or not known:
+        return out
+    split = getattr(sampler, "split")  # noqa: B009  every sampler with a student has one, Sampler has not
+    if split != known.get("split", split):
+        out.append(f"split {split}, trained with {known['split']}")
+    asked = sampler.jumps(plan.layout)
+    if beyond := [step for step in asked if step not in known.get("start_steps", asked)]:
+        at, trained = (", ".join(map(str, steps)) for steps in (beyond, known["start_steps"]))
+        out.append(f"jumps from step {at}, trained from {trained}")
+    return out
 
 
 def _check_student(plan: Plan, settings: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from pipeline.tables import count, timed
+from pipeline.tables import count, throughput_batch, timed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
 MARKERS = "oDs^vP"
@@ -110,31 +110,52 @@ def charts(results: dict[str, Any]) -> dict[str, bytes]:
 
 
 def tradeoff(results: dict[str, Any]) -> bytes:
-    """Quality against time, as the paper's Fig. 3: a named point per sampler, DD's joined by a line."""
-    rows = timed(results)
-    figure, axes = _chart(8.2, 5.0)
-    ours = sorted((row["ms"], row["score"]) for row in rows if row["type"].startswith("DD"))
+    """Quality against time, as the paper's Fig. 3: a named point per sampler, DD's joined by a line.
+
+    A panel for batch 1 and one for the throughput batch, where there is one: in each, all are timed at the same batch.
+    """
+    rows, batch = timed(results), throughput_batch(results)
+    panels = [(1, [(row, row["ms"]) for row in rows])]
+    if batch and (found := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
+        panels.append((batch, found))
+    figure = Figure(figsize=(8.2 if len(panels) == 1 else 13.0, 5.0), dpi=130, layout="constrained")
+    panes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axes, (size, found) in zip(panes, panels, strict=True):
+        plain(axes)
+        _points(axes, [(row["type"], at, row["score"]) for row, at in found])
+        axes.set_xlabel(f"milliseconds per image at batch {size}, decoding included")
+        axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
+        _from_zero_or_log(axes, [row["score"] for row, _ in found])
+        _plain_numbers(axes)
+    _fix_layout(figure)
+    for axes, (_, found) in zip(panes, panels, strict=True):
+        order = sorted(range(len(found)), key=lambda i: (not found[i][0]["type"].startswith("DD"), found[i][1]))
+        _name_points(figure, axes, [(at, row["score"]) for row, at in found], [row["name"] for row, _ in found], order)
+    return png(figure)
+
+
+def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """(type, milliseconds, score) of every sampler, marked by its type, DD's joined."""
+    ours = sorted((at, score) for kind, at, score in points if kind.startswith("DD"))
     if len(ours) > 1:
         axes.plot(*zip(*ours, strict=True), color=COLOURS[0], linewidth=1.2, alpha=0.45, zorder=1)
-    for kind in dict.fromkeys([*TYPES, *(row["type"] for row in rows)]):
+    for kind in dict.fromkeys([*TYPES, *(kind for kind, _, _ in points)]):
         marker, colour, size = TYPES.get(kind, OTHER)
-        points = [(row["ms"], row["score"]) for row in rows if row["type"] == kind]
-        if points:
+        of_kind = [(at, score) for one, at, score in points if one == kind]
+        if of_kind:
             style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size}
-            axes.plot(*zip(*points, strict=True), linestyle="", label=kind, zorder=2, **style)
+            axes.plot(*zip(*of_kind, strict=True), linestyle="", label=kind, zorder=2, **style)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds per image at batch 1, decoding included")
-    axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
-    _from_zero_or_log(axes, [row["score"] for row in rows])
+    axes.margins(x=0.15)
+    axes.legend(frameon=False)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """1, 2, 5, 10 at the ticks of logarithmic axes, never powers of ten."""
     for axis in (axes.xaxis, axes.yaxis)[: 1 + (axes.get_yscale() == "log")]:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.margins(x=0.15)
-    axes.legend(frameon=False)
-    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["type"].startswith("DD"), rows[i]["ms"]))
-    _name_points(figure, axes, [(row["ms"], row["score"]) for row in rows], [row["name"] for row in rows], order)
-    return png(figure)
 
 
 def curve(results: dict[str, Any]) -> bytes:
@@ -218,13 +239,17 @@ def _from_zero_or_log(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(0, 1.15 * max(values))
 
 
+def _fix_layout(figure: Figure) -> None:
+    """Lay a figure out for good, so that what is written next can be placed by pixels."""
+    FigureCanvasAgg(figure).draw()
+    figure.set_layout_engine("none")
+
+
 def _name_points(
     figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], order: Sequence[int]
 ) -> None:
     """Write each name beside its point, in this order, where it covers least of points, lines, names and legend."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # fixes the layout
-    figure.set_layout_engine("none")
     renderer, frame = canvas.get_renderer(), axes.get_window_extent()
     dots = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
     taken = dots + [box for line in axes.lines if line.get_linestyle() == "-" for box in _beads(line)]

@@ -1,9 +1,10 @@
-"""How float32 numbers are multiplied, and where bfloat16 stands in for them.
+"""How float32 numbers are multiplied, and where float16 or bfloat16 stand in for them.
 
 fp32 is float32 throughout. tf32 keeps float32 numbers and multiplies them, in products and convolutions alike, as TF32:
 ten bits of mantissa instead of 23, on a GPU several times as fast. bf16 is bfloat16 for the network at hand and float32
-for all around it. The switches belong to the whole process, and torch's defaults are neither: on a GPU it rounds the
-convolutions to TF32 and leaves the products alone.
+for all around it. fp16 is for teachers alone: float16 in the blocks of the transformer (``models.float16``). The
+switches belong to the whole process, and torch's defaults are neither: on a GPU it rounds the convolutions to TF32 and
+leaves the products alone.
 """
 
 from __future__ import annotations
@@ -14,29 +15,48 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
 
 def set_products(precision: Precision) -> None:
-    """From here on this process multiplies float32 numbers as TF32 with tf32, and in full with fp32 and bf16.
+    """From here on this process multiplies float32 numbers as TF32 with tf32, and in full with the others.
+
+    float16 numbers are multiplied with float32 sums: cuBLAS may else add parts of a product in float16.
 
     Through torch's older switches: inductor asks one of them, which raises once products were set by the newer alone,
     while these set both.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
     """``set_products`` for as long as the context lasts."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    sums = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     try:
         set_products(precision)
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = sums
+
+
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms for every new shape and keeps the fastest: for decoders, whose shapes are few.
+
+    Not for what draws codes: which algorithm wins may differ between processes, and with it the rounding.
+    """
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

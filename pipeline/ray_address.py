@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,16 @@ def use_token() -> None:
         token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.exists()):
             os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def make_token() -> None:
+    """A token of its own for a local Ray that cannot keep one in ~/.ray, as it would, because that is read-only."""
+    if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")):
+        return
+    folder = Path.home() / ".ray"
+    place = folder if folder.exists() else folder.parent
+    if not (folder / "auth_token").exists() and not os.access(place, os.W_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _parsed(given: str) -> tuple[str, int]:

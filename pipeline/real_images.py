@@ -12,7 +12,10 @@ import io
 import json
 import math
 import zipfile
+import zlib
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -23,10 +26,11 @@ import torch
 from torch import Tensor
 
 from pipeline import digits, storage
-from pipeline.errors import Refused
+from pipeline.errors import Refused, Unfinished
 
 DIGITS = 5_000  # real digits, all of them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+COMPANIONS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # what systems lay beside images, in small letters
 
 
 class RealImages(Protocol):
@@ -51,7 +55,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
                 f" makes {side}x{side}; give a reference of that size."
             )
         return array if len(array) else None
-    files = storage.below(uri) if storage.is_folder(uri) else {"": ""}
+    files = _shown(uri) if storage.is_folder(uri) else {"": ""}
     tables = [storage.join(uri, name) if name else uri for name in files if (name or uri).endswith(".parquet")]
     pictures = [storage.join(uri, name) for name in files if name.lower().endswith(SUFFIXES)]
     if not tables and not pictures:
@@ -68,7 +72,16 @@ def fingerprint(uri: str) -> str:
     """SHA-256 of a file, or of the names, sizes and times of change of all files in a folder."""
     if not storage.is_folder(uri):
         return storage.sha256(uri)
-    return hashlib.sha256(json.dumps(storage.below(uri)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_shown(uri)).encode()).hexdigest()
+
+
+def _shown(uri: str) -> dict[str, str]:
+    """``storage.below`` without hidden files and folders and what systems lay beside images: nobody means those."""
+
+    def hidden(part: str) -> bool:
+        return part.startswith(".") or part.lower() in COMPANIONS
+
+    return {name: mark for name, mark in storage.below(uri).items() if not any(map(hidden, name.split("/")))}
 
 
 class Digits:
@@ -91,7 +104,7 @@ class Array:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.shape: tuple[int, ...] = (0, 0, 0, 3)
-        with zipfile.ZipFile(storage.local(uri)) as archive:
+        with _readable(uri, ".npz"), zipfile.ZipFile(storage.local(uri)) as archive:
             if "arr_0.npy" in archive.namelist():
                 with archive.open("arr_0.npy") as file:
                     self.shape = header(file)
@@ -103,11 +116,16 @@ class Array:
         """Without the two gigabytes around them."""
         start, stop, _ = rows.indices(len(self))
         size = math.prod(self.shape[1:])
-        with zipfile.ZipFile(storage.local(self.uri)) as archive, archive.open("arr_0.npy") as file:
+        with (
+            _readable(self.uri, ".npz"),
+            zipfile.ZipFile(storage.local(self.uri)) as archive,
+            archive.open("arr_0.npy") as file,
+        ):
             header(file)
             file.seek(start * size, io.SEEK_CUR)
             data = bytearray(file.read((stop - start) * size))
-        return _tensor(np.frombuffer(data, dtype=np.uint8).reshape(-1, *self.shape[1:])), None
+            pixels = np.frombuffer(data, dtype=np.uint8).reshape(stop - start, *self.shape[1:])
+        return _tensor(pixels), None
 
 
 class Files:
@@ -151,13 +169,10 @@ class Rows:
 
 def _group_sizes(uri: str) -> list[int]:
     """Rows of each row group of a Parquet file; ValueError, one sentence, where it holds no images."""
-    try:
-        with storage.reading(uri) as file:
-            table = pq.ParquetFile(file)
-            kind = next((str(field.type) for field in table.schema_arrow if field.name == "image"), None)
-            sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    except pa.ArrowException as error:
-        raise Refused(f"evaluate.reference {uri} is no Parquet file ({error}); write it again.") from None
+    with _readable(uri, "Parquet"), storage.reading(uri) as file:
+        table = pq.ParquetFile(file)
+        kind = next((str(field.type) for field in table.schema_arrow if field.name == "image"), None)
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
     if kind is None or "binary" not in kind:
         raise Refused(
             f"evaluate.reference {uri} has {'no column image' if kind is None else f'a column image of {kind}'}; it"
@@ -167,21 +182,48 @@ def _group_sizes(uri: str) -> list[int]:
 
 
 def _images_of(uri: str, group: int) -> list[bytes]:
-    with storage.reading(uri) as file:
+    with _readable(uri, "Parquet"), storage.reading(uri) as file:
         column = pq.ParquetFile(file).read_row_group(group, columns=["image"]).column("image").to_pylist()
     return [value["bytes"] if isinstance(value, dict) else value for value in column]
 
 
+@contextmanager
+def _readable(uri: str, kind: str) -> Iterator[None]:
+    """One sentence for a file that is damaged or is not of its ``kind``; what its storage says passes."""
+    try:
+        yield
+    except (Refused, Unfinished):
+        raise
+    except (pa.ArrowException, zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Refused(f"evaluate.reference {uri} is no {kind} file or damaged ({reason}); fetch it again.") from None
+
+
 def decoded(data: bytes, side: int, name: str) -> np.ndarray:
     """A PNG, JPEG, ... as RGB uint8 [side, side, 3]; ValueError, one sentence with its ``name``, if it is none."""
+    try:
+        return _cropped(_rgb(data, name), side)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()).removeprefix(f"{name} is ") or type(error).__name__
+        raise Refused(f"{name} is no readable image ({reason}); take it out or fetch it again.") from error
+
+
+def _rgb(data: bytes, name: str) -> Any:
+    """The first picture of an encoded image as PIL's, in RGB; of 16 bits a channel the upper 8."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            image = file.convert("RGB")
-    except (OSError, TypeError, SyntaxError) as error:
-        raise Refused(f"{name} is no readable image ({error}); take it out or fetch it again.") from None
-    return _cropped(image, side)
+        opened = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:  # a small file may unpack to fill the memory
+        raise ValueError(f"{name} is too large: {error}") from None
+    with opened as file:
+        if file.mode.startswith("I;16"):  # PIL would cut off what is above 255
+            return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+        if file.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of 32 bits, and nothing says which is white")
+        return file.convert("RGB")
 
 
 def _cropped(image: Any, side: int) -> np.ndarray:

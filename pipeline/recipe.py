@@ -1,23 +1,27 @@
 """Every knob of the three jobs as frozen dataclasses: one experiment, one YAML file, three commands.
 
-Checks that need no file and no network are made here, before anything expensive starts. ``command_line`` makes recipes
-out of YAML and flags.
+The type of a field says which values it may have (``fields``); what needs several fields is checked here. Both need no
+file and no network, and come before anything expensive. ``command_line`` makes recipes out of YAML and flags.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pipeline import storage
+from pipeline import fields, storage
+from pipeline.addresses import PLACEHOLDER, Address
 from pipeline.errors import Refused
+from pipeline.fields import Count, Name, Pool, PoolOrOff, Positive, Range, Seed, Share, Size, SizeOrOff, Uri, Weight
 from pipeline.flow import Solver
 from pipeline.noise import Dtype
 from pipeline.precision import Precision
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
+SHARDS = 10_000_000  # of a pair set; the driver lists them
 FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
 
 
@@ -33,19 +37,13 @@ class Filter:
         top_p: keep the nucleus of this probability by the family's own rule; 1 is off.
     """
 
-    guidance: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    guidance: Weight = 2.0
+    temperature: Positive = 1.0
+    top_k: SizeOrOff = 0
+    top_p: Annotated[float, Range(math.nextafter(0, 1), 1, "above 0 and at most 1, which keeps every code")] = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.guidance >= 0, f"teacher.filter.guidance is {self.guidance}; it must not be negative.")
-        _check(self.temperature > 0, f"teacher.filter.temperature is {self.temperature}; it must be above 0.")
-        _check(self.top_k >= 0, f"teacher.filter.top_k is {self.top_k}; use 0 to keep every code.")
-        _check(
-            0 < self.top_p <= 1,
-            f"teacher.filter.top_p is {self.top_p}; it must be above 0, and 1 keeps every code.",
-        )
+        fields.check(self, "teacher.filter")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,9 @@ class TeacherSettings:
         tokenizer: URI of the tokenizer's weights (a path, s3://, gs://, hf:// or package://, the installed assets).
         checkpoint: URI of the transformer's weights.
         filter: guidance, temperature, top-k and top-p.
-        precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16. Flow matching is always
-            in full float32.
+        precision: of the transformer: fp32, tf32 (float32 with TF32 products, on GPUs), fp16 (float16 in its blocks,
+            float32 around them; numbers beyond 65,504 end the job) or bf16 (throughout). Guidance, filter and flow
+            matching are always in full float32. Part of a pair set's fingerprint.
         compile: torch.compile the transformer's blocks. Changes float rounding only.
         graphs: record what a GPU does in every AR step as a CUDA graph and replay it, in generations from the first
             step on whose batch size comes twice in a row. Changes nothing but speed; the graphs take memory.
@@ -67,15 +66,22 @@ class TeacherSettings:
             runs code that they bring along: only for files that you trust.
     """
 
-    family: str = "pipeline.models.var"
+    family: Name = "pipeline.models.var"
     config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str = ""
-    checkpoint: str = ""
+    tokenizer: Annotated[str, Address(empty=True)] = ""
+    checkpoint: Annotated[str, Address(empty=True)] = ""
     filter: Filter = field(default_factory=Filter)
     precision: Precision = "fp32"
     compile: bool = False
     graphs: bool = False
     unpickle: bool = False
+
+    def __post_init__(self) -> None:
+        fields.check(self, "teacher")
+        _check(
+            all(part.isidentifier() for part in self.family.split(".")),
+            f"teacher.family is {self.family!r}; it must be the dotted path of a package, e.g. pipeline.models.var.",
+        )
 
 
 @dataclass(frozen=True)
@@ -97,22 +103,25 @@ class PairSettings:
         verify: check the finished set instead of generating: every shard, and some rows again through the teacher.
     """
 
-    uri: str | None = None
-    count: int = 20_000
-    seed: int = 1
-    shard_rows: int = 1_000
+    uri: Uri | None = None
+    count: Count = 20_000
+    seed: Seed = 1
+    shard_rows: Size = 1_000
     noise: Literal["stored", "derived"] = "stored"
     dtype: Dtype = "float16"
     solver: Solver = field(default_factory=Solver)
-    batch: int = 250
-    actors: int = 2
-    patience_hours: float = 24
+    batch: Size = 250
+    actors: Pool = 2
+    patience_hours: Annotated[float, Range(0, 10_000, "0 or more, and at most 10,000")] = 24
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("count", "shard_rows", "batch", "actors"):
-            _check(getattr(self, name) >= 1, f"pairs.{name} is {getattr(self, name)}; it must be 1 or more.")
-        _check(self.patience_hours >= 0, f"pairs.patience_hours is {self.patience_hours}; it must not be negative.")
+        fields.check(self, "pairs")
+        _check(
+            self.count <= SHARDS * self.shard_rows,
+            f"pairs.count {self.count} in shards of pairs.shard_rows {self.shard_rows} rows makes more than {SHARDS:,}"
+            " files; make the shards larger.",
+        )
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,8 @@ class TrainSettings:
         lr: peak learning rate.
         warmup: optimiser steps of linear warm-up.
         schedule: after the warm-up, constant or cosine to zero.
-        betas: AdamW's.
-        weight_decay: AdamW's, on matrices only.
+        betas: of AdamW: the decays of its averages of gradients and of their squares.
+        weight_decay: of AdamW, on matrices only.
         clip: largest gradient norm.
         ema: decay of the moving average that is exported.
         seed: of the order of the pairs, of t and of the student's new parameters.
@@ -153,47 +162,44 @@ class TrainSettings:
             training, a second run of distill adds that file.
     """
 
-    uri: str | None = None
-    start_steps: tuple[int, ...] = (1, 6)
-    split: int = 5
-    cross_entropy: float = 0.1
-    lpips: float = 1.0
+    uri: Uri | None = None
+    start_steps: tuple[Size, ...] = (1, 6)
+    split: SizeOrOff = 5
+    cross_entropy: Weight = 0.1
+    lpips: Weight = 1.0
     perceptual: Literal["vgg", "alex", "digits"] = "vgg"
-    batch: int = 64
-    micro_batch: int = 0
-    epochs: int = 10
-    lr: float = 1e-4
-    warmup: int = 100
+    batch: Size = 64
+    micro_batch: SizeOrOff = 0
+    epochs: Count = 10
+    lr: Positive = 1e-4
+    warmup: Annotated[int, Range(0, 10**12, "0 or more, and at most 10^12")] = 100
     schedule: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    ema: float = 0.9999
-    seed: int = 3
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Weight = 0.05
+    clip: Positive = 1.0
+    ema: Share = 0.9999
+    seed: Seed = 3
     mask: Literal["released", "paper"] = "released"
     precision: Precision = "fp32"
     compile: bool = False
     recompute: bool = False
-    workers: int = 0
-    checkpoint_every: int = 500
-    keep: int = 2
-    log_every: int = 20
-    snapshots: int = 5
+    workers: PoolOrOff = 0
+    checkpoint_every: Count = 500
+    keep: Pool = 2
+    log_every: Count = 20
+    snapshots: Pool = 5
     export: Literal["safetensors", "released"] = "safetensors"
 
     def __post_init__(self) -> None:
-        positive = ("batch", "epochs", "checkpoint_every", "keep", "log_every", "snapshots")
-        for name in positive:
-            _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in ("lpips", "cross_entropy", "weight_decay", "warmup", "workers", "split", "micro_batch"):
-            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative.")
+        fields.check(self, "train")
         _check(
             self.lpips + self.cross_entropy > 0,
             "train.lpips and train.cross_entropy are both 0; nothing is learned.",
         )
-        _check(0 <= self.ema < 1, f"train.ema is {self.ema}; it must be from 0 (no averaging) to below 1.")
-        _check(self.lr > 0, f"train.lr is {self.lr}; it must be above 0.")
-        _check(self.clip > 0, f"train.clip is {self.clip}; it must be above 0.")
+        _check(
+            self.precision != "fp16",
+            "train.precision is fp16, whose gradients vanish or overflow without loss scaling; use bf16, tf32 or fp32.",
+        )
         steps = self.start_steps
         _check(
             bool(steps) and steps[0] == 1 and list(steps) == sorted(set(steps)),
@@ -225,13 +231,17 @@ class EvaluateSettings:
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
             that holds it, at the same count, features, reference and number of steps.
         features: which network scores: digits, or inception (FID).
-        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score) or pytorch-fid (as the
-            paper's FID). Their numbers do not compare.
+        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score), pytorch-fid (as the paper's
+            FID), or both, two distances of the same images. Their numbers do not compare.
         inception: URI of the Inception weights, or formula: random ones, for rehearsals without the file (features:
             inception).
         reference: what samples are compared with (features: inception). URI of statistics: ADM's .npz, pytorch-fid's
             .npz, the authors' statistic.pth, or the reference.npz of an earlier report. Or of real images, whose
             statistics are then made here: a folder of them, Parquet with a column image, an .npz with arr_0 alone.
+        images: URI of real images beside a reference of statistics alone, for precision, recall and KID: a folder,
+            Parquet, or an .npz with arr_0, such as ADM's. What they lack as statistics of a flavour is made of them.
+        image_size: side that images are resized to before they are scored, bicubically, as LlamaGen's authors do; 0
+            takes the teacher's, but 256 of one that makes 384, for which nobody has a reference.
         reference_flavour: the flavour of statistics that do not say it themselves.
         npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
@@ -241,41 +251,50 @@ class EvaluateSettings:
         actors: sampling actors.
         grid: columns of the sample grid, one noise each.
         curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
-        timing_batches: batch sizes whose speed is measured, 1 always among them; none are with an empty list.
+        timing_batches: batch sizes whose speed is measured, 1 always among them: every sampler at every size, however
+            long it takes, since speed-ups are over the teacher at the same size. None are with an empty list.
         compare: URIs of report.json files of runs that differ in pairs.count alone, for scores over its size.
     """
 
-    uri: str | None = None
-    cache: str | None = None
-    count: int = 5_000
-    seed: int = 2
+    uri: Uri | None = None
+    cache: Uri | None = None
+    count: Annotated[int, Range(2, 10**12, "2 or more, which a covariance needs, and at most 10^12")] = 5_000
+    seed: Seed = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)
-    student: str | None = None
-    register: str | None = None
+    student: Annotated[str, Address(model=True)] | None = None
+    register: Name | None = None
     features: Literal["digits", "inception"] = "digits"
-    flavour: Flavour = "torch-fidelity"
-    inception: str | None = None
-    reference: str | None = None
+    flavour: Literal["torch-fidelity", "pytorch-fid", "both"] = "torch-fidelity"
+    inception: Uri | None = None
+    reference: Uri | None = None
+    images: Uri | None = None
+    image_size: SizeOrOff = 0
     reference_flavour: Flavour | None = None
     npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False
-    batch: int = 250
-    actors: int = 2
-    grid: int = 12
-    curve_count: int = 1_000
-    timing_batches: tuple[int, ...] = (1, 4, 16, 64, 256)
-    compare: tuple[str, ...] = ()
+    batch: Size = 250
+    actors: Pool = 2
+    grid: Pool = 12
+    curve_count: Annotated[int, Range(0, 10**12, "0, or 2 or more, and at most 10^12")] = 1_000
+    timing_batches: tuple[Annotated[int, Range(1, 1 << 16, "1 or more, and at most 65,536")], ...] = (1, 4, 16, 64, 256)
+    compare: tuple[Uri, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch", "actors", "grid"):
-            _check(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; it must be 1 or more.")
+        fields.check(self, "evaluate")
+        _check(
+            self.curve_count != 1,
+            "evaluate.curve_count is 1, and a covariance needs 2 samples or more; give 2 or more, or 0 for no curve.",
+        )
         if self.register is not None:
             _check(
-                bool(self.register.strip()) and not set(self.register) & set("/:@'"),
+                not set(self.register) & set("/:@'"),
                 f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
             )
-        _check(self.count >= 2, f"evaluate.count is {self.count}; a covariance needs 2 samples or more.")
+        _check(
+            self.precision != "fp16",
+            "evaluate.precision is fp16, which only teachers know (teacher.precision); use bf16, tf32 or fp32.",
+        )
         if self.features == "inception":
             for name in ("inception", "reference"):
                 _check(
@@ -283,13 +302,19 @@ class EvaluateSettings:
                     f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
                 )
 
+    @property
+    def flavours(self) -> tuple[Flavour, ...]:
+        """Those that are scored, the one of the main column first."""
+        return ("torch-fidelity", "pytorch-fid") if self.flavour == "both" else (self.flavour,)
+
 
 @dataclass(frozen=True)
 class ClusterSettings:
     """Where the jobs run.
 
     Attributes:
-        gpus: GPUs of one teacher replica, training worker or sampling actor; 0 runs on the CPU.
+        gpus: GPUs of one teacher replica, training worker or sampling actor, which uses one at most: 1, a share of one
+            where several fit into its memory, or 0 for the CPU.
         cpus: CPU cores of the same.
         device: what torch calls one of those GPUs. "cpu" rehearses a cluster whose GPUs are made up (``ray start
             --num-gpus``): the same replicas on the same nodes, computing on the CPU.
@@ -299,20 +324,15 @@ class ClusterSettings:
             to another; if it takes that one as long, it has failed. 0 is no limit.
     """
 
-    gpus: float = 0
-    cpus: float = 1
+    gpus: Annotated[float, Range(0, 1, "0, 1 or a share of 1: a replica uses one GPU at most")] = 0
+    cpus: Annotated[float, Range(math.nextafter(0, 1), 10_000, "above 0, and at most 10,000")] = 1
     device: Literal["cuda", "cpu"] = "cuda"
-    usd_per_gpu_hour: float | None = None
-    heartbeat_minutes: float = 10
-    stall_minutes: float = 360
+    usd_per_gpu_hour: Weight | None = None
+    heartbeat_minutes: Annotated[float, Range(0.001, 100_000, "from 0.001 to 100,000")] = 10
+    stall_minutes: Annotated[float, Range(0, 100_000, "0 or more, and at most 100,000")] = 360
 
     def __post_init__(self) -> None:
-        _check(
-            self.heartbeat_minutes > 0, f"cluster.heartbeat_minutes is {self.heartbeat_minutes}; it must be above 0."
-        )
-        _check(self.stall_minutes >= 0, f"cluster.stall_minutes is {self.stall_minutes}; use 0 for never.")
-        _check(self.gpus >= 0, f"cluster.gpus is {self.gpus}; it must not be negative.")
-        _check(self.cpus > 0, f"cluster.cpus is {self.cpus}; it must be above 0.")
+        fields.check(self, "cluster")
 
     @property
     def runs_on(self) -> str:
@@ -335,11 +355,12 @@ class AblationSettings:
             train.start_steps takes the few-step samplers that stood at the base's start steps with it.
     """
 
-    uri: str | None = None
-    seeds: tuple[int, ...] = (3, 13)
+    uri: Uri | None = None
+    seeds: tuple[Seed, ...] = (3, 13)
     axes: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        fields.check(self, "ablate")
         seeds = list(self.seeds)
         _check(
             bool(seeds) and len(set(seeds)) == len(seeds), f"ablate.seeds is {seeds}; list one seed or more, each once."
@@ -348,7 +369,9 @@ class AblationSettings:
             _check(bool(values), f"ablate.axes lists no values of {name}; list one or more, or leave the axis out.")
 
 
-Measured = Literal["solvers", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"]
+Measured = Literal[
+    "solvers", "precision", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"
+]
 
 
 @dataclass(frozen=True)
@@ -362,18 +385,15 @@ class BenchmarkSettings:
         seconds: of measuring for each thing that takes its turn; more scatter less.
     """
 
-    uri: str | None = None
+    uri: Uri | None = None
     sections: tuple[Measured, ...] = get_args(Measured)
-    batches: tuple[int, ...] = (1, 4, 64)
-    seconds: float = 10.0
+    batches: tuple[Size, ...] = (1, 4, 64)
+    seconds: Annotated[float, Range(math.nextafter(0, 1), 86_400, "above 0, and at most 86,400")] = 10.0
 
     def __post_init__(self) -> None:
+        fields.check(self, "benchmark")
         _check(bool(self.sections), "benchmark.sections is empty; name what is to be measured.")
-        _check(
-            bool(self.batches) and min(self.batches) >= 1,
-            f"benchmark.batches is {list(self.batches)}; list batch sizes of 1 or more.",
-        )
-        _check(self.seconds > 0, f"benchmark.seconds is {self.seconds}; it must be above 0.")
+        _check(bool(self.batches), "benchmark.batches is empty; list batch sizes of 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -391,10 +411,11 @@ class Recipe:
         ablate: what the ablation varies; the three jobs take no notice of it.
         benchmark: what the benchmark measures, likewise.
         dry_run: print the resolved recipe and the plan, run nothing.
+        status: print what is there, what is missing, rate and last activity of a run, without Ray; run nothing.
     """
 
-    name: str = "digits-llamagen"
-    run: str = "runs/digits-llamagen"
+    name: Name = "digits-llamagen"
+    run: Uri = "runs/digits-llamagen"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     pairs: PairSettings = field(default_factory=PairSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -403,8 +424,10 @@ class Recipe:
     ablate: AblationSettings = field(default_factory=AblationSettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     dry_run: bool = False
+    status: bool = False
 
     def __post_init__(self) -> None:
+        fields.check(self, "")
         for name, value in leaves(self.resolved()).items():
             storage.check_no_credentials(str(value), name)  # a recipe is printed, logged and stored
         _check(
@@ -449,6 +472,22 @@ class Recipe:
     def benchmark_uri(self) -> str:
         """Folder of the benchmark's table."""
         return self.benchmark.uri or f"{self.run}/benchmark"
+
+    def placeholders(self) -> dict[str, str]:
+        """{field: what to set it to} of the fields that a recipe leaves to its user, as ``CHANGE: URI of ...``."""
+        return {
+            name: value.removeprefix(PLACEHOLDER).lstrip(": ")
+            for name, value in leaves(self.resolved()).items()
+            if isinstance(value, str) and value.startswith(PLACEHOLDER)
+        }
+
+    def check_filled(self, *sections: str) -> None:
+        """Raises Refused for a field of the recipe itself or of ``sections`` that its user has still to set."""
+        for name, what in self.placeholders().items():
+            _check(
+                "." in name and name.partition(".")[0] not in sections,
+                f"{name} says {PLACEHOLDER}; set it to the {what}, in the recipe or with --{name}.",
+            )
 
     def resolved(self) -> dict[str, Any]:
         """The whole recipe as plain nested dicts, as it is printed, logged and stored."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,15 @@ def read(uri: str) -> References | None:
     """
     if storage.is_folder(uri) or uri.endswith(".parquet"):
         return None
+    path = storage.local(uri)
     try:
-        arrays = _npz(uri) if uri.endswith(".npz") else _pth(uri)
-    except (ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        arrays = _npz(path) if uri.endswith(".npz") else _pth(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged file makes numpy or torch stumble over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Refused(
-            f"evaluate.reference {uri} could not be read ({str(error).splitlines()[0][:200]}); give ADM's or"
+            f"evaluate.reference {uri} could not be read ({reason}); give ADM's or"
             " pytorch-fid's .npz, the authors' statistic.pth, or a folder of images."
         ) from None
     names = set(arrays)
@@ -101,7 +105,7 @@ def check(found: References, settings: EvaluateSettings) -> Flavour:
             " evaluate.reference_flavour to torch-fidelity (copies of ADM's, such as adm_in256_stats.npz) or"
             " pytorch-fid (what its --save-stats writes)."
         )
-    if flavour != settings.flavour:
+    if flavour not in settings.flavours:
         raise Refused(
             f"evaluate.reference {uri} is of flavour {flavour} and evaluate.flavour is {settings.flavour}, whose"
             f" features differ; set evaluate.flavour to {flavour}, or give another reference."
@@ -121,15 +125,15 @@ def packed(found: References) -> bytes:
     return buffer.getvalue()
 
 
-def _npz(uri: str) -> dict[str, np.ndarray]:
+def _npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz, numbers as float64; of arr_0, which may be gigabytes, the name alone."""
-    with np.load(storage.local(uri), allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:
         small = {name: file[name] for name in file.files if not name.startswith("arr_")}
         arrays = {name: np.empty(0) for name in file.files} | small
     return {name: _double(array) for name, array in arrays.items()}
 
 
-def _pth(uri: str) -> dict[str, np.ndarray]:
+def _pth(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file of ``torch.save``; nothing in it is run. numpy 1 and 2 spell one name differently."""
     construct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     harmless = [
@@ -142,7 +146,7 @@ def _pth(uri: str) -> dict[str, np.ndarray]:
     ]
     try:
         with torch.serialization.safe_globals(harmless):
-            content = torch.load(storage.local(uri), map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # with a long story about trust
         raise Refused("it is damaged, or holds more than arrays and would have to be run") from None
     if not isinstance(content, dict):

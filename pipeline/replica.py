@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from pipeline.pairs import Rows
 from pipeline.precision import set_products
 from pipeline.ray_errors import device_error
 from pipeline.recipe import Recipe
+from pipeline.stopwatch import now, warm_up
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,14 @@ class Replica:
         return same / rows.tokens.size
 
     def measure(self) -> float:
-        """Seconds of one batch, after a short one to warm up, or after those that graphs are recorded in."""
+        """Seconds of one batch in steady state."""
         batch = min(self.recipe.pairs.batch, self.known["shard_rows"])
         drawn = manifest.gaussian(self.known, np.arange(batch))
-        warm = [batch, batch] if self.recipe.teacher.graphs else [min(2, batch)]
-        for size in warm:
-            self.make(np.arange(size), drawn[:size])
-        start = time.perf_counter()
-        self.make(np.arange(batch), drawn)
-        return time.perf_counter() - start
+        call = partial(self.make, np.arange(batch), drawn)
+        warm_up(call)
+        start = now(self.device)
+        call()
+        return now(self.device) - start
 
     @torch.no_grad()
     def _generate(
@@ -145,6 +145,7 @@ class Replica:
             return forced[:, layout.span(step)]
 
         tokens = self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        self.teacher.check()
         matcher.check()
         return tokens
 

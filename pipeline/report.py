@@ -9,16 +9,38 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import legend, tables
+from pipeline.protocol import protocol
 from pipeline.tables import Table
 
 
-def scalars(results: dict[str, Any]) -> dict[str, float]:
-    """The table's numbers for MLflow: {"DD_1_step/score": 5.2, ...}."""
-    out: dict[str, float] = {}
+def headlines(results: dict[str, Any]) -> dict[str, float]:
+    """The few numbers that MLflow draws: {"DD_1_step/FD": 5.2, "DD_1_step/speed-up_at_batch_1": 40.1, ...}.
+
+    The distance of the AR teacher and of each few-step sampler, and the latter's speed-ups over the former at batch 1
+    and at the throughput batch. All others are in ``scores``.
+    """
+    batch, out = results["speed"]["throughput_batch"], {}
     for row in results["rows"]:
-        name = metric_name(row["name"])
-        out |= {f"{name}/{key}": float(v) for key, v in row.items() if isinstance(v, int | float)}
-    return out | {f"agreement/{key}": value for key, value in (results["agreement"] or {}).items()}
+        kind, name = row.get("sampler", {}).get("name"), metric_name(row["name"])
+        if kind in ("Autoregressive", "FewStep"):
+            out[f"{name}/{metric_name(results['title'])}"] = row["score"]
+        for key, size in (("speedup", 1), ("throughput_speedup", batch)):
+            if kind == "FewStep" and row.get(key) is not None:
+                out[f"{name}/speed-up_at_batch_{size}"] = row[key]
+    return out
+
+
+def headline(results: dict[str, Any]) -> str:
+    """A report in a few words: "demo, DD 1 step FD 27.10", by its first few-step sampler."""
+    rows = [row for row in results["rows"] if "sampler" in row]
+    first = next((row for row in rows if row["sampler"]["name"] == "FewStep"), rows[0])
+    return f"{results['name']}, {first['name']} {results['title']} {first['score']:.2f}"
+
+
+def scores(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): every number that the report has of every sampler."""
+    keys = dict.fromkeys(key for row in results["rows"] for key, v in row.items() if isinstance(v, int | float))
+    return ["name", *keys], [[row["name"], *(row.get(key) for key in keys)] for row in results["rows"]]
 
 
 def metric_name(name: str) -> str:
@@ -67,7 +89,7 @@ def markdown(results: dict[str, Any]) -> str:
     if results["agreement"]:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
     if results["made"]["timing"]["device"]:
-        parts += ["## Speed", legend.ABOUT_SPEEDS, as_markdown(tables.speeds(results))]
+        parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]
@@ -75,6 +97,7 @@ def markdown(results: dict[str, Any]) -> str:
         sizes = as_markdown(tables.over_pairs(results["pair_sets"]))
         parts += ["## Over the size of the pair set", "![distance over pairs](pairs.png)"]
         parts += [legend.about_pairs(results), sizes]
+    parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
     parts += ["## How these numbers were made", _nested(results["made"], 0)]
     return "\n\n".join(parts) + "\n"
 

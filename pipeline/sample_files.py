@@ -14,10 +14,12 @@ import zipfile
 import numpy as np
 
 from pipeline import storage
+from pipeline.errors import Refused, Unfinished
 from pipeline.real_images import header
 from pipeline.report import metric_name
 
 BLOCK = 4 << 20
+PART = ".part-"
 
 
 def file_name(name: str) -> str:
@@ -27,7 +29,7 @@ def file_name(name: str) -> str:
 
 def part(uri: str, key: str, item: int) -> str:
     """Where part ``item`` of the draw ``key`` waits to be joined into the .npz at ``uri``."""
-    return f"{uri}.part-{key[:24]}-{item:05d}"
+    return f"{uri}{PART}{key[:24]}-{item:05d}"
 
 
 def write_part(uri: str, key: str, item: int, pixels: np.ndarray) -> None:
@@ -68,12 +70,13 @@ def holds(uri: str, key: str) -> bool:
     """Whether the .npz at ``uri`` is there and holds the images of the draw ``key``; reads a few of its bytes."""
     if not storage.exists(uri):
         return False
-    with storage.reading(uri) as file:
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return "key" in arrays.files and str(arrays["key"]) == key
-        except (ValueError, zipfile.BadZipFile):
-            return False
+    try:
+        with storage.reading(uri) as file, np.load(file, allow_pickle=False) as arrays:
+            return "key" in arrays.files and str(arrays["key"]) == key
+    except (Refused, Unfinished):
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        return False
 
 
 def _shape(uri: str) -> tuple[int, ...]:

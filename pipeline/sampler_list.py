@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from pipeline.errors import Refused
+from pipeline.fields import check_value, kinds
 from pipeline.models.base import Layout
 from pipeline.samplers import SAMPLERS, Sampler
 
@@ -67,33 +68,22 @@ def names(samplers: Sequence[Sampler]) -> list[str]:
 
 
 def _construct(entry: dict[str, Any], split: int) -> Sampler:
-    kinds = {kind.__name__: kind for kind in SAMPLERS}
-    if not isinstance(entry, dict) or entry.get("name") not in kinds:
-        raise Refused(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(kinds)}.")
-    kind, hints = kinds[entry["name"]], get_type_hints(kinds[entry["name"]])
-    own = {f.name: f for f in fields(kind)}
+    known = {kind.__name__: kind for kind in SAMPLERS}
+    if not isinstance(entry, dict) or entry.get("name") not in list(known):
+        raise Refused(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(known)}.")
+    kind = known[entry["name"]]
+    own, wanted = {f.name: f for f in fields(kind)}, kinds(kind)
     values = {key: value for key, value in entry.items() if key not in ("name", "paper")}
-    if "split" in own and values.get("split") is None:
-        values["split"] = split
+    if "split" in own:
+        values.setdefault("split", split)
     for key, value in values.items():
         if key not in own:
             raise Refused(
                 f"sampler {kind.__name__} has no field {key!r}; it knows {', '.join(own) or 'none besides its name'}."
             )
-        values[key] = _typed(kind, key, value, hints[key])
+        values[key] = tuple(value) if isinstance(value, list) else value
+        check_value(values[key], wanted[key], f"evaluate.samplers: {kind.__name__}.{key}")
     missing = [key for key, f in own.items() if key not in values and f.default is MISSING]
     if missing:
         raise Refused(f"sampler {kind.__name__} needs {missing[0]}; add it to its entry in evaluate.samplers.")
     return kind(**values)
-
-
-def _typed(kind: type[Sampler], key: str, value: Any, hint: Any) -> Any:
-    """A YAML value as the field's type (bool, int or tuple of int)."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (hint is bool and isinstance(value, bool)) or (hint is int and whole):
-        return value
-    numbers = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    if get_origin(hint) is tuple and numbers:
-        return tuple(value)
-    wanted = {bool: "true or false", int: "a whole number"}.get(hint, "a list of whole numbers")
-    raise Refused(f"sampler {kind.__name__} has {key} {value!r}; it must be {wanted}.")

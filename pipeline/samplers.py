@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import flow, noise
 from pipeline.errors import Refused
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
-from pipeline.precision import Precision, autocast, products
+from pipeline.precision import Precision, autocast, products, tuned_convolutions
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
 
@@ -56,9 +56,14 @@ class Models:
         return self.teacher.layout
 
     def generate(self, choose: Choose, inputs: Inputs, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
-        """``Teacher.generate`` in the teacher's precision, whose weights are bfloat16 already where that is it."""
+        """``Teacher.generate`` in the teacher's precision, whose weights are cast already where it is fp16 or bf16.
+
+        Refused where fp16 does not hold its numbers.
+        """
         with products(self.teacher_precision):
-            return self.teacher.generate(inputs.condition, choose, prefix, stop)
+            codes = self.teacher.generate(inputs.condition, choose, prefix, stop)
+        self.teacher.check()
+        return codes
 
     def jump(self, x: Tensor, inputs: Inputs, t: int, split: int) -> Tensor:
         """``Student.jump`` in the student's precision: embeddings float32 [B, n, C]; ValueError without a student."""
@@ -69,7 +74,7 @@ class Models:
 
     def decode(self, embeddings: Tensor, student: bool) -> Tensor:
         """Images float32 [B, 3, H, W] of embeddings [B, n, C] that the student, or the teacher alone, drew."""
-        with products(self.student_precision if student else self.teacher_precision):
+        with products(self.student_precision if student else self.teacher_precision), tuned_convolutions():
             return self.teacher.decode(embeddings)
 
     def inputs(self, ids: Sequence[int] | np.ndarray) -> Inputs:
@@ -97,6 +102,10 @@ class Sampler:
     def steps_label(self, layout: Layout) -> int:
         """#Step of the paper's tables: network evaluations per image, guidance not counted twice."""
         raise NotImplementedError
+
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        """The AR steps from which the student jumps."""
+        return ()
 
     def check(self, layout: Layout) -> None:
         """Raises ValueError, one sentence, for a sampler that this layout cannot run."""
@@ -130,6 +139,9 @@ class FewStep(Sampler):
 
     def steps_label(self, layout: Layout) -> int:
         return len(self.steps)
+
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        return self.steps
 
     def check(self, layout: Layout) -> None:
         """The steps must rise from 1 and end within the layout."""
@@ -169,7 +181,10 @@ class WithTeacher(Sampler):
         return f"DD pre-trained-{self.start}-{self.resume}"
 
     def steps_label(self, layout: Layout) -> int:
-        return (self.start > 1) + (self.resume - self.start) + (self.resume <= layout.steps)
+        return len(self.jumps(layout)) + (self.resume - self.start)
+
+    def jumps(self, layout: Layout) -> tuple[int, ...]:
+        return (1,) * (self.start > 1) + (self.resume,) * (self.resume <= layout.steps)
 
     def check(self, layout: Layout) -> None:
         """start and resume must be rising AR steps of the layout."""

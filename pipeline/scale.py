@@ -6,13 +6,14 @@ A real teacher's seconds come on top (``--dry_run`` of generate_pairs measures t
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline import cluster, generate, manifest, storage
+from pipeline import cluster, generate, manifest, pairs, storage
 from pipeline.errors import Refused, Unfinished
 from pipeline.models import checkpoints, standin
 from pipeline.progress import Progress, duration
@@ -34,6 +35,10 @@ def scale(recipe: Recipe) -> str:
     folder = storage.join(recipe.run, "scale")
     if storage.listing(folder):
         raise Refused(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")
+    if recipe.pairs.count < PART:
+        raise Refused(f"pairs.count is {recipe.pairs.count}; give {PART} or more: a part and all of them are made.")
+    if recipe.dry_run:
+        return plan(recipe, folder)
     layout = checkpoints.config(recipe.teacher).layout
     lines = [
         f"# Scale of {recipe.name}",
@@ -46,6 +51,26 @@ def scale(recipe: Recipe) -> str:
         *_efficiency(recipe, folder),
     ]
     return "\n".join(lines)
+
+
+def plan(recipe: Recipe, folder: str) -> str:
+    """The resolved recipe and what would be made, where, and how large it is; nothing is written."""
+    layout = checkpoints.config(recipe.teacher).layout
+    known = manifest.facts(recipe, layout, {})  # a row's size does not depend on weights
+    row, count, settings = pairs.row_bytes(known), recipe.pairs.count, recipe.pairs
+    pools = ", ".join(map(str, ACTORS))
+    sleeping = SHARDS * SECONDS * len(ACTORS)
+    return "\n".join(
+        [
+            json.dumps(recipe.resolved(), indent=2),
+            f"scale     {folder}",
+            f"rows      {count // PART:,}, then {count:,}, in shards of {settings.shard_rows:,} by"
+            f" {settings.actors} actors whose teacher costs nothing",
+            f"storage   at most {count * row / 1e9:,.2f} GB, {row:,} bytes a row",
+            f"pools     {pools} actors that sleep {SECONDS:g} s a shard, {SHARDS} shards each, noise derived",
+            f"time      {duration(sleeping)} of sleeping, and the making of the rows, which is what is measured",
+        ]
+    )
 
 
 def _full(recipe: Recipe, folder: str) -> list[str]:
@@ -99,8 +124,8 @@ def _efficiency(recipe: Recipe, folder: str) -> list[str]:
         place = storage.join(folder, f"actors-{actors}")
         sleepers = standin.of(recipe, place, SECONDS)
         shards = actors * SHARDS
-        pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
-        sleepers = replace(sleepers, run=place, pairs=replace(pairs, count=shards * ROWS, noise="derived"))
+        made = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
+        sleepers = replace(sleepers, run=place, pairs=replace(made, count=shards * ROWS, noise="derived"))
         start, times = time.monotonic(), list(commit_times(sleepers, shards))
         begun = shards // 3  # by then every process is there
         took = times[-1] - times[begun - 1]

@@ -25,15 +25,25 @@ class Stopped(SystemExit):
     """A signal ended the job. ``code``: 128 plus its number."""
 
 
+def leave_to_parent() -> None:
+    """In a child process: Ctrl-C, which a terminal sends to all, is the parent's, who ends its children."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stopping() -> bool:
+    """Whether the job is on its way out: what merely tidies up may be left out, for a supervisor waits seconds."""
+    return _stopping
+
+
 def install() -> None:
     """Have the three signals raise Stopped in the main thread; elsewhere, nothing: Python allows it there alone.
 
-    SIGHUP stays ignored where it is (nohup).
+    One that is ignored stays so: SIGHUP by nohup, SIGINT by a shell's script for what it runs in the background.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
 
 
@@ -97,5 +107,6 @@ def _raise(number: int) -> None:
     global _stopping
     _stopping = True
     name = signal.Signals(number).name
-    os.write(2, f"\nStopped by {name}; what is finished is kept, and the same command goes on.\n".encode())
+    begin = "\n" if os.isatty(2) else ""  # there, the line may be begun: ^C
+    os.write(2, f"{begin}Stopped by {name}; what is finished is kept, and the same command goes on.\n".encode())
     raise Stopped(128 + number)

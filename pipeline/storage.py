@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 import uuid
@@ -31,7 +30,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import hub_cache, local_files
-from pipeline.errors import Outage, Refused
+from pipeline.errors import Missing, Outage, Refused
 from pipeline.local_files import TEMPORARY
 from pipeline.storage_errors import sentences, watched
 
@@ -40,6 +39,8 @@ EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of thi
 JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
+TYPES = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "json": "application/json"}
+TYPES |= {"png": "image/png"}
 # A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
 # need not ask for the size first. Uploads go in parts, each of which is tried again.
 DOWNLOADS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
@@ -117,25 +118,21 @@ def _sentences(uri: str, doing: str) -> AbstractContextManager[None]:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder; of the Hub's, a download will do where the Hub cannot be asked."""
-    try:
-        return _info(uri) is not None
-    except Outage as outage:
-        if not uri.startswith("hf://"):
-            raise
-        return _kept(uri, outage).exists()
+    return _info(uri) is not None
 
 
 def _info(uri: str) -> dict[str, Any] | None:
     """What a filesystem knows of a file or folder; None without one. Its ``exists`` takes an outage for that, too."""
-    with _sentences(uri, "looked up"):
-        fs, path = filesystem(uri)
-        try:
+    try:
+        with _sentences(uri, "looked up"):
+            fs, path = filesystem(uri)
             if not is_remote(uri):
                 os.stat(path)  # through a link
             return dict(fs.info(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    except Missing:
+        return None
+    except Outage as outage:
+        return {"type": "file", "name": str(_kept(uri, outage))}
 
 
 def listing(uri: str) -> list[str]:
@@ -182,7 +179,7 @@ def read_bytes(uri: str) -> bytes:
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
         _check_regular(uri)
-        return bytes(fs.cat_file(path, **_download(uri)))
+        return bytes(fs.cat_file(path, **DOWNLOADS.get(uri.partition("://")[0], {})))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -193,7 +190,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with _sentences(uri, "written"):
         fs, path = filesystem(uri)
-        fs.pipe_file(path, data)  # one PUT of a finished buffer, or a multipart upload that is published as one
+        # one PUT of a finished buffer, or a multipart upload that is published as one
+        fs.pipe_file(path, data, **_content_type(uri))
+
+
+def _content_type(uri: str) -> dict[str, str]:
+    """What a browser must be told of a file in a bucket to show it: a report without it is downloaded instead."""
+    kind = TYPES.get(uri.rpartition(".")[2])
+    argument = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}
+    protocol = uri.partition("://")[0]
+    return {argument[protocol]: kind} if kind and protocol in argument else {}
 
 
 @contextmanager
@@ -237,20 +243,29 @@ def reading(uri: str) -> Iterator[IO[bytes]]:
 
 
 def _check_regular(uri: str) -> None:
-    """Refuse what is on the disk and no file: a folder has no bytes, and a pipe would be waited for without end."""
-    if is_remote(uri):
-        return
-    mode = os.stat(resolve(uri)).st_mode
-    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
-    if not stat.S_ISREG(mode):
-        kind = next((name for name, is_kind in kinds.items() if is_kind(mode)), "a device")
+    if not is_remote(uri) and (kind := local_files.no_file(resolve(uri))):
         raise Refused(f"{uri} could not be read: it is {kind}, not a file; check the path.")
 
 
-def read_json(uri: str) -> Any:
+@contextmanager
+def borrowed(uri: str) -> Iterator[Path]:
+    """A local file with the URI's content for the body: the file itself, or a copy that is deleted afterwards."""
+    if not is_remote(uri):
+        yield local(uri)
+        return
+    temporary = scratch() / local_files.temporary(Path(uri).name)
     try:
-        return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+        _copy(uri, temporary)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(uri: str) -> Any:
+    data = read_bytes(uri)
+    try:
+        return json.loads(data)
+    except ValueError as error:  # also of another encoding
         raise Refused(f"{uri} is not JSON ({error}); it was not written by this package or was edited.") from None
 
 
@@ -259,7 +274,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def local(uri: str) -> Path:
-    """A local file with the URI's content: the file itself, or a download kept in ``cache()``.
+    """A local file with the URI's content: the file itself, or a download kept in ``local_files.cache()``.
 
     A remote file that changes gets another place in the cache. Of the processes of a machine that want one at once, one
     fetches it. Where the Hub cannot be asked, the last download serves, one in the Hub's own cache too, and that is
@@ -270,10 +285,6 @@ def local(uri: str) -> Path:
             _check_regular(uri)
             io.FileIO(resolve(uri)).close()  # may it be read?
         return Path(resolve(uri))
-    if not uri.startswith("hf://"):
-        return _downloaded(uri)
-    if hub_cache.is_offline():
-        return _kept(uri, Refused(f"{uri} was not downloaded before and HF_HUB_OFFLINE is set; unset it once."))
     try:
         return _downloaded(uri)
     except Outage as outage:
@@ -285,7 +296,7 @@ def _downloaded(uri: str) -> Path:
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
         version = fs.ukey(path)
-    folder = cache() / _digest(f"{resolve(uri)} {version}")
+    folder = local_files.cache() / _digest(f"{resolve(uri)} {version}")
     target = folder / Path(path).name
     with sentences(str(folder), "written", remote=False):
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,28 +310,36 @@ def _downloaded(uri: str) -> Path:
 
 def _fetch(uri: str, target: Path) -> None:
     """Download a file to ``target``, whole or not at all; what killed downloads left in the cache is swept."""
-    sweep(str(cache()))
-    temporary = cache() / local_files.temporary(target.name)
+    sweep(str(local_files.cache()))
+    temporary = local_files.cache() / local_files.temporary(target.name)
     try:
-        with _sentences(uri, "read"):
-            fs, path = filesystem(uri)
-            fs.get_file(path, str(temporary), **_download(uri))
+        _copy(uri, temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _copy(uri: str, target: Path) -> None:
+    with _sentences(uri, "read"):
+        fs, path = filesystem(uri)
+        fs.get_file(path, str(target), **DOWNLOADS.get(uri.partition("://")[0], {}))
+
+
 def _latest(uri: str) -> Path:
     """The link to the folder of a URI's last download."""
-    return cache() / f"latest-{_digest(resolve(uri))}"
+    return local_files.cache() / f"latest-{_digest(resolve(uri))}"
 
 
-def _kept(uri: str, otherwise: Refused | Outage) -> Path:
-    """The last download of a file that cannot be asked for now; raises ``otherwise`` where there is none."""
+def _kept(uri: str, outage: Outage) -> Path:
+    """The last download of a file of the Hub's that cannot be asked for now; raises where there is none."""
+    if not uri.startswith("hf://"):
+        raise outage
     own = _latest(uri) / Path(uri).name
-    found = own.resolve() if own.exists() else hub_cache.kept(resolve(uri))
+    found = own.resolve() if own.exists() else hub_cache.kept(uri)
+    if found is None and hub_cache.is_offline():
+        raise Refused(f"{uri} was not downloaded before, and HF_HUB_OFFLINE is set; unset it this once.")
     if found is None:
-        raise otherwise
+        raise outage
     _say_kept(uri, str(found))
     return found
 
@@ -329,11 +348,6 @@ def _kept(uri: str, otherwise: Refused | Outage) -> Path:
 def _say_kept(uri: str, place: str) -> None:
     """Once in a process."""
     print(f"{uri} cannot be asked for now; what was downloaded before serves: {place}", flush=True)
-
-
-def cache() -> Path:
-    """Where downloads are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or local_files.user() / ".cache") / "distilled-decoding"
 
 
 def scratch() -> Path:
@@ -347,10 +361,6 @@ def scratch() -> Path:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _download(uri: str) -> dict[str, Any]:
-    return DOWNLOADS.get(uri.partition("://")[0], {})
 
 
 def sha256(uri: str) -> str:
@@ -388,11 +398,20 @@ def _abandoned(uri: str) -> bool:
 
 
 def check_writable(uri: str, needed: int = 0) -> None:
-    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room."""
+    """Write and delete a small file in the folder, and, on a disk, look for ``needed`` bytes of room.
+
+    A folder that was not there before is not there afterwards.
+    """
     probe = join(uri, f"{TEMPORARY}probe-{uuid.uuid4().hex}")
+    above = [] if is_remote(uri) else [Path(resolve(uri)), *Path(resolve(uri)).parents]
+    made = [folder for folder in above if not folder.exists()]
     write_bytes(probe, b"probe")
     remove(probe)
+    room_in = made[-1].parent if made else None
+    for folder in made:
+        with suppress(OSError):  # somebody else may use it by now
+            folder.rmdir()
     if not is_remote(uri):
-        free = shutil.disk_usage(resolve(uri)).free
+        free = shutil.disk_usage(room_in or resolve(uri)).free
         if free < needed:
             raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")

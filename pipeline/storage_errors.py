@@ -28,7 +28,7 @@ UNREACHABLE = {  # names of classes that stand for a connection: none, broken of
     *("TimeoutError", "TimeoutException", "IncompleteReadError", "IncompleteRead", "ResponseStreamingError"),
 }
 CERTIFICATE = "certificate verify failed"  # the server answers, and waiting does not help
-BLOCK = 4 << 20  # bytes that an open file is read or written in
+BLOCK = 1 << 20  # bytes that an open file is read or written in
 AGAIN = "run the same command again later"
 ADVICE = {  # by the number of an OSError that does not pass
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -54,7 +54,7 @@ def sentence(error: Exception, uri: str, doing: str, remote: bool) -> Refused | 
     status, failed = _status(error), f"{uri} could not be {doing}"
     reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".") or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, FileNotFoundError) or status == 404:
+    if isinstance(error, FileNotFoundError) or status == 404 or (number == errno.ENOTDIR and doing == "looked up"):
         what = "bucket" if doing == "written" and remote else "file"
         return Missing(f"{failed}: there is no such {what}; check the path.")
     if isinstance(error, PermissionError) or status in (401, 403):

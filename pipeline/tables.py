@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+DEPARTS = "†"
 MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
 
 
@@ -39,11 +40,14 @@ class Column(NamedTuple):
 def columns(results: dict[str, Any]) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
-    one, two, three, times = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format, "{:,.1f}x".format
+    second = results.get("second_title")  # which is the flavour of the paper's FID, then
+    one, two, three = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
+    paper_fid: Any = ("fid", "FID, paper", two)
     found = [
-        Column("sampler", _text("name", str)),
+        Column("sampler", marked),
         Column("type", _text("type", str)),
-        Column(title, _with_error("score", "score_std", two), "fid", "FID, paper", two),
+        Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
+        *([Column(second, _text("second_score", two), *paper_fid)] if second else []),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
@@ -54,11 +58,13 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("#parameters", _text("parameters", count), "parameters", "#parameters, paper", count),
         Column("#Step", _text("steps", str)),
         Column("ms/image, batch 1", _text("ms", ms), "seconds", "ms/image, paper", lambda value: ms(1000 * value)),
-        Column("ms/image, best batch", _best),
-        Column("speed-up", _text("speedup", times), "speedup", "speed-up, paper", times),
+        Column(
+            "speed-up, batch 1", lambda row: speed_up(row, "speedup"), "speedup", "speed-up, paper", "{:,.1f}x".format
+        ),
     ]
-    if title == "FD":  # the digits scorer's classes make no Inception Score
-        found = [column for column in found if column.heading != "IS"]
+    if batch := throughput_batch(results):
+        found.append(Column(f"images/s, batch {batch}", _text("throughput", ms)))
+        found.append(Column(f"speed-up, batch {batch}", lambda row: speed_up(row, "throughput_speedup")))
     return _filled(found, results)
 
 
@@ -68,7 +74,7 @@ def further_columns(results: dict[str, Any]) -> list[Column]:
     found = [
         Column(f"{short}, limit", _text("score_inf", two)),
         Column("sFID", _text("sfid", two)),
-        Column(kernel_distance(results), _with_error("kid", "kid_std", lambda value: f"{1000 * value:.2f}")),
+        Column(kernel_distance(results), _text("kid", lambda value: f"{1000 * value:.2f}")),
     ]
     return _filled(found, results)
 
@@ -79,7 +85,12 @@ def kernel_distance(results: dict[str, Any]) -> str:
 
 
 def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
-    return [column for column in found if any(column.text(row) for row in results["rows"])]
+    shown = [(column, column.key in ("precision", "recall")) for column in found]  # the paper's where ours lack images
+    return [
+        column
+        for column, alone in shown
+        if any(column.text(row) or (alone and column.printed(row)) for row in results["rows"])
+    ]
 
 
 def further(results: dict[str, Any]) -> Table | None:
@@ -125,6 +136,11 @@ def speeds(results: dict[str, Any]) -> Table:
     return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
 
 
+def throughput_batch(results: dict[str, Any]) -> int | None:
+    """The batch of images a second: the largest at which all samplers were timed; None where that is 1, or none."""
+    return (results.get("speed") or {}).get("throughput_batch")
+
+
 def timed(results: dict[str, Any]) -> list[Row]:
     """The rows that have a place in quality against time."""
     return [row for row in results["rows"] if row.get("ms") and (row.get("score") or 0) > 0]
@@ -151,16 +167,25 @@ def _crossed(heading: str, form: Callable[[int], str], scores: dict[tuple[int, s
     )
 
 
+def marked(row: Row) -> str:
+    """A row's name, with a mark where it asks more of its student than that was trained for."""
+    return row["name"] + (f" {DEPARTS}" if row.get("departs") else "")
+
+
 def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
 
-def _best(row: Row) -> str:
-    return f"{ms(row['best_ms'])} ({row['best_batch']})" if row.get("best_ms") else ""
+def speed_up(row: Row, key: str) -> str:
+    """So many times as fast as the AR teacher, with its standard error; the teacher's own has none."""
+    if row.get(key) is None:
+        return ""
+    error = row.get(f"{key}_std")
+    return f"{row[key]:,.1f}x" + (f" ± {error:,.{1 if error >= 0.1 else 2}f}" if error else "")
 
 
 def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """A number with its error or deviation behind it, where there is one."""
+    """A number with its standard error behind it, where there is one."""
 
     def text(row: Row) -> str:
         if row.get(key) is None:
@@ -176,7 +201,7 @@ def short_title(results: dict[str, Any]) -> str:
 
 
 def ms(value: float) -> str:
-    """Milliseconds with three digits, never in powers of ten."""
+    """Milliseconds, or images a second, with three digits, never in powers of ten."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -7,10 +7,11 @@ batched, so that batches change no sum.
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Seen:
     logits: np.ndarray
     spatial: np.ndarray | None
     thumbnails: np.ndarray
+    second: np.ndarray | None = None  # features in the other flavour
 
     @classmethod
     @torch.no_grad()
@@ -42,7 +44,8 @@ class Seen:
         pixels = to_uint8(images)
         features, logits, spatial = network(pixels)
         deep = None if spatial is None else _rows(spatial)
-        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels))
+        second = None if network.second is None else _rows(network.second(pixels))
+        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second)
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
@@ -57,8 +60,10 @@ class Statistics:
     """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
     ids.
 
-    ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
-    ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows.
+    ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
+    is their label, ``labelled`` those that were asked.
+    ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
+    says on what the parts were made, each kind once, ``made`` all else that the images depend on no more than rounding.
     """
 
     moments: Moments
@@ -66,11 +71,14 @@ class Statistics:
     variance: ClassVariance
     score: InceptionScore
     spatial: Moments | None = None
+    second: Moments | None = None
     right: int = 0
     labelled: int = 0
     seconds: float = 0.0
     features: list[np.ndarray] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
+    machines: list[dict[str, str]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, network: Features, classes: int, side: int, count: int) -> Statistics:
@@ -83,6 +91,7 @@ class Statistics:
             ClassVariance(classes, pixels),
             InceptionScore(blocks, network.classes),
             Moments(network.spatial) if network.spatial else None,
+            Moments(network.dim) if network.second else None,
         )
 
     def merge(self, other: Statistics) -> None:
@@ -93,25 +102,29 @@ class Statistics:
         self.score.merge(other.score)
         if self.spatial and other.spatial:
             self.spatial.merge(other.spatial)
+        if self.second and other.second:
+            self.second.merge(other.second)
         self.right += other.right
         self.labelled += other.labelled
         self.seconds += other.seconds
         self.features += other.features
         self.images += other.images
+        self.machines += [machine for machine in other.machines if machine not in self.machines]
 
     def pack(self) -> bytes:
         """As an npz file; nothing in it is pickled."""
-        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial")}
-        for moments in (self.moments, self.pixels, self.spatial):
+        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial", "second")}
+        for moments in (self.moments, self.pixels, self.spatial, self.second):
             if moments:
                 moments.flush()
         arrays: dict[str, Any] = {
-            f"{name}.{key}": value
+            f"{name}.{key}": _packed(value) if isinstance(sum_, Moments) and key == "m2" else value
             for name, sum_ in sums.items()
             if sum_
             for key, value in vars(sum_).items()
             if not key.startswith("_")
         }
+        arrays["made"] = np.array(json.dumps(self.made | {"machines": self.machines}))
         arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
         for key in ("features", "images"):
             if getattr(self, key):
@@ -132,30 +145,44 @@ class Statistics:
             ClassVariance(len(arrays["variance.n"]), pixels),
             InceptionScore(*arrays["score.p"].shape),
             Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
+            Moments(dim) if "second.mean" in arrays else None,
         )
         for key, value in arrays.items():
             if "." in key:
                 name, attribute = key.split(".")
-                setattr(getattr(out, name), attribute, int(value) if value.ndim == 0 else value)
+                sum_ = getattr(out, name)
+                if isinstance(sum_, Moments) and attribute == "m2":
+                    value = _unpacked(value, len(sum_.mean))
+                setattr(sum_, attribute, int(value) if value.ndim == 0 else value)
         out.right, out.labelled = int(arrays["counts"][0]), int(arrays["counts"][1])
         out.seconds = float(arrays["counts"][2])
         out.features = [arrays["features"]] if "features" in arrays else []
         out.images = [arrays["images"]] if "images" in arrays else []
+        out.made = json.loads(str(arrays["made"]))
+        out.machines = out.made.pop("machines")
         return out
 
     def add(
-        self, seen: Seen, labels: np.ndarray | None, names_labels: bool, place: np.ndarray, keep: np.ndarray, grid: int
+        self,
+        seen: Seen,
+        labels: np.ndarray | None,
+        names_labels: bool,
+        place: np.ndarray,
+        keep: np.ndarray,
+        images: int,
     ) -> None:
         """Take in rows of images; ``place`` [B] counts the sampler's images from 0.
 
         Labels may be unknown (None); ``names_labels`` says whether the network's classes are labels. Features are kept
-        of the rows in ``keep`` [B], and the first ``grid`` images of all are.
+        of the rows in ``keep`` [B], and the first ``images`` of all are.
         """
         self.moments.add(seen.features)
         self.pixels.add(seen.thumbnails)
         self.score.add(seen.logits, place // SCORE_BLOCK)
         if self.spatial and seen.spatial is not None:
             self.spatial.add(seen.spatial)
+        if self.second and seen.second is not None:
+            self.second.add(seen.second)
         if labels is not None:
             self.variance.add(seen.thumbnails, labels)
             if names_labels:
@@ -163,18 +190,39 @@ class Statistics:
                 self.labelled += len(labels)
         if keep.any():
             self.features.append(seen.features[keep])
-        if (place < grid).any():
-            self.images.append(seen.pixels[place < grid])
+        if (place < images).any():
+            self.images.append(seen.pixels[place < images])
 
 
 def _rows(out: Tensor) -> np.ndarray:
     return out.float().cpu().numpy()
 
 
-def glance(file: IO[bytes]) -> tuple[float, np.ndarray]:
-    """(seconds, images of the grid) out of packed statistics, without reading the rest."""
+class Glance(NamedTuple):
+    """What is read of packed statistics without the rest: seconds, images of the grid, how they were made."""
+
+    seconds: float
+    images: np.ndarray | None
+    made: dict[str, Any]
+
+
+def glance(file: IO[bytes]) -> Glance:
+    """The small parts of packed statistics."""
     with np.load(file, allow_pickle=False) as arrays:
-        return float(arrays["counts"][2]), arrays["images"]
+        images = arrays["images"] if "images" in arrays.files else None
+        return Glance(float(arrays["counts"][2]), images, json.loads(str(arrays["made"])))
+
+
+def _packed(m2: np.ndarray) -> np.ndarray:
+    """One half of a symmetric matrix [D, D], [D (D + 1) / 2]: a part of 2048 features with sFID has 90 MB without."""
+    return m2[np.triu_indices(len(m2))]
+
+
+def _unpacked(half: np.ndarray, dim: int) -> np.ndarray:
+    """The inverse of ``_packed``."""
+    out = np.zeros((dim, dim))
+    out[np.triu_indices(dim)] = half
+    return out + np.triu(out, 1).T
 
 
 def spread(place: np.ndarray, keep: int, count: int) -> np.ndarray:

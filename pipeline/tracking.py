@@ -1,85 +1,95 @@
-"""One MLflow run per job, linked by fingerprints; the only module that knows MLflow.
+"""One MLflow run per job, linked by fingerprints: a name that says the result, a note, its numbers and its files.
 
 Only a job's driver talks to the store; workers send it what there is to log. A store that cannot be reached is an error
-before work begins and only a warning afterwards: no result is lost for the sake of its curve.
+before work begins and only a warning afterwards: nothing waits for it, and no result is lost for the sake of its curve.
+As long as a run is not complete, MARKER lies beside the job's result, and the same command completes it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
+import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import yaml
 
-from pipeline import storage
-from pipeline.errors import Refused
+from pipeline import mlflow_store, storage
+from pipeline.errors import Refused, Unfinished
+from pipeline.mlflow_store import Store, first_line, without_credentials
+from pipeline.outbox import JOINED, Outbox
 from pipeline.recipe import Recipe, leaves
 from pipeline.signals import Stopped, held
 
 Job = Literal["pairs", "distill", "evaluate", "ablate", "benchmark"]
-PAUSE = 60.0  # seconds without calls after a failed one, so that a dead server costs a job next to nothing
-SETTINGS = {
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default of 7 blocks for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "GIT_PYTHON_REFRESH": "quiet",
+T = TypeVar("T")
+ABOUT: dict[Job, str] = {
+    "pairs": "Noise-token pairs (Alg. 1): what the teacher makes of numbered noise.",
+    "distill": "A few-step student, distilled from noise-token pairs (Alg. 2).",
+    "evaluate": "Images of every sampler that the recipe lists, scored against a reference and timed.",
+    "ablate": "One setting at a time around a recipe; the runs below this one made its variants.",
+    "benchmark": "The speed of everything, as ratios measured in one run.",
 }
-
-
-def loaded() -> ModuleType:
-    """MLflow, imported when first needed (1.5 s) and made quiet; the user's environment variables win."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return mlflow
+PARAMETERS: dict[Job, tuple[str, ...]] = {  # fields and sections of the recipe; the whole of it is in recipe.yaml
+    "pairs": ("name", "teacher", "pairs"),
+    "distill": ("name", "teacher", "pairs.count", "train"),
+    "evaluate": ("name", "teacher", "evaluate"),
+    "ablate": ("name", "ablate"),
+    "benchmark": ("name", "teacher", "benchmark"),
+}
+PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
+HASTE = 10.0  # the same, of a job that failed or was stopped
+MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
+SHOWN = 60  # characters of a variant's name that still fit before a run's
+METRIC_BYTES = 300  # that a metric takes while it waits
+LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500}  # texts that MLflow takes
 
 
 class Run:
     """The MLflow run of one job: ``with Run.start(recipe, "distill") as run``; ends finished, failed or killed.
 
-    While the job works, a failing store is reported once and otherwise ignored.
+    Its methods put down what there is to log and return at once; the end of the job waits for it, within bounds.
     """
 
-    def __init__(self, uri: str, run_id: str, client: Any) -> None:
-        self.uri, self.id, self._client = uri, run_id, client
-        self._warned, self._quiet_until = False, 0.0
+    def __init__(self, store: Store, run_id: str, client: Any, note: list[str]) -> None:
+        self.uri, self.id, self._client = store.uri, run_id, client
+        self._folder: str | None = None  # with MARKER in it
+        self._note, self._links = note, dict[str, str]()
+        self._outbox = Outbox(self._warn, self._warn_of_room)
 
     @classmethod
     def start(cls, recipe: Recipe, job: Job, resume_id: str | None = None) -> Run:
         """Open a run of ``job`` in the experiment ``recipe.name``, or reopen ``resume_id``.
 
-        A new run's parameters are the flattened recipe. The store is MLFLOW_TRACKING_URI, or SQLite at <run>/mlflow.db
-        with artifacts beside it; in ~/distilled-decoding, which is said aloud, where ``run`` is remote. Raises
-        ValueError, one sentence, for a store that cannot be reached.
+        The store is MLFLOW_TRACKING_URI, or SQLite at <run>/mlflow.db with artifacts beside it; in
+        ~/distilled-decoding, which is said aloud, where ``run`` is remote. Raises ValueError, one sentence, for a store
+        that cannot be reached.
         """
-        uri, artifacts = store(recipe)
+        store = mlflow_store.of(recipe)
+        client = mlflow_store.opened(store)
+        note = [ABOUT[job], f"`{without_credentials(shlex.join(['python', *sys.argv]))}`"]
         run = None
         try:
-            with usable(uri), held():
-                client = loaded().MlflowClient(tracking_uri=uri)
+            with mlflow_store.usable(store), held():
+                experiment = _experiment(client, recipe.name, store.artifacts)
                 run_id = _reopened(client, resume_id) if resume_id else None
-                if run_id is None:
-                    run_id = _created(client, recipe, job, artifacts)
-                run = cls(uri, run_id, client)
+                run_id = run_id or _created(client, experiment, recipe.name, job, note)
+                run = cls(store, run_id, client, note)
         except Stopped as stopped:
             if run:
                 run.__exit__(Stopped, stopped, None)
             raise
-        assert run is not None
+        run._outbox.put(partial(run._send_parameters, parameters(recipe, job)))
+        run.artifact("recipe.yaml", _shown(recipe).encode())
         return run
 
     def __enter__(self) -> Run:
@@ -90,31 +100,75 @@ class Run:
     ) -> None:
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, Stopped))
         status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
-        self._quiet_until = 0.0
         with held():
-            self._attempt(lambda: self._client.set_terminated(self.id, status))
+            self._outbox.put(lambda _: self._client.set_terminated(self.id, status))
+            missing = self._outbox.close(PATIENCE if kind is None else HASTE)
+        if missing:
+            again = "; the same command tries again" if self._folder and kind is None else ""
+            print(
+                f"MLflow at {without_credentials(self.uri)} did not take all of this run: {missing} of its entries are"
+                f" missing{again}.",
+                file=sys.stderr,
+            )
+        elif self._folder and kind is None:
+            with suppress(Refused, Unfinished):  # the next run of the same command only logs again
+                storage.remove(storage.join(self._folder, MARKER))
+
+    def mark(self, folder: str) -> None:
+        """Leave MARKER in the folder of the job's result until the run is complete.
+
+        One that is there is of a run that did not end well; MLflow is told so, should it still take it for running.
+        """
+        place = storage.join(folder, MARKER)
+        before = storage.read_json(place)["mlflow_run"] if storage.exists(place) else self.id
+        storage.write_json(place, {"mlflow_run": self.id})
+        self._folder = folder
+
+        def send(_: list[Any]) -> None:
+            found = _active(self._client, before)
+            if found and found.info.status == "RUNNING":
+                self._client.set_terminated(before, "KILLED")
+
+        if before != self.id:
+            self._outbox.put(send)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log all ``values`` at ``step`` in one call."""
+        """Log all ``values`` at ``step``."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        rows = [Metric(key, float(value), now, step) for key, value in values.items()]
-        self._attempt(lambda: self._client.log_batch(self.id, metrics=rows))
+        rows = [Metric(key, float(value), now, step) for key, value in fitted(values).items()]
+        for begin in range(0, len(rows), JOINED):
+            some = rows[begin : begin + JOINED]
+            self._outbox.put(self._send_metrics, some, METRIC_BYTES * len(some), lossy=True)
 
     def image(self, key: str, image: np.ndarray, step: int = 0) -> None:
         """Log a uint8 [H, W, 3] image; images of one key at several steps form a series."""
-        self._attempt(lambda: self._client.log_image(self.id, image, key=key, step=step))
+        send = lambda _: self._client.log_image(self.id, image, key=key, step=step)  # noqa: E731
+        self._outbox.put(send, size=image.nbytes, lossy=True)
 
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a local file into the run's artifacts."""
-        self._attempt(lambda: self._client.log_artifact(self.id, str(path), folder))
+    def artifact(self, name: str, content: bytes | Callable[[], bytes]) -> None:
+        """Put a file among the run's artifacts: its bytes, or what reads them when it is sent."""
+
+        def send(_: list[Any]) -> None:
+            data = content if isinstance(content, bytes) else content()
+            with tempfile.TemporaryDirectory(prefix="dd-") as folder:
+                Path(folder, name).write_bytes(data)
+                self._client.log_artifact(self.id, str(Path(folder, name)))
+
+        self._outbox.put(send, size=len(content) if isinstance(content, bytes) else 0)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Put a table among the run's artifacts that MLflow shows as one, as its ``log_table`` writes it."""
+        content = {"columns": list(columns), "data": [list(row) for row in rows]}
+        self.artifact(name, json.dumps(content).encode())
+        self.tag("mlflow.loggedArtifacts", json.dumps([{"path": name, "type": "table"}]))
 
     def tag(self, key: str, value: str) -> None:
-        self._attempt(lambda: self._client.set_tag(self.id, key, value))
+        self._outbox.put(lambda _: self._set_tag(self.id, key, value))
 
     def dataset(self, name: str, uri: str, digest: str, context: str) -> None:
-        """Link a pair set to the run, its ``context`` "output", "training" or "evaluation".
+        """Link a pair set or a reference to the run, its ``context`` "output", "training" or "evaluation".
 
         ``digest`` is its fingerprint, of which MLflow keeps 36 characters.
         """
@@ -124,71 +178,125 @@ class Run:
         kind = place.split("://")[0] if "://" in place else "local"
         data = Dataset(name, digest[:36], source_type=kind, source=json.dumps({"uri": place}))
         row = DatasetInput(data, [InputTag("mlflow.data.context", context)])
-        self._attempt(lambda: self._client.log_inputs(self.id, datasets=[row]))
+        self._outbox.put(lambda _: self._client.log_inputs(self.id, datasets=[row]))
 
-    def previous(self, job: Job, **tags: str) -> str | None:
-        """Id of the newest run of ``job`` in this experiment that carries ``tags``, or None."""
-        wanted = {"job": job} | tags
-        query = " and ".join(f"tags.{key} = '{value}'" for key, value in wanted.items())
+    def link(self, job: Job, run_id: str | None = None, **tags: str) -> None:
+        """Tag this run with the run of ``job`` that it goes on from, and have the note lead there.
 
-        def search() -> str | None:
-            experiment = self._client.get_run(self.id).info.experiment_id
-            found = self._client.search_runs([experiment], query, max_results=2, order_by=["start_time DESC"])
-            return next((run.info.run_id for run in found if run.info.run_id != self.id), None)
+        That is ``run_id``, or the newest run of this experiment that carries ``tags``; nothing where there is none.
+        """
 
-        return self._attempt(search)
+        def send(_: list[Any]) -> None:
+            if found := run_id or self._newest(job, tags):
+                self._set_tag(self.id, f"{job}_run", found)
+                self._links[job] = found
+
+        self._outbox.put(send)
+
+    def adopt(self, run_id: str, **tags: str) -> None:
+        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one.
+
+        A tag ``variant`` becomes part of its name.
+        """
+        self._outbox.put(lambda _: self._adopt(run_id, tags))
+
+    def adopt_newest(self, job: Job, carrying: dict[str, str], **tags: str) -> None:
+        """``adopt`` the newest run of ``job`` in this experiment that carries some tags, if there is one."""
+
+        def send(_: list[Any]) -> None:
+            if found := self._newest(job, carrying):
+                self._adopt(found, tags)
+
+        self._outbox.put(send)
+
+    def conclude(self, title: str, text: str = "") -> None:
+        """Name the run after its result and have the note on top of its page show ``text``, Markdown."""
+
+        def send(_: list[Any]) -> None:
+            mine = self._client.get_run(self.id).info.experiment_id
+            links = [f"[{job}](#/experiments/{mine}/runs/{run_id})" for job, run_id in self._links.items()]
+            parts = [*self._note, *(["Goes on from " + ", ".join(links) + "."] if links else []), text]
+            self._set_tag(self.id, "mlflow.note.content", "\n\n".join(filter(None, parts)))
+            self._set_tag(self.id, "mlflow.runName", title)
+
+        self._outbox.put(send)
 
     @property
     def client(self) -> Any:
         """MLflow's own, for what raises when it fails."""
         return self._client
 
-    def adopt(self, run_id: str, **tags: str) -> None:
-        """Tag another run with this one's id and with ``tags``; one that began later is listed below this one."""
+    # ---- in the outbox's thread
 
-        def link() -> None:
-            """Set the tags of the other run."""
-            mine, other = (self._client.get_run(one) for one in (self.id, run_id))
-            links = {mine.data.tags["job"]: self.id} | tags
-            if other.info.start_time >= mine.info.start_time:
-                links["mlflow.parentRunId"] = self.id
-            for key, value in links.items():
-                self._client.set_tag(run_id, key, value)
+    def _send_metrics(self, rows: list[Any]) -> None:
+        self._client.log_batch(self.id, metrics=rows)
 
-        self._attempt(link)
+    def _send_parameters(self, values: dict[str, str], _: list[Any]) -> None:
+        """Log those that the run does not have: MLflow takes no other value of a parameter."""
+        from mlflow.entities import Param
 
-    def _attempt(self, call: Callable[[], Any]) -> Any:
-        if time.monotonic() < self._quiet_until:
-            return None
-        try:
-            return call()
-        except Exception as error:  # whatever the store's client raises: the job's result matters more
-            self._quiet_until = time.monotonic() + PAUSE
-            if not self._warned:
-                print(
-                    f"MLflow at {without_credentials(self.uri)} does not take this run's data"
-                    f" ({first_line(error)}); the job goes on and tries again now and then.",
-                    file=sys.stderr,
-                )
-                self._warned = True
-            return None
+        there = self._client.get_run(self.id).data.params
+        rows = [Param(key, value[: LONGEST["parameter"]]) for key, value in values.items() if key not in there]
+        for begin in range(0, len(rows), 100):  # what one call takes
+            self._client.log_batch(self.id, params=rows[begin : begin + 100])
+
+    def _set_tag(self, run_id: str, key: str, value: str) -> None:
+        self._client.set_tag(run_id, key, value[: LONGEST["tag"]])
+
+    def _newest(self, job: Job, tags: dict[str, str]) -> str | None:
+        """Id of the newest other run of ``job`` in this experiment that carries ``tags``, or None."""
+        query = " and ".join(f"tags.{key} = '{value}'" for key, value in ({"job": job} | tags).items())
+        experiment = self._client.get_run(self.id).info.experiment_id
+        found = self._client.search_runs([experiment], query, max_results=2, order_by=["start_time DESC"])
+        return next((run.info.run_id for run in found if run.info.run_id != self.id), None)
+
+    def _adopt(self, run_id: str, tags: dict[str, str]) -> None:
+        other = _active(self._client, run_id)
+        if other is None:
+            print(f"MLflow run {run_id} is not in this store any more; nothing links to it.", file=sys.stderr)
+            return
+        mine = self._client.get_run(self.id)
+        links = {mine.data.tags["job"]: self.id} | tags
+        if other.info.start_time >= mine.info.start_time:
+            links["mlflow.parentRunId"] = self.id
+        name, variant = other.info.run_name, tags.get("variant", "")
+        if 0 < len(variant) <= SHOWN and not name.startswith(variant):
+            links["mlflow.runName"] = f"{variant}: {name}"
+        for key, value in links.items():
+            self._set_tag(run_id, key, value)
+
+    def _warn(self, error: Exception) -> None:
+        print(
+            f"MLflow at {without_credentials(self.uri)} does not take this run's data ({first_line(error)}); the job"
+            " goes on, and what is missing is tried again at its end.",
+            file=sys.stderr,
+        )
+
+    def _warn_of_room(self) -> None:
+        print(
+            f"MLflow at {without_credentials(self.uri)} is so far behind that the oldest metrics and images waiting for"
+            " it are dropped.",
+            file=sys.stderr,
+        )
 
 
-@contextmanager
-def usable(uri: str) -> Iterator[None]:
-    """Whatever is raised about the store at ``uri``, as a ValueError of one sentence."""
+def complete(recipe: Recipe, job: Job, folder: str, log: Callable[[Run], None]) -> None:
+    """Have ``log`` tell MLflow again of a result whose run is not complete; without a store, that has to wait."""
+    place = storage.join(folder, MARKER)
+    if not storage.exists(place):
+        return
     try:
-        yield
-    except Exception as error:
-        raise Refused(
-            f"the MLflow store {without_credentials(uri)} cannot be used ({first_line(error)}); start"
-            " its server, set MLFLOW_TRACKING_URI to another, or unset it for SQLite in the run's folder."
-        ) from error
+        run = Run.start(recipe, job, storage.read_json(place)["mlflow_run"])
+    except Refused as error:
+        print(f"The MLflow run of {folder} is not complete, and stays so for now: {error}", file=sys.stderr)
+        return
+    with run:
+        print(f"Completing the MLflow run of {folder} ({run.id}).", file=sys.stderr)
+        run.mark(folder)
+        log(run)
 
 
-def without_credentials(text: str) -> str:
-    """``text`` without the user:password@ of URIs in it."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+# ---- what MLflow takes
 
 
 def flattened(tree: dict[str, Any]) -> dict[str, str]:
@@ -197,53 +305,81 @@ def flattened(tree: dict[str, Any]) -> dict[str, str]:
     return {name: without_credentials(text) for name, text in texts.items()}
 
 
-def store(recipe: Recipe) -> tuple[str, str | None]:
-    """(tracking URI, place of a new experiment's artifacts or None where the server decides)."""
-    chosen = os.environ.get("MLFLOW_TRACKING_URI")
-    if chosen:  # beside a local database; left to itself, MLflow would put files into the working directory
-        _, is_file, database = chosen.partition("sqlite:///")
-        return chosen, Path(database).absolute().with_name("mlartifacts").as_uri() if is_file else None
-    folder = storage.resolve(recipe.run)
-    if storage.is_remote(folder):
-        folder = str(storage.home())
-        print(
-            f"run is {recipe.run}, where MLflow's SQLite store cannot live: it is {folder}/mlflow.db on this machine;"
-            " set MLFLOW_TRACKING_URI for a server.",
-            file=sys.stderr,
-        )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db", Path(folder, "mlartifacts").as_uri()
+def parameters(recipe: Recipe, job: Job) -> dict[str, str]:
+    """The settings that matter to a job, without those that are not set, by names that MLflow takes."""
+    wanted = tuple(PARAMETERS[job])
+    settings = leaves(recipe.resolved()).items()
+    chosen = {
+        name: value
+        for name, value in settings
+        if value is not None and any(name == one or name.startswith(f"{one}.") for one in wanted)
+    }
+    return fitted(flattened(chosen))
 
 
-def _created(client: Any, recipe: Recipe, job: Job, artifacts: str | None) -> str:
-    from mlflow.entities import Param
+def fitted(values: dict[str, T]) -> dict[str, T]:
+    """The same values by names of MLflow's alphabet, each its own: letters, digits, "_-. " and slashes between them."""
+    out: dict[str, T] = {}
+    for name, value in values.items():
+        parts = (part for part in re.sub(r"[^/\w.\- ]+", "_", name).split("/") if part.strip("."))
+        plain = "/".join(parts)[: LONGEST["key"] - 5].rstrip("/") or "_"
+        number, unique = 2, plain
+        while unique in out:
+            number, unique = number + 1, f"{plain}_{number}"
+        out[unique] = value
+    return out
+
+
+def _shown(recipe: Recipe) -> str:
+    """The whole recipe as YAML; no field of one holds credentials."""
+    return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """Id of the experiment of a recipe's name, made if it is not there and restored if it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    name = name[: LONGEST["experiment"]] or "unnamed"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # another job was faster
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+        print(f"The MLflow experiment {name} had been deleted; it and its runs are restored.", file=sys.stderr)
+    return found.experiment_id
+
+
+def _created(client: Any, experiment: str, name: str, job: Job, note: list[str]) -> str:
     from mlflow.tracking.context.registry import resolve_tags
 
-    experiment = client.get_experiment_by_name(recipe.name)
-    if experiment is None:
-        experiment_id = client.create_experiment(recipe.name, artifact_location=artifacts)
-    else:
-        experiment_id = experiment.experiment_id
     # Provenance: user, script, the repository's commit, and MLFLOW_RUN_CONTEXT where code runs without its repository.
-    run = client.create_run(experiment_id, run_name=job, tags=resolve_tags({"job": job}))
-    client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in flattened(recipe.resolved()).items()])
-    return run.info.run_id
+    tags = resolve_tags({"job": job, "mlflow.note.content": "\n\n".join(note)})
+    tags = {key: value[: LONGEST["tag"]] for key, value in tags.items()}
+    return client.create_run(experiment, run_name=f"{name}, {job}", tags=tags).info.run_id
 
 
-def _reopened(client: Any, run_id: str) -> str | None:
-    """``run_id`` set to running again; None, said aloud, where the store was moved or removed."""
+def _active(client: Any, run_id: str) -> Any:
+    """A run that is in the store and was not deleted there, or None."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.update_run(run_id, status="RUNNING")
+        found = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+        return None
+    return found if found.info.lifecycle_stage == "active" else None
+
+
+def _reopened(client: Any, run_id: str) -> str | None:
+    """``run_id`` set to running again; None, said aloud, where the store was moved or the run deleted."""
+    if _active(client, run_id) is None:
         print(f"MLflow run {run_id} is not in this store any more; a new run takes its place.", file=sys.stderr)
         return None
+    client.update_run(run_id, status="RUNNING")
     return run_id
-
-
-def first_line(error: Exception) -> str:
-    lines = without_credentials(str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -61,10 +61,8 @@ def held_out(plan: Plan) -> Rows:
 def batches(plan: Plan, pairs: PairStream, done: int, rank: int, world: int) -> Iterator[tuple[int, Pairs]]:
     """(epoch, this worker's share) of every global batch after the first ``done``."""
     settings = plan.recipe.train
-    for epoch in range(done // plan.per_epoch, settings.epochs):
-        start = done % plan.per_epoch if epoch == done // plan.per_epoch else 0
-        for share in pairs.batches(epoch, settings.seed, settings.batch, start, rank, world):
-            yield epoch, share
+    epochs = range(done // plan.per_epoch, settings.epochs)
+    return pairs.epochs(epochs, settings.seed, settings.batch, done % plan.per_epoch, rank, world)
 
 
 def as_pairs(rows: Rows) -> Pairs:

@@ -155,6 +155,8 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
             )
         return None
     there = storage.read_json(place)
+    if not (isinstance(there, dict) and {"fingerprint", "facts"} <= there.keys()):
+        raise Refused(f"{place} is not what distill wrote; set train.uri (or run) to another folder, or restore it.")
     if there["fingerprint"] == plan.fingerprint:
         return there
     old, new = leaves(there["facts"]), leaves(plan.facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
@@ -17,6 +16,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.precision import autocast, set_products
 from pipeline.recipe import Recipe
+from pipeline.stopwatch import WARM_UP, now
 from pipeline.training_data import Batch
 from pipeline.training_plan import at_once
 from pipeline.training_state import TrainingState
@@ -31,16 +31,11 @@ class Clock:
         self.device = device
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def time(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
         """What ``call`` returns; its seconds are added to those of ``name``."""
-        start = self.now()
+        start = now(self.device)
         out = call(*args)
-        self.seconds[name] += self.now() - start
+        self.seconds[name] += now(self.device) - start
         return out
 
 
@@ -60,7 +55,7 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
     distill.prepare(student, loss)
     layout, samples = checkpoints.config(recipe.teacher).layout, at_once(recipe.train)
     pairs = training_data.made_up(layout, samples)
-    total = 2 * (1 + repeats)
+    total = 2 * (WARM_UP + repeats)
 
     def batch() -> Batch:
         return training_data.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook)
@@ -69,11 +64,11 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
         distill.step(student, loss, state, batch(), total)
 
     found = defaultdict(list)
-    for repeat in range(1 + repeats):
+    for repeat in range(WARM_UP + repeats):
         clock = Clock(device)
         clock.time(WHOLE, whole)
         _apart(clock, batch, student, loss, state, total)
-        for name, seconds in clock.seconds.items() if repeat else ():  # the first is the warm-up
+        for name, seconds in clock.seconds.items() if repeat >= WARM_UP else ():
             found[name].append(seconds)
     return {name: median(seconds) for name, seconds in found.items()}
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from zipfile import BadZipFile, ZipFile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from pipeline.models.base import Student
 from pipeline.recipe import TrainSettings
 
 SUFFIX = ".pt"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 class Diverged(Unfinished, FloatingPointError):
@@ -47,7 +51,9 @@ class TrainingState:
             group["lr"] = learning_rate(self.settings, self.step, total)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # DDP keeps the memory of all gradients anyway; one that is None would be made a second time by the first part
+        # of a batch, when the workers do not meet.
+        self.optimizer.zero_grad(set_to_none=not torch.distributed.is_initialized())
         self.step += 1
         first = (self.failed_at == 0) & ~norm.isfinite()
         self.failed_at = torch.where(first, self.step, self.failed_at)
@@ -64,33 +70,113 @@ class TrainingState:
         """Raise Diverged if a gradient was not finite; called before anything is logged or saved."""
         failed = int(self.failed_at)
         if failed:
+            settings = self.settings
+            instead = (
+                "" if settings.precision == "fp32" else f" (or train.precision, now {settings.precision}, to fp32)"
+            )
             raise Diverged(
-                f"the gradient of step {failed} is not finite; the last checkpoint is older and sound, so"
-                f" lower train.lr ({self.settings.lr}) or train.clip, or train in fp32, and start in a new"
-                " folder."
+                f"training diverged: the gradient of step {failed} is not finite. Set train.lr, now {settings.lr:g},"
+                f" lower{instead} and train.uri to a new folder, where training begins again."
             )
 
-    def save(self, folder: str) -> None:
-        """Write the checkpoint of this step and remove all but the newest ``train.keep``."""
+    def on_host(self) -> dict[str, Any]:
+        """What a checkpoint holds, as copies in the host's memory that no later step changes."""
         content = {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with storage.replacing(storage.join(folder, f"step-{self.step:08d}{SUFFIX}")) as file:
-            torch.save(content, file)
-        for name in saved(folder)[: -self.settings.keep]:
-            storage.remove(storage.join(folder, name))
+        return _copied(content)
 
-    def restore(self, uri: str) -> None:
-        """Continue from a checkpoint."""
-        with storage.reading(uri) as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+    def restore(self, folder: str, names: list[str], say: Callable[[str], None]) -> str:
+        """Continue from the last of the checkpoints ``names`` whose checksums fit, and return its name.
+
+        Each is read once. Damaged ones are named to ``say``. Raises Refused where all are: starting again is for the
+        user to decide.
+        """
+        for name in reversed(names):
+            with storage.borrowed(storage.join(folder, name)) as path:
+                if content := _content(path):
+                    self._take(content)
+                    return name
+            say(_is_damaged(folder, name))
+        raise _all_damaged(folder, names)
+
+    def _take(self, content: dict[str, Any]) -> None:
         self.student.load_state_dict(content["student"])
         self.average.load_state_dict(content["average"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        # On a CPU the optimiser would keep the mapped file's own memory.
+        self.optimizer.load_state_dict(_copied(content["optimizer"]))
         self.step = content["step"]
+
+    @torch.no_grad()
+    def share(self, broadcast: Callable[[Any], Any]) -> None:
+        """Make every worker's state that of rank 0, which alone has read or drawn it.
+
+        ``broadcast`` hands a value of rank 0's to all. Tensors go from device to device.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        known = {i: float(self.optimizer.state[p]["step"]) for i, p in enumerate(parameters) if self.optimizer.state[p]}
+        self.step, steps = broadcast((self.step, known))
+        content = self.optimizer.state_dict()
+        if torch.distributed.get_rank():
+            moments = {
+                i: {"step": torch.tensor(step), **{name: torch.zeros_like(parameters[i]) for name in MOMENTS}}
+                for i, step in steps.items()
+            }
+            self.optimizer.load_state_dict(content | {"state": moments})
+        tensors = [*self.student.state_dict().values(), *self.average.state_dict().values()]
+        tensors += [self.optimizer.state[parameters[i]][name] for i in steps for name in MOMENTS]
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while training goes on; use it as a context.
+
+    An error of one is raised when the next is due, or at the end. A process that is killed meanwhile leaves the
+    checkpoints from before.
+    """
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._pool.shutdown()  # what is being written is finished in any case
+        if kind is None:
+            self._wait()
+
+    def write(self, state: TrainingState) -> None:
+        """Write the checkpoint of this step, then remove all but the newest ``keep``."""
+        self._wait()
+        self._last = self._pool.submit(_write, state.on_host(), self.folder, self.keep)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+
+def _write(content: dict[str, Any], folder: str, keep: int) -> None:
+    with storage.replacing(storage.join(folder, f"step-{content['step']:08d}{SUFFIX}")) as file:
+        torch.save(content, file)
+    for name in saved(folder)[:-keep]:
+        storage.remove(storage.join(folder, name))
+
+
+def _copied(value: Any) -> Any:
+    """A value of dictionaries and lists with its tensors copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inside) for key, inside in value.items()}
+    return [_copied(inside) for inside in value] if isinstance(value, list) else value
 
 
 def saved(folder: str) -> list[str]:
@@ -99,20 +185,29 @@ def saved(folder: str) -> list[str]:
 
 
 def newest(folder: str, say: Callable[[str], None] = lambda sentence: None) -> str | None:
-    """Name of the newest checkpoint that is whole; None in a folder without any. Damaged ones are named to ``say``.
+    """Name of the newest checkpoint that is not cut short; None in a folder without any. Others are named to ``say``.
 
-    Raises ValueError if there are checkpoints and none is whole: starting again is for the user to decide.
+    A few of its bytes are read: whether its checksums fit, ``TrainingState.restore`` finds, which reads it whole.
+    Raises Refused if there are checkpoints and all are cut short.
     """
     names = saved(folder)
     for name in reversed(names):
-        if whole(storage.join(folder, name)):
+        if complete(storage.join(folder, name)):
             return name
-        say(f"{storage.join(folder, name)} is damaged; looking for the checkpoint before it.")
+        say(_is_damaged(folder, name))
     if names:
-        raise Refused(
-            f"every checkpoint in {folder} is damaged ({', '.join(names)}); delete them to train from the start."
-        )
+        raise _all_damaged(folder, names)
     return None
+
+
+def _is_damaged(folder: str, name: str) -> str:
+    return f"{storage.join(folder, name)} is damaged; looking for the checkpoint before it."
+
+
+def _all_damaged(folder: str, names: list[str]) -> Refused:
+    return Refused(
+        f"every checkpoint in {folder} is damaged ({', '.join(names)}); delete them to train from the start."
+    )
 
 
 def drop_after(folder: str, name: str) -> None:
@@ -122,17 +217,30 @@ def drop_after(folder: str, name: str) -> None:
             storage.remove(storage.join(folder, later))
 
 
-def whole(uri: str) -> bool:
-    """Whether a checkpoint's file is complete and its checksums fit: torch writes a zip archive, with CRC-32 sums."""
+def complete(uri: str) -> bool:
+    """Whether a checkpoint's file has its end: torch writes a zip archive, whose directory comes last."""
     try:
         with storage.reading(uri) as file, ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (BadZipFile, EOFError):
+            return bool(archive.namelist())
+    except (Refused, Unfinished):
+        raise
+    except Exception:  # whatever a damaged directory makes zipfile stumble over
         return False
 
 
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, mapped from the file; None for a damaged one. Torch asks no checksums itself."""
+    try:
+        with ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # as above, and torch knows the archive's format less well than zipfile
+        return None
+
+
 def steps_done(folder: str, say: Callable[[str], None] = lambda sentence: None) -> int:
-    """Optimiser steps of the newest whole checkpoint in a folder, see ``newest``; 0 without one."""
+    """Optimiser steps of the ``newest`` checkpoint in a folder; 0 without one."""
     name = newest(folder, say)
     return int(name.removeprefix("step-").removesuffix(SUFFIX)) if name else 0
 

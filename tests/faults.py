@@ -20,7 +20,8 @@ from pipeline import storage
 from pipeline.recipe import Recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"
-TIMED = ("seconds", "speeds", "ms", "speedup", "best_ms", "best_batch")  # columns of a report
+TIMED = ("seconds", "speeds", "ms", "throughput", "throughput_batch")  # columns of a report
+TIMED += tuple(f"{kind}speedup{error}" for kind in ("", "throughput_") for error in ("", "_std"))
 PATIENCE = 600  # seconds that a job may take
 LOGS: dict[int, Path] = {}  # what each job prints, by its process
 

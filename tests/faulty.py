@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,7 +41,7 @@ class Teacher(llamagen.Teacher):
 
 
 class Poisoned(Replica):
-    """One of the replicas loses its device with every shard, and so does every process that follows it."""
+    """One of two replicas loses its device with every shard, and so does the process that takes its place."""
 
     def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
         super().__init__(recipe, known)
@@ -54,13 +55,16 @@ class Poisoned(Replica):
             self.ill = not Path("/proc", mark.read_text()).exists()
             if self.ill:
                 os.replace(mine, mark)
+        if not self.ill:
+            (self.folder / "well").touch()
 
     def __call__(self, number: int, rows: int) -> pa.Table:
         if self.ill:
-            Path(self.folder, f"failed-{os.getpid()}").touch()
+            until(lambda: (self.folder / "well").exists())  # who comes after a dead one is ill
+            (self.folder / f"failed-{os.getpid()}").touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        while number > 3 and len(list(self.folder.glob("failed-*"))) < 2:  # else there may be nothing left to fail
-            time.sleep(0.05)
+        if number > 3:  # else there may be nothing left to fail
+            until(lambda: len(list(self.folder.glob("failed-*"))) == 2)
         return super().__call__(number, rows)
 
 
@@ -86,3 +90,10 @@ def first(mark: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def until(there: Callable[[], bool]) -> None:
+    """Wait for it, but not for ever."""
+    deadline = time.monotonic() + 200
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -17,6 +17,7 @@ from pipeline import ablation_plan, ablation_report, manifest, noise, pairs, sto
 from pipeline.ablate import ablate
 from pipeline.ablation_report import differing
 from pipeline.command_line import DEFAULT, parse, with_settings
+from pipeline.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.recipe import AblationSettings, Recipe, fingerprint
 
@@ -154,7 +155,10 @@ def test_float16_is_what_sets_without_a_dtype_have(recipe: Recipe) -> None:
         ({"train.start_steps": [[2, 3]]}, "it must rise and begin with 1"),
         ({"train.start_steps": [[1, 9]]}, "train.start_steps, and [1, 9] is refused: "),
         ({"train.split": [2]}, "train.split, and 2 is refused: train.lpips is 0, so nothing trains the embedding head"),
-        ({"evaluate.samplers.split": ["x"]}, "x is refused: sampler FewStep has split 'x'; it must be a whole number"),
+        (
+            {"evaluate.samplers.split": ["x"]},
+            "x is refused: evaluate.samplers: FewStep.split is 'x'; it must be a whole number",
+        ),
         ({"train.seed": [4]}, "ablate.axes has train.seed, which cannot be varied"),
         ({"train": [{"uri": "x"}]}, "ablate.axes has train.uri, which cannot be varied"),
         ({"evaluate.count": [4]}, "ablate.axes has evaluate.count, which cannot be varied"),
@@ -358,7 +362,7 @@ def test_the_runs_behind_a_table_are_linked_to_it(finished: tuple[Recipe, str]) 
     assert "base, seed 3; evaluate.samplers.split 1, seed 3" in [run.data.tags["variant"] for run in linked]
     assert mine.data.metrics["base/DD_1_step/mean"] > 0
     assert {file.path for file in client.list_artifacts(mine.info.run_id)} == {
-        *("ablation.json", "ablation.md", "ablation.png")
+        *("ablation.json", "ablation.md", "ablation.png", "recipe.yaml")
     }
 
 
@@ -383,10 +387,11 @@ def test_a_training_that_fails_is_named_and_the_others_are_made(
     monkeypatch.setattr(job, "generate", lambda recipe: "pairs")
     plan = planned(recipe, {"train.lr": [1e-3, 9.0]}, 3)
     reports = scored(plan, {"base, seed 3": [4.0, 3.0], "train.lr 0.001, seed 3": [2.0, 1.0]})
+    failures = [FloatingPointError("a bug"), Unfinished("the gradient of step 3 is\nnot finite")]
 
     def distill(recipe: Recipe) -> str:
         if recipe.train.lr == 9.0:
-            raise FloatingPointError("the gradient of step 3 is\nnot finite")
+            raise failures.pop(0)
         return "a student"
 
     def evaluate(recipe: Recipe) -> str:
@@ -395,10 +400,9 @@ def test_a_training_that_fails_is_named_and_the_others_are_made(
         return "a table\n\nThe report is there."
 
     monkeypatch.setattr(job, "distill", distill)
-    with pytest.raises(FloatingPointError), monkeypatch.context() as patch:  # of this file, so it is a bug
+    with pytest.raises(FloatingPointError), monkeypatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         ablate(with_axes(recipe, {"train.lr": [9.0, 1e-3]}, 3))
-    monkeypatch.setattr("pipeline.command_line.__file__", __file__)  # as if this file were one of the package
     monkeypatch.setattr(job, "evaluate", evaluate)
     monkeypatch.setattr(manifest, "read", lambda *args: {"made": []})
     monkeypatch.setattr(checkpoints, "metadata", lambda uri: {"mlflow_run": "gone"})

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.models import attention
+from pipeline.models import attention, convnet
 from pipeline.models.attention import attend
 
 
@@ -51,3 +51,22 @@ def test_the_plain_path_is_for_bfloat16_training_alone(qkv: list[Tensor], monkey
         q, k, v = qkv
         assert attend(q, k, v.bfloat16()).dtype == torch.bfloat16, "autocast leaves normalised q and k in float32"
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("block", [convnet.FusedAttention, convnet.SplitAttention])
+def test_the_tokenizers_attention_is_laid_out_for_fused_kernels(
+    block: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They refuse channels that do not lie side by side; the numbers are those of the formula."""
+    net, x = block(32), torch.randn(2, 32, 3, 3)
+    seen: list[Tensor] = []
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.extend((q, k, v))
+        return (q @ k.mT / 32**0.5).softmax(-1) @ v
+
+    fused = net(x)
+    monkeypatch.setattr(convnet.F, "scaled_dot_product_attention", formula)
+    torch.testing.assert_close(fused, net(x))
+    assert len(seen) == 3
+    assert all(part.is_contiguous() and part.shape == (2, 1, 9, 32) for part in seen)

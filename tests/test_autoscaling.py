@@ -105,14 +105,14 @@ def test_a_job_that_cannot_work_says_so_and_fails(dashboard: str, recipe: Recipe
 
 @pytest.mark.faults("nodes that never come")
 def test_a_job_whose_nodes_never_come_says_what_it_waits_for(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:
-    job = submit(dashboard, tmp_path, "generate_pairs", "--cluster.gpus", "2", "--cluster.device", "cpu")
+    job = submit(dashboard, tmp_path, "generate_pairs", *REHEARSAL, "--cluster.cpus", "64")
     assert job.stdout
     told = ""
     for line in job.stdout:
         told += line
         if "Waiting for nodes" in line:
             break
-    assert "0 of 2 replicas have a place. Each needs 2 GPU and 1 CPU on one node; the cluster has" in told
+    assert "0 of 2 replicas have a place. Each needs 1 GPU and 64 CPU on one node; the cluster has" in told
     (name,) = set(re.findall(r"raysubmit_\w+", told))
     stopped = subprocess.run([RAY, "job", "stop", "--address", dashboard, name], capture_output=True, text=True)
     assert stopped.returncode == 0, stopped.stderr

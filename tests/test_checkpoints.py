@@ -1,16 +1,22 @@
 """pytest tests/test_checkpoints.py"""
 
+import contextlib
+import gzip
+import io
+import pickle
+import tarfile
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import checkpoints, llamagen, var
+from pipeline.models import checkpoints, llamagen, var, weight_files
 from pipeline.models.checkpoints import CheckpointError
 from pipeline.recipe import Filter, TeacherSettings
 
@@ -85,6 +91,19 @@ def test_files_that_do_not_fit_are_refused_with_one_sentence(tmp_path: Path, cas
     assert torch.equal(net.inner.weight, before), "nothing is loaded by halves"
 
 
+def written(save: Callable[..., None]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, np.zeros(100))
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("net.pth"))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
 def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
@@ -102,17 +121,74 @@ def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
     [
         (b"", "is empty; fetch it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html><title>404</title>", "is a web page"),
-        (b"PK\x03\x04 not really", "could not be read as a PyTorch weight file"),
+        (b"\n<!DOCTYPE html><html><title>404</title>", "is a web page, not weights"),
+        (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "is an XML document, as a bucket answers"),
+        (b'{"weight_map": {}}', "is a JSON document, not weights"),
+        (b"layers: 12\n" * 100, "is a text, not weights"),
+        (gzip.compress(b"x" * 1000), "is compressed by gzip, not weights"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 600, "is a picture, not weights"),
+        (written(np.save), "is a numpy array, not weights"),
+        (written(np.savez), "is numpy's .npz, not weights"),
+        (tarred(), "is a tar archive, not weights"),
+        (pickle.dumps({"weight": [1.0]}), "is a pickle that torch.save did not write, not weights"),
+        (b"\x01\x02\xff" * 300, "is a file of unknown kind, not weights"),
+        (b"PK\x03\x04 not really", r"could not be read as a PyTorch weight file \(.*\); it is damaged, fetch it again"),
     ],
-    ids=["empty", "pointer", "web page", "broken archive"],
+    ids=lambda value: value.split(",")[0] if isinstance(value, str) else "",
 )
-def test_files_that_are_something_else(tmp_path: Path, content: bytes, sentence: str) -> None:
-    path = tmp_path / "net.pth"
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "net"])
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, sentence: str, name: str) -> None:
+    path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=sentence) as caught:
         checkpoints.load(Net(), str(path))
     assert "\n" not in str(caught.value)
+    assert "unpickle" not in str(caught.value), "it would not help"
+
+
+@pytest.mark.faults("weights: legacy format")
+def test_files_from_before_torch_1_6_load(tmp_path: Path) -> None:
+    path = str(tmp_path / "net.pth")
+    content = {"model": weights(), "args": Namespace(lr=1e-4)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    net = Net()
+    checkpoints.load(net, path)
+    assert torch.equal(net.inner.weight, weights()["inner.weight"])
+    torch.save({"model": weights(), "run": Elsewhere()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"Elsewhere.*it holds more than tensors: if you trust it, set"):
+        checkpoints.load(net, path)
+
+
+@pytest.mark.faults("weights: cut short or with a flipped byte")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_damage_anywhere_is_one_sentence(tmp_path: Path, legacy: bool) -> None:
+    """Or harms nothing: some bytes are padding, and the format of before 1.6 has no checksums."""
+    path = tmp_path / "net.pth"
+    torch.save(weights(), path, _use_new_zipfile_serialization=not legacy)
+    data = path.read_bytes()
+    for place in range(0, len(data), 7):
+        for damaged in (data[:place], data[:place] + bytes([data[place] ^ 0x41]) + data[place + 1 :]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(CheckpointError):
+                checkpoints.load(Net(), str(path))
+
+
+def test_safetensors_may_begin_with_any_number(tmp_path: Path) -> None:
+    """The length of the header comes first; of 640 bytes it begins as a pickle does, of 123 as JSON does."""
+    path = tmp_path / "net.safetensors"
+    for length in range(256):
+        header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(512 + length)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        assert set(weight_files.read(path, str(path))) == {"w"}, length
+
+
+@pytest.mark.parametrize("name", ["net.bin", "0a1b2c"])
+def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+    """As in the Hub's cache, whose files are called by their hash."""
+    checkpoints.save(weights(), str(tmp_path / name), {})
+    net = Net()
+    checkpoints.load(net, str(tmp_path / name))
+    assert torch.equal(net.inner.weight, weights()["inner.weight"])
 
 
 def test_a_trusted_file_may_hold_more(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def node(cpus: float, gpus: float = 0, alive: bool = True) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("gpus", "cpus", "places"),
-    [(0, 1, 11), (0, 2, 4), (1, 1, 3), (1, 4, 1), (0.5, 1, 6), (2, 1, 1), (4, 1, 0)],
+    [(0, 1, 11), (0, 2, 4), (1, 1, 3), (1, 4, 1), (0.5, 1, 6), (0, 6, 0), (1, 6, 0)],
 )
 def test_places_are_counted_node_by_node(
     monkeypatch: pytest.MonkeyPatch, gpus: float, cpus: float, places: int

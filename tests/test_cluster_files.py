@@ -254,7 +254,7 @@ def test_the_job_runs_three_scripts_that_exist_on_a_recipe_that_exists() -> None
     assert (ROOT / words[words.index("--config") + 1]).is_file()
     assert "://" in words[words.index("--run") + 1], "a pod's disk ends with the pod"
     jobs = re.search(r"for job in (.*); do", (FOLDER / "three_jobs.sh").read_text())[1].split()  # type: ignore[index]
-    assert jobs == list(module("submit").JOBS[:3])
+    assert jobs == ["generate_pairs", "distill", "evaluate"]
     assert all((ROOT / "jobs" / f"{job}.py").is_file() for job in jobs)
 
 
@@ -288,8 +288,71 @@ def test_a_submission_carries_its_commit_and_no_password(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example.com")
     with pytest.raises(ValueError, match="password"):
         submit.command("distill", [], {})
-    with pytest.raises(ValueError, match="no job"):
+    with pytest.raises(ValueError, match="no job; use ablate, benchmark, distill"):
         submit.command("destill", [], {})
+
+
+def test_every_job_is_submitted_with_its_arguments_as_they_are() -> None:
+    submit = module("submit")
+    odd = ["--run", "a b", "", "{\"x\": 'y'}", "&", ";", "$HOME", "--", "-h"]
+    assert submit.command("benchmark", odd, {})[-len(odd) :] == odd, "every job, arguments as they are"
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == set(submit.JOBS)
+
+
+@pytest.mark.faults("submit: no git")
+@pytest.mark.parametrize(
+    ("git", "said"),
+    [
+        ("", "git cannot be run"),
+        ("echo 'fatal: not a git repository' >&2; exit 128", "git says: fatal: not a git repository"),
+        ("echo \"fatal: detected dubious ownership in repository at '/x'\" >&2; exit 128", "git says: fatal: detected"),
+        ("[ $1 = status ] && exit 1; echo /", "is no checkout, but lies in that of /"),
+    ],
+)
+def test_a_job_is_submitted_without_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], git: str, said: str
+) -> None:
+    """In a downloaded archive, in a folder of another owner, in an archive unpacked into another project's checkout."""
+    submit, ran = module("submit"), []
+    for name, body in {"git": git, "ray": "exit 7"}.items():
+        if body:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(submit.sys, "executable", str(tmp_path / "python"))
+    run = subprocess.run
+    monkeypatch.setattr(submit.subprocess, "run", lambda line, **kw: ran.append(line) or run(line, **kw))
+    assert submit.main(["scale", "--run", "a b"]) == 7, "ray's own exit status"
+    assert ran[-1][-5:] == ["--", "python", "jobs/scale.py", "--run", "a b"]
+    assert "--metadata-json" not in ran[-1]
+    error = capsys.readouterr().err
+    assert error.startswith("warning: the MLflow run will not say which commit it ran; ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+# --- make
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("folder", ["My Projects", 'it\'s "here" & $HOME; #1'])
+@pytest.mark.parametrize("run", ["", "runs/my run", "/abs/it's"])
+def test_make_hands_on_names_with_blanks_and_quotes(tmp_path: Path, folder: str, run: str) -> None:
+    root = tmp_path / folder
+    (root / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    (root / ".venv/ready").touch()
+    for name in ("mlflow", "python"):
+        (root / f".venv/bin/{name}").write_text('#!/bin/sh\nfor word; do echo "<$word>"; done\n')
+        (root / f".venv/bin/{name}").chmod(0o755)
+    given = [f"RUN={run}", "RECIPE=my recipe's.yaml"] if run else []
+    done = subprocess.run(["make", "-s", "ui", "full", *given], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    store = root / (run or "runs/demo") / "mlflow.db"
+    assert f"<sqlite:///{store}>" in done.stdout.splitlines()
+    recipe = "my recipe's.yaml" if run else "jobs/recipes/digits-llamagen.yaml"
+    assert done.stdout.count(f"<{recipe}>") == 3
 
 
 # --- image

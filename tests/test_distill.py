@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,23 @@ import pytest
 import torch
 from tiny import tiny
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import cluster, manifest, noise, pairs, storage, tracking, training_data, training_plan, training_state
+from pipeline import (
+    cluster,
+    manifest,
+    noise,
+    observer,
+    pairs,
+    storage,
+    tracking,
+    training_data,
+    training_plan,
+    training_state,
+)
 from pipeline import distill as job
 from pipeline.distill import distill
+from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.observer import Message, Observer
 from pipeline.pairs import Rows
@@ -48,11 +63,17 @@ class Journal:
     def tag(self, key: str, value: str) -> None:
         self.tags[key] = value
 
-    def dataset(self, *link: str) -> None:
-        self.link = link
+    def dataset(self, *data: str) -> None:
+        self.data = data
 
-    def previous(self, job: str, **tags: str) -> str | None:
-        return "pairs-run"
+    def link(self, job: str, **tags: str) -> None:
+        self.tags[f"{job}_run"] = f"{job}-run"
+
+    def mark(self, folder: str) -> None:
+        pass
+
+    def conclude(self, title: str, text: str) -> None:
+        self.title = title
 
     def curve(self, name: str = "loss") -> dict[int, float]:
         return {step: values[name] for step, values in self.history if name in values}
@@ -135,8 +156,8 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert image.dtype == np.uint8
     assert image.ndim == 3
     assert journal.tags["pairs_run"] == "pairs-run"
-    assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/student.safetensors")
-    assert journal.link[2:] == (journal.tags["pairs_fingerprint"], "training")
+    assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/student.safetensors")[:12]
+    assert journal.data[2:] == (journal.tags["pairs_fingerprint"], "training")
 
     settings = checkpoints.metadata(f"{recipe.student_uri}/student.safetensors")
     assert settings["teacher"] == checkpoints.checksums(recipe.teacher)
@@ -263,6 +284,24 @@ def test_waiting_for_data_is_seen(
     assert capsys.readouterr().err.startswith("steps 2/12, loss")
 
 
+def test_the_pace_leaves_out_the_snapshots(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once a look, and a million times in a snapshot."""
+    now, snapshot = [0.0], Observer.snapshot
+
+    def clock() -> float:
+        now[0] += 1
+        return now[0]
+
+    def long(observer: Observer) -> None:
+        snapshot(observer)
+        now[0] += 1e6
+
+    monkeypatch.setattr(observer, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(Observer, "snapshot", long)
+    distill(recipe)
+    assert min(journal.curve("images_per_second").values()) > 8 / 1000
+
+
 def test_waiting_is_named_from_two_per_cent() -> None:
     metrics = {"loss": 1.25, "lr": 0.1, "images_per_second": 30.0}
     assert job.noteworthy(metrics | {"data_wait": 0.019}) == "loss 1.25, images_per_second 30"
@@ -320,6 +359,80 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert [path.name for path in folder.iterdir()] == ["step-00000008.pt"]
 
 
+@pytest.mark.faults("student: a flipped bit anywhere in a checkpoint")
+def test_any_flipped_bit_of_a_checkpoint_is_seen_or_harmless(tmp_path: Path) -> None:
+    """Torch itself asks no checksums. What zip repeats or does not need may change without harm."""
+    path, weight = tmp_path / "step-00000001.pt", torch.arange(64.0)
+    torch.save({"weight": weight}, path)
+    data = path.read_bytes()
+    for place in range(0, len(data), 2):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        if content := training_state._content(path):
+            assert torch.equal(content["weight"], weight), place
+
+
+def test_a_checkpoint_is_read_once(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, that is; the driver and the worker ask a few bytes whether it has its end. Nor is the teacher read."""
+    distill(recipe)
+    Path(recipe.student_uri, "student.safetensors").unlink()
+    read, content = [], training_state._content
+    monkeypatch.setattr(training_state, "_content", lambda path: (read.append(path.name), content(path))[1])
+    monkeypatch.setattr(checkpoints, "teacher", lambda settings: pytest.fail("the teacher was read"))
+    assert "after 8 steps" in distill(recipe)
+    assert read == ["step-00000008.pt"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step 3 waits for step 4; it holds what step 3 was, and step 6's comes after it."""
+    stepped, write, original, written = threading.Event(), training_state._write, job.step, []
+
+    def waiting(content: dict[str, Any], folder: str, keep: int) -> None:
+        if content["step"] == 3:
+            assert stepped.wait(60), "training waits for its checkpoint"
+        written.append(content["step"])
+        write(content, folder, keep)
+
+    def noticed(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        out = original(*args, **more)
+        if args[2].step == 4:
+            stepped.set()
+        return out
+
+    monkeypatch.setattr(training_state, "_write", waiting)
+    monkeypatch.setattr(job, "step", noticed)
+    distill(with_train(recipe, keep=3))
+    assert written == [3, 6, 8]
+    monkeypatch.setattr(training_state, "_write", write)
+    monkeypatch.setattr(job, "step", original)
+    other = with_train(recipe, keep=3, uri=f"{recipe.run}/other")
+    distill(other)
+    for name in ("step-00000003.pt", "step-00000006.pt"):
+        one, two = (torch.load(Path(r.student_uri, "checkpoints", name), weights_only=True) for r in (recipe, other))
+        assert all(torch.equal(one["student"][key], two["student"][key]) for key in one["student"])
+        for index, moments in one["optimizer"]["state"].items():
+            assert torch.equal(moments["exp_avg"], two["optimizer"]["state"][index]["exp_avg"])
+
+
+@pytest.mark.faults("student: the disk is full when a checkpoint is written")
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the next is due, or at the end: the thread's error is not lost."""
+    for last in (3, 8):
+        place = with_train(recipe, uri=f"{recipe.run}/{last}")
+
+        def full(content: dict[str, Any], folder: str, keep: int, last: int = last) -> None:
+            if content["step"] == last:
+                raise Outage("the disk is full")
+
+        monkeypatch.setattr(training_state, "_write", full)
+        with pytest.raises(Outage, match="the disk is full"):
+            distill(place)
+        assert not Path(place.student_uri, "student.safetensors").exists()
+
+
 @pytest.mark.faults("student: every checkpoint damaged")
 def test_when_every_checkpoint_is_damaged_the_user_decides(recipe: Recipe, journal: Journal) -> None:
     folder = Path(recipe.student_uri, "checkpoints")
@@ -368,6 +481,34 @@ def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         assert (value - parts[name]).norm() <= 1e-4 * value.norm() + 1e-9, name
+
+
+def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.Plan, tmp_path: Path) -> None:
+    """Without DDP's memory a batch in parts would hold all gradients twice; the numbers are the same."""
+    plan = replace(plan, recipe=with_train(plan.recipe, micro_batch=3))
+    settings, device = plan.recipe.train, torch.device("cpu")
+    stream = training_data.batches(plan, training_data.stream(plan), 0, 0, 1)
+    shares = [next(stream) for _ in range(3)]
+
+    def trained(wrap: bool) -> TrainingState:
+        student, loss = job.build(plan.recipe, device)
+        state = TrainingState(student, settings)
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True) if wrap else student
+        for epoch, share in shares:
+            batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            job.step(network, loss, state, batch, plan.total)
+        return state
+
+    alone = trained(wrap=False)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        together = trained(wrap=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(weight.grad is not None and not weight.grad.any() for weight in together.student.parameters())
+    for one, two in zip(alone.student.parameters(), together.student.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> None:
@@ -480,6 +621,14 @@ def test_bad_input_is_one_sentence_before_work(recipe: Recipe, journal: Journal)
     assert not journal.resumed, "nothing was started"
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"fingerprint": "x"}', "\xff"])
+def test_a_claim_that_is_none_is_one_sentence(recipe: Recipe, journal: Journal, content: str) -> None:
+    Path(recipe.student_uri).mkdir()
+    Path(recipe.student_uri, "recipe.json").write_text(content, encoding="latin-1")
+    with pytest.raises(Refused, match=r"student/recipe\.json is not"):
+        distill(recipe)
+
+
 def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
     distill(with_train(recipe, epochs=1))
     with pytest.raises(ValueError, match=r"other settings: train\.lr is 0\.003 there and 0\.001 here"):
@@ -502,8 +651,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         return original(network, loss, state, batch, total)
 
     monkeypatch.setattr(job, "step", poisoned)
-    with pytest.raises(FloatingPointError, match="the gradient of step 5 is not finite"):
+    with pytest.raises(
+        Unfinished, match=r"the gradient of step 5 is not finite\. Set train\.lr, now 0\.003,"
+    ) as caught:
         distill(with_train(recipe, log_every=6))
+    assert "train.uri to a new folder" in str(caught.value)
+    assert "same command" not in str(caught.value), "that is another advice"
+    assert "fp32" not in str(caught.value), "it is set"
     assert [path.name for path in Path(recipe.student_uri, "checkpoints").iterdir()] == ["step-00000003.pt"]
 
 

@@ -19,13 +19,31 @@ import pytest
 import tiny
 import torch
 
-from pipeline import digits, evaluate, manifest, noise, pairs, plan, report, samplers, storage
+from pipeline import (
+    digits,
+    evaluate,
+    legend,
+    machine,
+    manifest,
+    noise,
+    pairs,
+    plan,
+    provenance,
+    report,
+    sample_files,
+    samplers,
+    speed,
+    storage,
+    summary,
+    tables,
+)
 from pipeline.evaluate import Artist, in_order
 from pipeline.metrics import frechet
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import ClusterSettings, Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, Models
+from pipeline.speed import Speed
 
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "Autoregressive"},
@@ -138,6 +156,7 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         "report.json",
         "report.md",
         "samples.png",
+        "timing.json",
         "tradeoff.png",
     ]
     assert [row["name"] for row in results["rows"]] == [
@@ -166,14 +185,13 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
     counted = checkpoints.parameters(recipe.teacher, "released")
     of = [counted[name] for name in ("teacher", "teacher", "student", "student", "student", "teacher")]
     assert [row.get("parameters") for row in results["rows"]] == [None, *of, None]
-    assert results["baseline"] == results["rows"][1]["speeds"][0]
+    assert results["speed"] == {"teacher": results["rows"][1]["speeds"], "throughput_batch": 2}
     for row in results["rows"][1:]:
         assert row["count"] == 24
         assert [speed["batch"] for speed in row["speeds"]] == [1, 2]
         assert row["ms"] > 0
         assert row["speedup"] > 0
-        assert 0 <= row["precision"] <= 1
-        assert 0 <= row["recall"] <= 1
+        assert row["throughput_speedup"] > 0
         assert row["kid"] > 0
         assert row["score_std"] is None, "of fewer images than twice the features"
     assert results["rows"][0]["accuracy"] > 0.97
@@ -256,6 +274,58 @@ def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_t
     assert "Nothing is missing" in evaluate.evaluate(again)
 
 
+@pytest.mark.faults("report: timed on another machine", "report: timing.json deleted", "report: of an older format")
+def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_drawn(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More actors (so threads), another batch, another machine, times lost, a report of the commit before."""
+    cache, few = f"{finished[0].report_uri}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    recipe = changed(finished[0], uri=str(tmp_path / "report"), cache=cache, samplers=few, curve_count=0)
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: None)
+    asked: list[tuple[int, ...]] = []
+
+    def timed(plan: Any, frequencies: Any, batches: tuple[int, ...], actors: int) -> dict[str, Any]:
+        asked.append(batches)
+        return evaluate.time_samplers(plan, frequencies, batches, threads=1)
+
+    monkeypatch.setattr(evaluate, "time_alone", timed)
+    monkeypatch.setattr(machine, "BEFORE", 0.0)
+    sizes = [Speed(batch, 1.0, 2.0, (2.0, 2.0, 2.0)) for batch in (1, 2)]
+    monkeypatch.setattr(speed, "measure", lambda models, listed, batches: dict.fromkeys(listed, sizes))
+    place, times = tmp_path / "report" / "report.json", tmp_path / "report" / "timing.json"
+
+    def run(recipe: Recipe, measures: bool) -> None:
+        before, count = results_of(recipe), len(asked)
+        assert ("Nothing is missing" in evaluate.evaluate(recipe)) is not measures
+        assert len(asked) - count == measures
+        after = results_of(recipe)
+        assert (after["made"]["timing"]["key"] == before["made"]["timing"].get("key")) is not measures
+        for old, new in zip(before["rows"], after["rows"], strict=True):
+            assert old.get("score") == new.get("score")
+
+    evaluate.evaluate(recipe)
+    run(recipe, measures=False)
+    run(changed(recipe, actors=recipe.evaluate.actors + 1), measures=True)
+    evaluate.evaluate(recipe)
+    assert len(asked) == 2, "the first times are still there, and the report is theirs again"
+    run(recipe, measures=False)
+    monkeypatch.setattr(machine, "device_name", lambda device: "another CPU")
+    run(recipe, measures=True)
+    assert results_of(recipe)["made"]["timing"]["device"] == "another CPU"
+    run(recipe, measures=False)
+    old = results_of(recipe)
+    old["made"]["timing"] = {"device": "another CPU", "threads": 1}
+    place.write_text(json.dumps(old | {"shown": "of format 2", "baseline": {"batch": 1}}))
+    times.unlink()
+    run(recipe, measures=True)
+    run(recipe, measures=False)
+    times.unlink()
+    evaluate.evaluate(recipe)
+    assert len(asked) == 5, "who deletes the times wants them anew"
+
+
 def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], tmp_path: Path) -> None:
     recipe, _ = finished
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
@@ -281,10 +351,50 @@ def test_speed_is_timed_with_the_cores_of_the_pool_on_one_machine(
 
 
 def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tmp_path: Path) -> None:
-    text = evaluate.evaluate(dataclasses.replace(changed(recipe, uri=str(tmp_path)), dry_run=True))
+    place = tmp_path / "report"
+    text = evaluate.evaluate(dataclasses.replace(changed(recipe, uri=str(place)), dry_run=True))
     assert "24 x teacher, AR from id 24" in text
     assert "12 x DD 1 step at step 10, about" in text
-    assert storage.listing(str(tmp_path)) == []
+    assert not place.exists()
+
+
+def test_a_dry_run_of_a_finished_report_starts_nothing(
+    finished: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: pytest.fail("Ray is started"))
+    text = evaluate.evaluate(dataclasses.replace(finished[0], dry_run=True))
+    assert text.count("in the cache") == len(plan.prepare(finished[0]).draws())
+
+
+@pytest.mark.faults("report: file of it deleted")
+def test_a_report_of_which_a_file_is_gone_is_written_again(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the statistics and times that are there; and what killed evaluations left is swept."""
+    recipe = changed(finished[0], uri=str(tmp_path / "report"))
+    shutil.copytree(finished[0].report_uri, recipe.report_uri)
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(evaluate, "time_alone", lambda *args: pytest.fail("it measures speed again"))
+    before = storage.listing(recipe.report_uri)
+    left = [f"cache/{'0' * 24}-{'1' * 12}.npz", f"samples/a.npz{sample_files.PART}{'0' * 24}-00001"]
+    left.append(f"cache/{storage.TEMPORARY}x.npz@nowhere")
+    for gone in (name for name in before if name not in ("cache", "report.json", "timing.json")):
+        storage.remove(storage.join(recipe.report_uri, gone))
+        for name in left:
+            storage.write_bytes(storage.join(recipe.report_uri, name), b"left behind")
+        assert "Nothing is missing" not in evaluate.evaluate(recipe), gone
+        assert set(before) <= set(storage.listing(recipe.report_uri))
+        assert not [name for name in left if storage.exists(storage.join(recipe.report_uri, name))]
+    assert "Nothing is missing" in evaluate.evaluate(recipe)
+    assert len(storage.listing(f"{recipe.report_uri}/cache")) == len(plan.prepare(recipe).draws())
+
+
+def test_a_shared_cache_keeps_what_others_need(finished: tuple[Recipe, str], tmp_path: Path) -> None:
+    made = plan.prepare(changed(finished[0], uri=str(tmp_path / "report"), cache=str(tmp_path / "cache")))
+    for name in (f"{'0' * 24}-{'1' * 12}.npz", f"{storage.TEMPORARY}x.npz@nowhere"):
+        storage.write_bytes(str(tmp_path / "cache" / name), b"")
+    evaluate.sweep(made)
+    assert storage.listing(str(tmp_path / "cache")) == [f"{'0' * 24}-{'1' * 12}.npz"]
 
 
 def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -> None:
@@ -296,11 +406,15 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     )
     rows = {row["name"]: row for row in results_of(recipe)["rows"]}
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["DD_1_step/score"] == pytest.approx(rows["DD 1 step"]["score"])
+    assert run.data.metrics["DD_1_step/FD"] == pytest.approx(rows["DD 1 step"]["score"])
+    assert len(run.data.metrics) <= 12, "each of them is a chart"
+    contexts = {one.dataset.name: one.tags[0].value for one in run.inputs.dataset_inputs}
+    assert contexts == {"pairs": "training", "reference": "evaluation"}
     assert run.data.tags["distill_run"] == "a-run"
     assert run.data.tags["pairs_fingerprint"] == fingerprint(manifest.facts_of(recipe))
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"report.html", "report.md", "report.json", "samples.png", "curve.png", "tradeoff.png"}
+    pictures = {"samples.png", "curve.png", "tradeoff.png"}
+    assert files == {"report.html", "report.md", "report.json", "scores.json", "recipe.yaml"} | pictures
     assert len(client.get_metric_history(run.info.run_id, "curve/DD_1_step")) == 2
 
 
@@ -343,6 +457,52 @@ def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
     assert base.key(base.second()) != base.key(by_name["teacher, AR"])
 
 
+@pytest.mark.faults("report: sampler changed")
+def test_a_changed_sampler_is_drawn_again_and_its_reason_said(
+    finished: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What REVIEW B2 did: the student's jump halved, in the file that the actors import."""
+    recipe, _ = finished
+    read = provenance.source
+
+    def changed_source(old: str, new: str) -> plan.Plan:
+        def source(name: str) -> str:
+            return read(name).replace(old, new)
+
+        monkeypatch.setattr(provenance, "source", source)
+        return plan.prepare(recipe)
+
+    base, halved = (
+        plan.prepare(recipe),
+        changed_source("x = models.jump(x, inputs, t", "x = 0.5 * models.jump(x, inputs, t"),
+    )
+    again = [draw.name for draw in base.draws() if draw not in evaluate.in_cache(halved)]
+    assert set(again) == {draw.name for draw in base.draws() if isinstance(draw.sampler, FewStep)}
+    assert evaluate._earlier(halved) is None
+    drawn: list[str] = []
+    monkeypatch.setattr(evaluate, "parts_of", lambda plan, todo, _: drawn.extend(draw.name for draw in todo) or [])
+    evaluate.collect(halved, None)
+    assert drawn == again
+    assert "Drawn again, because the code that shapes them has changed: DD 1 step" in capsys.readouterr().err
+    decoder = changed_source("self.post_quant_conv(quantized)", "0.5 * self.post_quant_conv(quantized)")
+    scoring_path = changed_source("pixels.float() / 127.5 - 1", "pixels.float() / 127 - 1")
+    words = changed_source("Alg. 3: the student jumps", "Algorithm 3: it jumps")
+    assert evaluate.in_cache(scoring_path) == []
+    assert [draw.name for draw in evaluate.in_cache(decoder)] == ["real images"]
+    assert words.fingerprint() == base.fingerprint()
+
+
+def test_statistics_of_an_earlier_version_are_named_and_not_used(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan.prepare(changed(recipe, uri=str(tmp_path)))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"{'0' * 24}.npz").write_bytes(b"old")
+    monkeypatch.setattr(evaluate, "parts_of", lambda *args: [])
+    evaluate.collect(made, None)
+    assert "that do not say which code drew them are not used" in capsys.readouterr().err
+
+
 def test_flavour_and_weights_are_in_every_key_and_the_reference_in_that_of_real_images(recipe: Recipe) -> None:
     base = plan.prepare(recipe)
 
@@ -364,10 +524,17 @@ def test_features_are_kept_as_memory_allows(recipe: Recipe, monkeypatch: pytest.
     assert {draw.keep for draw in base.table()} == {24}
     assert base.reference().keep == 5_000
     assert {draw.keep for draws in base.curve().values() for draw in draws} == {0}
+    assert base.table()[0].kept(np.arange(24)).all()
     monkeypatch.setattr(plan, "KEEP", 24 * 64 * 4 - 1)
     monkeypatch.setattr(plan, "REAL_KEPT", 1_000)
-    assert {draw.keep for draw in base.table()} == {0}
+    draw = base.table()[0]
+    assert draw.keep == 20, "whole rounds of ten classes"
     assert base.reference().keep == 1_000
+    monkeypatch.setattr(plan, "KEEP", 15 * 64 * 4)
+    draw = dataclasses.replace(base.table()[0], count=44)
+    kept = np.concatenate([draw.kept(part) for part in np.array_split(np.arange(44), 3)])
+    assert np.flatnonzero(kept).tolist() == list(range(30, 40)), "one of four whole rounds, however they are cut"
+    assert draw.rounds().tolist() == [3] * 10
 
 
 def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
@@ -396,7 +563,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
         images = file["arr_0"]
     assert images.shape == (24, 32, 32, 3)
     grid = np.concatenate(shelf[made.table()[1]].images)
-    assert np.array_equal(images[:5].transpose(0, 3, 1, 2), grid)
+    assert np.array_equal(images.transpose(0, 3, 1, 2), grid), "all 24, though the grid has 5 columns"
     evaluate.collect(made, None)
     assert len(drawn) == 1, "nothing is missing"
     before = (samples / "DD_1_step.npz").read_bytes()
@@ -478,6 +645,78 @@ def test_teachers_alone_need_no_student(recipe: Recipe, tmp_path: Path) -> None:
     assert made.students == {}
     assert made.curve() == {}
     assert [draw.name for draw in made.draws()] == ["real images", "teacher, AR"]
+
+
+@pytest.mark.faults("report: student of another split")
+def test_a_student_draws_as_it_was_trained_and_departures_are_said(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file knows split and start steps; the recipe's train section may be another run's."""
+    train = dataclasses.replace(recipe.train, uri=str(tmp_path), split=1)
+    listed = [{"name": "FewStep"}, {"name": "FewStep", "steps": [1, 3]}, {"name": "FewStep", "split": 2}]
+    listed += [{"name": "WithTeacher", "start": 2, "resume": 3}, {"name": "WithTeacher", "start": 1, "resume": 4}]
+    other = changed(dataclasses.replace(recipe, train=train), samplers=listed)
+    export_student(other, "student.safetensors", 3, split=3, start_steps=[1, 2])
+    made = plan.prepare(other)
+    assert [sampler.split for sampler in made.samplers] == [3, 3, 2, 3, 3]  # type: ignore[attr-defined]
+    assert made.notes == ("train.split is 1, but the student was trained with 3, and so it draws.",)
+    assert [plan.departures(made, sampler) for sampler in made.samplers] == [
+        [],
+        ["jumps from step 3, trained from 1, 2"],
+        ["split 2, trained with 3"],
+        ["jumps from step 3, trained from 1, 2"],
+        [],
+    ]
+    assert evaluate.said_of(made)[1] == (
+        "DD 2 steps (1, 3) asks more of its student than that was trained for: jumps from step 3, trained from 1, 2."
+    )
+    results = {"rows": [{"name": "DD 2 steps (1, 3)", "sampler": {"name": "FewStep"}, "departs": ["split 2"]}]}
+    results["notes"] = list(made.notes)  # type: ignore[assignment]
+    assert tables.marked(results["rows"][0]) == "DD 2 steps (1, 3) †"
+    assert ("†", "asks more of its student than that was trained for: DD 2 steps (1, 3): split 2.") in (
+        legend.about_rows(results)
+    )
+    assert ("note", made.notes[0]) in legend.about_rows(results)
+    (tmp_path / "theirs.pth").write_bytes(Path(tmp_path, "student.safetensors").read_bytes())
+    silent = plan.prepare(changed(other, student=str(tmp_path / "theirs.pth")))
+    assert "does not say with which split and start steps it was trained" in silent.notes[0]
+    assert not any(plan.departures(silent, sampler) for sampler in silent.samplers)
+
+
+def test_the_curve_holds_students_of_the_students_own_run(recipe: Recipe, tmp_path: Path) -> None:
+    other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, uri=str(tmp_path)))
+    own = {"recipe_fingerprint": "a", "mlflow_run": "resumed"}
+    for step, facts in {10: own, 20: own | {"recipe_fingerprint": "b"}, 30: own, 40: own}.items():
+        export_student(other, f"step-{step:06}.safetensors", step, step=step, **facts)
+    export_student(other, "student.safetensors", 1, step=30, **(own | {"mlflow_run": "first"}))
+    made = plan.prepare(other)
+    assert list(made.snapshots) == [10, 30], "not of another recipe, not later than the student"
+    assert "leaves out the students of step 20, 40" in made.notes[-1]
+    (tmp_path / "theirs.pth").write_bytes(Path(tmp_path, "student.safetensors").read_bytes())
+    assert plan.prepare(changed(other, student=str(tmp_path / "theirs.pth"))).snapshots == {}
+
+
+def test_how_images_were_made_is_what_their_statistics_say() -> None:
+    one: dict[str, Any] = {
+        "date": "2026-01-02",
+        "code": "a",
+        "batch": 10,
+        "machines": [{"host": "a", "device": "x"}, {"host": "b", "device": "x"}],
+    }
+    other = {"date": "2026-01-01", "code": "b", "batch": 50, "machines": [{"host": "a", "device": "x"}]}
+    alike = summary.sampling({"real images": one, "DD 1 step": one | {"date": "2026-01-03"}})
+    assert alike.pop("code") == {"real images": "a", "DD 1 step": "a"}
+    assert alike == {"between": ["2026-01-02", "2026-01-03"], "batch": 10, "host": "a, b", "device": "x"}
+    apart = summary.sampling({"real images": one, "DD 1 step": other, "teacher": one})
+    assert apart["real images, teacher"]["batch"] == 10
+    assert apart["DD 1 step"] == {"batch": 50, "host": "a", "device": "x"}
+
+
+def test_inputs_are_checked_before_there_are_pairs_and_a_student(recipe: Recipe, tmp_path: Path) -> None:
+    fresh = dataclasses.replace(recipe, run=str(tmp_path / "fresh"))
+    assert [draw.name for draw in plan.inputs(fresh).table()][:2] == ["teacher, AR", "teacher, FM"]
+    with pytest.raises(ValueError, match="end by 3"):
+        plan.inputs(changed(fresh, samplers=[{"name": "FewStep", "steps": [1, 9]}]))
 
 
 def test_digits_features_need_digits(tmp_path: Path) -> None:

@@ -499,7 +499,7 @@ def test_unfinished_tokens_are_read_off(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_solvers_refuse_bad_settings() -> None:
     for settings, message in (
-        ({"name": "euler"}, "choose one of adaptive, fixed, paper"),
+        ({"name": "euler"}, "must be one of adaptive, fixed, paper"),
         ({"name": "fixed", "evaluations": 7}, "choose one of 5, 6, 8, 10, 14, 20"),
         ({"name": "paper", "evaluations": 0}, "1 or more"),
         ({"tolerance": 0.0}, "between 1e-6 and 0.1"),

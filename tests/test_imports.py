@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate"},
-    "mlflow": {"tracking", "model_registry"},
-    "jsonargparse": {"command_line"},
+    "ray": {"artist", "cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate"},
+    "mlflow": {"mlflow_store", "tracking", "model_registry"},
+    "yaml": {"command_line", "recipe_file", "generate", "tracking"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},
@@ -21,9 +21,12 @@ HOMES = {  # package -> the modules that may import it
 FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
 LOWEST = FLOW | {f"pipeline.{name}" for name in ("ahead", "compilation", "noise", "precision", "progress", "storage")}
 LOWEST |= {
+    "pipeline.addresses",
     "pipeline.errors",
+    "pipeline.fields",
     "pipeline.hub_cache",
     "pipeline.local_files",
+    "pipeline.signals",
     "pipeline.storage_errors",
     "pipeline.torchvision_ops",
 }

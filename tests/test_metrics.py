@@ -206,11 +206,11 @@ def test_error_and_limit_equal_a_slow_jackknife() -> None:
     """Ten distances without a tenth of the rows each, two passes every time."""
     reference = (REAL.mean(0, dtype=np.float64), np.cov(REAL.astype(np.float64).T))
     distances = []
-    for group in np.array_split(np.arange(200), 10):
+    for group in (np.arange(200)[k::10] for k in range(10)):
         rest = np.delete(GENERATED.astype(np.float64), group, axis=0)
         distances.append(frechet((rest.mean(0), np.cov(rest.T)), reference))
     whole = frechet((GENERATED.mean(0, dtype=np.float64), np.cov(GENERATED.astype(np.float64).T)), reference)
-    found = frechet_error(GENERATED, moments(GENERATED), reference)
+    found = frechet_error(GENERATED, moments(GENERATED), reference, np.arange(200))
     assert found is not None
     assert found[0] == pytest.approx(np.sqrt(9 * np.var(distances)), rel=1e-8)
     assert found[1] == pytest.approx(10 * whole - 9 * np.mean(distances), rel=1e-8)
@@ -221,7 +221,7 @@ def test_error_and_limit_are_those_of_many_draws() -> None:
     rng, dim, reference = np.random.default_rng(0), 12, (np.zeros(12), np.eye(12))
     drawn = rng.normal(0.1, 1.1, (200, 600, dim))
     scores = [frechet(moments(rows, 600).gaussian(), reference) for rows in drawn]
-    found = np.array([frechet_error(rows, moments(rows, 600), reference) for rows in drawn])
+    found = np.array([frechet_error(rows, moments(rows, 600), reference, np.arange(600)) for rows in drawn])
     true = dim * (0.1**2 + 0.1**2)
     assert found[:, 0].mean() == pytest.approx(np.std(scores), rel=0.15)
     assert np.mean(scores) - true > 0.05
@@ -230,5 +230,25 @@ def test_error_and_limit_are_those_of_many_draws() -> None:
 
 def test_too_few_rows_have_no_error() -> None:
     reference = (np.zeros(16), np.eye(16))
-    assert frechet_error(GENERATED[:31], moments(GENERATED[:31]), reference) is None
-    assert frechet_error(GENERATED[:32], moments(GENERATED[:32]), reference) is not None
+    assert frechet_error(GENERATED[:31], moments(GENERATED[:31]), reference, np.arange(31)) is None
+    assert frechet_error(GENERATED[:32], moments(GENERATED[:32]), reference, np.arange(32)) is not None
+    for classes, given in ((40, True), (41, False), (1000, False)):  # five whole rounds, four and a part, none
+        found = frechet_error(GENERATED, moments(GENERATED), reference, np.arange(200) // classes)
+        assert (found is not None) is given, classes
+
+
+@pytest.mark.parametrize(("classes", "count"), [(100, 500), (100, 1_050), (1_000, 5_000)])
+def test_the_error_of_balanced_classes_is_the_spread_of_draws(classes: int, count: int) -> None:
+    """Images are balanced by class, so draws differ by less than groups in which classes are missing would."""
+    rng, dim = np.random.default_rng(0), 6
+    means, ids = 3 * rng.normal(size=(classes, dim)), np.arange(count)
+    reference, scores, found = (np.ones(dim), 9 * np.eye(dim)), [], []
+    for _ in range(60):
+        rows = means[ids % classes] + 1.1 * rng.normal(size=(count, dim))
+        total = moments(rows, count)
+        scores.append(frechet(total.gaussian(), reference))
+        found.append(frechet_error(rows, total, reference, ids // classes))
+    errors, limits = np.array(found).T
+    assert 0.8 < errors.mean() / np.std(scores, ddof=1) < 1.3
+    true = frechet((means.mean(0), np.cov(means.T, bias=True) + 1.21 * np.eye(dim)), reference)
+    assert abs(limits.mean() - true) < 3 * np.std(limits) / np.sqrt(60)

@@ -67,7 +67,7 @@ def results_of(recipe: Recipe, score: float, **other: Any) -> dict[str, Any]:
     ]
     rows += [{"name": "DD 1 step", "sampler": few, "score": score, "steps": 1, "count": 20}]
     found = {"title": "FD", "fingerprint": f"report-{score}", "rows": rows, "made": made}
-    rows[-1] |= {key: other.pop(key) for key in ("count", "steps") if key in other}
+    rows[-1] |= {key: other.pop(key) for key in ("count", "steps", "score_std") if key in other}
     return found | other
 
 
@@ -125,6 +125,15 @@ def test_the_best_is_the_lowest_of_those_that_can_be_compared(recipe: Recipe) ->
     assert int(client_of(recipe).get_model_version_by_alias("digits", "best").version) == 3
 
 
+def test_a_score_within_the_standard_error_moves_no_alias(recipe: Recipe) -> None:
+    register(recipe, 5.0, score_std=0.1)
+    said = register(recipe, 4.8, score_std=0.3)
+    assert "version 1 stays best: the two cannot be told apart within a standard error of 0.30 (FD 4.80 of" in said
+    assert "version 1 stays best: the two cannot" in register(recipe, 4.9, score_std=0.05), "the holder's counts, too"
+    assert "it is best now (FD 4.60 of DD 1 step, against 5.00 of version 1)" in register(recipe, 4.6, score_std=0.3)
+    assert "it is best now" in register(recipe, 4.59), "of an older report no error is known"
+
+
 def test_the_same_student_with_the_same_report_is_one_version(recipe: Recipe) -> None:
     register(recipe, 5.0)
     assert "models:/digits/1; it is best (FD 5.00 of DD 1 step)" in register(recipe, 5.0)
@@ -172,7 +181,9 @@ def test_what_is_not_in_the_registry_is_one_sentence(recipe: Recipe) -> None:
 def test_what_cannot_be_registered_is_one_sentence_before_sampling(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("a/b", "a:b", "a@b", "it's", " "):
+    with pytest.raises(ValueError, match=r"evaluate.register is ' '; it must be a name"):
+        EvaluateSettings(register=" ")
+    for name in ("a/b", "a:b", "a@b", "it's"):
         with pytest.raises(ValueError, match=r"evaluate.register is .*; give a name without slash"):
             EvaluateSettings(register=name)
     refused(
@@ -205,7 +216,7 @@ def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_t
     version = client_of(recipe).get_model_version("digits", "1")
     run = client_of(recipe).get_run(version.run_id)
     report = storage.read_json(f"{recipe.report_uri}/report.json")
-    assert float(version.tags["score"]) == report["rows"][1]["score"] == run.data.metrics["DD_1_step/score"]
+    assert float(version.tags["score"]) == report["rows"][1]["score"] == run.data.metrics["DD_1_step/FD"]
     assert version.tags["report_fingerprint"] == report["fingerprint"]
 
     again = evaluate.evaluate(recipe)

@@ -80,7 +80,7 @@ def test_the_page_says_what_the_markdown_says() -> None:
 
 def test_parts_without_numbers_are_left_out() -> None:
     text = rendered(RESULTS | {"agreement": None, "curve": None})
-    assert re.findall(r'<h2 id="(\w+)"', text) == ["images", "results", "time", "speed", "made"]
+    assert re.findall(r'<h2 id="(\w+)"', text) == ["images", "results", "time", "speed", "protocol", "made"]
 
 
 def test_values_are_escaped() -> None:
@@ -101,6 +101,32 @@ def test_a_heavy_picture_is_carried_as_jpeg() -> None:
     assert "data:image/jpeg;base64," in content
     assert "samples.png beside this page has every pixel" in content
     assert len(content) < len(png)
+
+
+def test_nothing_is_wider_than_a_phone() -> None:
+    """Every table has a box that scrolls, links wrap, and no rule asks for more than 390 px."""
+    content = rendered(full())
+    assert content.count("<table") == content.count('<div class="scroll" tabindex="0"><table') == 4
+    assert ".scroll { overflow-x: auto;" in page.STYLE
+    assert "nav { display: flex; flex-wrap: wrap;" in page.STYLE
+    assert "figure img { display: block; max-width: 100%;" in page.STYLE
+    screen = re.sub(r"min\(100%, [^)]*\)|max-width: [^;})]+", "", page.STYLE.split("@media print")[0])
+    widths = re.findall(r"(?:width|flex|columns): ([^;}]+)", screen)
+    assert max(float(length) for value in widths for length in re.findall(r"([\d.]+)rem", value)) * 16 < 390
+    assert not re.search(r"width: [\d.]+px", screen)
+
+
+def test_prints_keep_tables_whole() -> None:
+    printed = page.STYLE.split("@media print")[1]
+    assert "break-inside: avoid" in printed.split(".scroll {")[1].split("}")[0]
+    assert "overflow: visible" in printed
+    assert "nav { display: none; }" in printed
+
+
+def test_cards_say_both_speed_ups() -> None:
+    text = Reader(rendered(full())).text
+    assert "5 ms an image at batch 1" in text
+    assert "8.0x ± 0.2 as fast as the teacher at batch 1, 2.5x ± 0.04 at batch 64" in text
 
 
 def test_wide_tables_are_set_smaller() -> None:

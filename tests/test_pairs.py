@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -589,6 +590,47 @@ def test_a_small_set_is_read_once_and_a_large_one_window_by_window(
     read.clear()
     assert len(list(stream.batches(0, 1, 8, start=4))) == 1
     assert len(read) <= 2, "windows before the start are not read"
+
+
+def test_the_shards_of_a_window_are_read_together(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read waits until all of its window are under way; read one by one, the first would wait for ever."""
+    uri, _, shards = write_set(with_pairs(recipe, count=70))
+    together, load = threading.Barrier(len(shards)), pairs.load_shard
+
+    def waiting(uri: str, known: Facts, name: str) -> Rows:
+        together.wait(10)
+        return load(uri, known, name)
+
+    stream = PairStream.open(uri)
+    monkeypatch.setattr(pair_stream, "load_shard", waiting)
+    assert joined(ids(stream.batches(0, 1, 10))) == stream.order(0, 1).tolist()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_next_epoch_is_read_before_this_one_ends(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    uri, _, shards = write_set(with_pairs(recipe, count=70))
+    begun, load, read = threading.Event(), pairs.load_shard, []
+
+    def counted(uri: str, known: Facts, name: str) -> Rows:
+        read.append(name)
+        if len(read) > len(shards):
+            begun.set()
+        return load(uri, known, name)
+
+    stream = PairStream.open(uri, window=1)
+    monkeypatch.setattr(pair_stream, "load_shard", counted)
+    shares = stream.epochs(range(3), 5, 10, rank=rank, world=2)
+    for epoch in range(3):
+        for step in range(stream.steps(10)):
+            number, share = next(shares)
+            assert number == epoch
+            whole = stream.order(epoch, 5)[10 * step : 10 * step + 10]
+            assert share.ids.tolist() == whole[5 * rank : 5 * rank + 5].tolist()
+            if (epoch, step) == (0, stream.steps(10) - 2):
+                assert begun.wait(10), "the last batch is still to come, and nobody asks for the next epoch"
+    assert next(shares, None) is None
 
 
 def test_batches_that_cannot_be_shared_or_filled_are_refused(recipe: Recipe) -> None:

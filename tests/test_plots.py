@@ -127,6 +127,18 @@ def test_types_differ_in_more_than_colour(monkeypatch: pytest.MonkeyPatch) -> No
     assert drawn(monkeypatch, rows).axes[0].get_xscale() == "log"
 
 
+def test_each_panel_of_the_tradeoff_is_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that was not timed at the throughput batch has no place in its panel."""
+    rows = [row | {"ms": row["ms"]} for row in RESULTS["rows"][1:]]
+    rows.append({"name": "large", "type": "baseline", "ms": 7.0, "score": 4.0})
+    panels = drawn(monkeypatch, rows).axes
+    assert [axes.get_xlabel().split(",")[0] for axes in panels] == [
+        f"milliseconds per image at batch {batch}" for batch in (1, 64)
+    ]
+    found = [sorted(float(x) for line in axes.lines for x in line.get_xdata()) for axes in panels]
+    assert found == [[5.0, 7.0, 40.0], [4.0, 10.0]]
+
+
 def test_a_type_of_ones_own_is_drawn_too(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"name": kind, "type": kind, "ms": 10.0, "score": 5.0} for kind in ("AR", "another")]
     assert {line.get_label() for line in drawn(monkeypatch, rows).axes[0].lines} == {"AR", "another"}

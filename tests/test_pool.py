@@ -66,7 +66,7 @@ def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
 ) -> None:
     """What hangs is named, with its node, and taken away when it is over the limit; here the clock is put forward."""
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=2)
-    recipe = replace(recipe, cluster=replace(recipe.cluster, heartbeat_minutes=1e-4, stall_minutes=360))
+    recipe = replace(recipe, cluster=replace(recipe.cluster, heartbeat_minutes=0.001, stall_minutes=360))
     clock, ahead = time.monotonic, [0.0]
     monkeypatch.setattr(pool.time, "monotonic", lambda: clock() + ahead[0])
     monkeypatch.setattr(pool, "TICK", 0.1)

@@ -40,8 +40,10 @@ FAMILIES = pytest.mark.parametrize("family", ["var", "llamagen"])
 @pytest.fixture(autouse=True)
 def untouched() -> Iterator[None]:
     """The process's switches as they were, whatever a test does."""
+    before = torch.backends.cudnn.benchmark
     with products("fp32"):
         yield
+    torch.backends.cudnn.benchmark = before
 
 
 def switches() -> tuple[bool, bool]:
@@ -118,8 +120,10 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         enter()
         assert switches() == (False, False)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda"))
+    assert not torch.backends.cudnn.benchmark
     distill._device(with_precision(replace(recipe, cluster=ClusterSettings(gpus=1)), "tf32"))
     assert switches() == (True, True)
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(("teacher", "student"), [("tf32", "fp32"), ("bf16", "tf32"), ("fp32", "bf16")])
@@ -127,10 +131,12 @@ def test_each_network_works_in_its_own(tmp_path: Path, teacher: Any, student: An
     """Alg. 4 asks both; the decoder follows the student, or the teacher where that drew alone."""
     made = checkpoints.teacher(tiny(tmp_path).teacher)
     seen: dict[str, tuple[bool, bool, bool]] = {}
+    tuned: dict[str, bool] = {}
 
     def watched(name: str, call: Any) -> Any:
         def run(*args: Any) -> Any:
             seen[name] = (*switches(), torch.is_autocast_enabled("cpu"))
+            tuned[name] = torch.backends.cudnn.benchmark
             return call(*args)
 
         return run
@@ -138,7 +144,7 @@ def test_each_network_works_in_its_own(tmp_path: Path, teacher: Any, student: An
     layout = made.layout
     embeddings = torch.randn(2, layout.length, layout.code_dim)
     generate, decode = watched("teacher", made.generate), watched("decoder", made.decode)
-    given = SimpleNamespace(generate=generate, decode=decode, layout=layout, codebook=made.codebook)
+    given = SimpleNamespace(generate=generate, decode=decode, layout=layout, codebook=made.codebook, check=lambda: None)
     jump = watched("student", lambda *args: embeddings)
     models: Any = Models(given, SimpleNamespace(jump=jump), flow.Solver(), 0, None, "cpu", teacher, student)
     set_products("fp32")
@@ -149,6 +155,8 @@ def test_each_network_works_in_its_own(tmp_path: Path, teacher: Any, student: An
     for drew, precision in ((True, student), (False, teacher)):
         models.decode(embeddings, drew)
         assert seen["decoder"] == (*tf32[precision], False)
+    assert tuned == {"teacher": False, "student": False, "decoder": True}, "the codes must not depend on the process"
+    assert not torch.backends.cudnn.benchmark
     assert switches() == (False, False)
 
 
@@ -193,6 +201,24 @@ def test_a_student_samples_in_bf16_and_answers_in_float32(tmp_path: Path, family
     codes = FewStep(teacher.layout.steps, (1, 2)).draw(low, np.arange(4))
     assert torch.equal(teacher.codebook[nearest(codes, teacher.codebook)], codes), "not one bit of a code is lost"
     assert low.decode(found, student=True).dtype == torch.float32
+
+
+@FAMILIES
+def test_logits_are_float32_where_nothing_is_trained(tmp_path: Path, family: Family) -> None:
+    """In bfloat16 the best of many codes is shared by several, of which argmax would take the first."""
+    settings = tiny(tmp_path, family, vocabulary=4_000).teacher
+    teacher = checkpoints.teacher(settings)
+    student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, "released", 0))
+    x = torch.randn(40, teacher.layout.length, teacher.layout.code_dim, generator=torch.Generator().manual_seed(0))
+    given = x, torch.ones(40, dtype=torch.long), Condition(torch.zeros(40, dtype=torch.long))
+    with autocast("bf16", "cpu"):
+        assert student(*given).logits.dtype == torch.bfloat16, "in training"
+        with torch.no_grad():
+            logits = student(*given).logits
+    assert logits.dtype == torch.float32
+    shared = [((x == x.amax(-1, keepdim=True)).sum(-1) > 1).float().mean() for x in (logits.bfloat16(), logits)]
+    assert shared[0] > 0.02
+    assert shared[1] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no TF32")

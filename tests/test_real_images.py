@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from pipeline import real_images
+from pipeline.errors import Refused
 from pipeline.models.convnet import to_uint8
 
 RNG = np.random.default_rng(0)
@@ -150,3 +152,92 @@ def test_what_holds_no_images_is_one_sentence(tmp_path: Path) -> None:
     wrong(tmp_path, "has a column image of string; it must hold")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     wrong(tmp_path, "a.parquet is no Parquet file")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "._0.png",
+        ".hidden.png",
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "__MACOSX/0.png",
+        "a/.Trash/b/0.png",
+        "Thumbs.db",
+    ],
+)
+def test_hidden_companions_are_passed_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / "0.png").write_bytes(encoded(picture(8, 8)))
+    before = real_images.fingerprint(str(tmp_path))
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_bytes(encoded(picture(8, 8)))
+    assert len(opened(tmp_path, 8)) == 1
+    assert real_images.fingerprint(str(tmp_path)) == before
+
+
+def test_a_hidden_folder_may_hold_the_images(tmp_path: Path) -> None:
+    """Only what is below the folder that the recipe names counts as hidden."""
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "0.png").write_bytes(encoded(picture(8, 8)))
+    assert len(opened(tmp_path / ".cache", 8)) == 1
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :]
+
+
+@lru_cache
+def broken() -> dict[str, bytes]:
+    whole, bomb = encoded(picture(64, 64)), io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "png")
+    return {
+        "empty": b"",
+        "cut short": whole[: len(whole) // 2],
+        "a flipped byte": flipped(whole),
+        "a JPEG cut short": encoded(picture(64, 64), "jpeg")[:700],
+        "a WebP cut short": encoded(picture(64, 64), "webp")[:100],
+        "a bitmap cut short": encoded(picture(64, 64), "bmp")[:100],
+        "too large": bomb.getvalue(),
+        "text": b"<html>",
+        "32 bits": floats(),
+    }
+
+
+def floats() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((8, 8), np.float32)).save(buffer, "tiff")
+    return buffer.getvalue()
+
+
+@pytest.mark.faults("images: truncated, damaged, too large")
+@pytest.mark.parametrize("case", broken())
+def test_an_image_that_cannot_be_used_is_named(tmp_path: Path, case: str) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(8, 8)))
+    (tmp_path / "2.png").write_bytes(broken()[case])
+    images = opened(tmp_path, 8)
+    with pytest.raises(Refused, match=r"2\.png is no readable image \(.+\); take it out or fetch it again") as caught:
+        images[0:3]
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
+    """PIL alone makes nearly all of them white."""
+    pixels = picture(8, 8)[..., 0]
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "0.png")
+    assert np.array_equal(read(opened(tmp_path, 8), slice(0, 1)), np.stack([pixels] * 3, -1)[None])
+
+
+@pytest.mark.parametrize("name", ["r.npz", "r.parquet"])
+def test_a_damaged_reference_is_named(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    if name == "r.npz":
+        np.savez(place, arr_0=np.stack([picture(8, 8) for _ in range(7)]))
+    else:
+        pq.write_table(pa.table({"image": [encoded(picture(8, 8)) for _ in range(7)]}), place)
+    data = place.read_bytes()
+    for damaged in (b"", data[: len(data) // 2], flipped(data)):
+        place.write_bytes(damaged)
+        with pytest.raises(Refused, match=name) as caught:
+            read(opened(place, 8), slice(0, 7))
+        assert "\n" not in str(caught.value)

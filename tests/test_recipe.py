@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from pipeline import metrics, sampler_list, samplers, storage
-from pipeline.command_line import DEFAULT, main, parse
-from pipeline.errors import Unfinished
+from pipeline import cluster, fields, metrics, sampler_list, samplers, storage
+from pipeline.command_line import DEFAULT, Output, main, parse, with_settings
+from pipeline.errors import Refused, Unfinished
 from pipeline.flow import Solver
 from pipeline.models import checkpoints
 from pipeline.recipe import Filter, PairSettings, Recipe, fingerprint
@@ -129,6 +133,55 @@ def test_a_later_file_lies_over_an_earlier_one(config: str, tmp_path: Path) -> N
     assert (got.name, got.pairs.count, got.pairs.solver) == ("mine", 9, Solver("fixed", 8))
 
 
+def test_files_lie_over_mappings_as_flags_do(tmp_path: Path) -> None:
+    """teacher.config, filter, solver and ablate.axes key by key; lists as a whole."""
+    (tmp_path / "over.yaml").write_text(
+        "teacher: {config: {prefix_mask: released}, filter: {top_k: 9}}\npairs: {solver: {tolerance: 1e-4}}\n"
+        "train: {start_steps: [1]}\nablate: {axes: {train.lr: [1]}}\nevaluate: {samplers: [{name: FlowMatched}]}\n"
+    )
+    below = ["--config", str(DEFAULT.with_name("digits-var.yaml"))]
+    below += ["--config", str(DEFAULT.with_name("ablate-digits.yaml"))]
+    plain, laid = parse(None, below), parse(None, [*below, "--config", str(tmp_path / "over.yaml")])
+    flags = ["--teacher.config.prefix_mask", "released", "--teacher.filter", "{top_k: 9}", "--pairs.solver.tolerance"]
+    flags += ["1e-4", "--train.start_steps", "[1]", "--ablate.axes.train.lr", "[1]", "--evaluate.samplers"]
+    assert parse(None, [*below, *flags, "[{name: FlowMatched}]"]) == laid
+    assert laid.teacher.config == plain.teacher.config | {"prefix_mask": "released"}
+    assert laid.teacher.filter == replace(plain.teacher.filter, top_k=9)
+    assert laid.ablate.axes == plain.ablate.axes | {"train.lr": [1]}
+    assert (laid.train.start_steps, laid.evaluate.samplers) == ((1,), [{"name": "FlowMatched"}])
+    with pytest.raises(ValueError, match="top_k"):
+        with_settings(laid, {"teacher": {"filter": {"top_k": -1}}})
+    assert with_settings(laid, {"teacher": {"filter": {"top_p": 0.5}}}).teacher.filter.top_k == 9
+
+
+def test_flags_lie_over_files_wherever_they_stand(config: str) -> None:
+    assert parse(None, ["--pairs.solver.evaluations", "6", "--config", config]).pairs.solver == Solver("fixed", 6)
+
+
+def test_switches_may_stand_bare_and_hyphens_for_underscores() -> None:
+    got = parse(None, ["--dry-run", "--pairs.verify", "--status", "--train.lr=3", "--pairs.shard-rows", "7"])
+    assert (got.dry_run, got.pairs.verify, got.status, got.train.lr, got.pairs.shard_rows) == (True, True, True, 3, 7)
+    assert not parse(None, ["--status", "false"]).status
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        parse("What this job does.", ["--pairs.count", "3", "-h"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "What this job does." in out
+    assert max(map(len, out.splitlines())) <= 80
+    for name, kind in fields.named(Recipe):
+        if dataclasses.is_dataclass(kind.of):
+            continue
+        _, _, after = out.partition(f"\n  --{name}\n      ")
+        meaning = " ".join(after.split("\n  --")[0].split())
+        assert len(meaning.partition(" [")[0]) > 10, f"{name} has a meaning"
+        assert kind.text[:30] in meaning, f"{name} says what it may be"
+    assert "<class" not in out
+
+
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         parse(None, args)
@@ -154,7 +207,26 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--teacher.filter.top_p", "0"], "teacher.filter.top_p is 0"),
         (["--train.batch", "9", "--train.workers", "2"], "train.batch 9 is not a multiple of train.workers 2"),
         (["--evaluate.features", "inception"], "evaluate.inception is not set"),
-        (["stray"], "stray"),
+        (["stray"], "'stray' belongs to no flag; a recipe is given as --config FILE, and a field as --NAME VALUE"),
+        (["jobs/recipes/x.yaml"], "a recipe is given as --config jobs/recipes/x.yaml"),
+        (["--conf", "x.yaml"], "there is no flag --conf; did you mean --config?"),
+        (["--con=x.yaml"], "there is no flag --con; did you mean --config?"),
+        (["-c", "x.yaml"], "there is no flag -c; did you mean --config?"),
+        (["--recipe", "x.yaml"], "there is no flag --recipe; did you mean --config?"),
+        (["--train.ep", "3"], "there is no flag --train.ep; did you mean --train.epochs?"),
+        (["--verify"], "there is no flag --verify; did you mean --pairs.verify?"),
+        (["--seed", "3"], "did you mean --pairs.seed or --train.seed or --evaluate.seed?"),
+        (["--teacher.config.", "3"], "there is no flag --teacher.config."),
+        (["-1"], "there is no flag -1"),
+        (["--config"], "--config has no value; write --config FILE"),
+        (["--config="], "--config is empty (is a variable of the shell not set?)"),
+        (["--pairs.count"], "--pairs.count has no value; write --pairs.count VALUE"),
+        (["--pairs.count", "--dry_run"], "--pairs.count has no value"),
+        (["--dry_run", "jobs/recipes/x.yaml"], "dry_run is 'jobs/recipes/x.yaml'; it must be true or false"),
+        (["--run", ""], "run is empty (is a variable of the shell not set?)"),
+        (["--pairs", "3"], "the section pairs of the recipe is 3; it must hold named settings"),
+        (["--train", "{lr: 1, lr: 2}"], "train, line 1: lr stands twice"),
+        (["--train.betas", "[1,"], "train.betas, line 1, column 4: "),
     ],
 )
 def test_bad_flags_are_one_sentence(
@@ -171,13 +243,22 @@ def test_bad_flags_are_one_sentence(
         ("pairs: [1", "parsing"),
         ("speed: 3", "speed"),
         ("pairs: 3", "the section pairs of"),
+        ("pairs: ", "the section pairs of the recipe has no value"),
+        ("run: \nname: x", "run has no value; it must be a path or a URI"),
+        ("pairs: {count: }", "pairs.count has no value; it must be a whole number"),
+        ("train: {lr: ~}", "train.lr has no value; it must be a number"),
+        ("train: {start_steps: null}", "train.start_steps has no value"),
+        ("name: 2024", "name is 2024; it must be a name"),
+        ("train: {lr: 1, lr: 2}", "line 1: lr stands twice"),
     ],
 )
 def test_bad_files_are_one_sentence(
     text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    assert sentence in refused(["--config", str(tmp_path / "bad.yaml")], capsys)
+    found = refused(["--config", str(DEFAULT), "--config", str(tmp_path / "bad.yaml")], capsys)
+    assert found.startswith(f"error: {tmp_path / 'bad.yaml'}")
+    assert sentence in found
     assert "nowhere.yaml" in refused(["--config", str(tmp_path / "nowhere.yaml")], capsys)
 
 
@@ -233,3 +314,43 @@ def test_a_fingerprint_ignores_order_and_sees_values() -> None:
     assert fingerprint({"a": 1, "b": {"c": [2]}}) == fingerprint({"b": {"c": [2]}, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert fingerprint({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+# ---- what a recipe leaves to its user
+
+
+def test_what_says_change_is_refused_by_who_needs_it() -> None:
+    recipe = parse(None, ["--config", str(DEFAULT.with_name("var-d16.yaml"))])
+    (name, what), *others = recipe.placeholders().items()
+    assert (name, others) == ("evaluate.inception", [])
+    assert what.startswith("URI of weights-inception-2015-12-05-6726825d.pth")
+    recipe.check_filled("teacher", "pairs", "train")
+    with pytest.raises(Refused, match=r"evaluate.inception says CHANGE; set it to the URI of weights-inception"):
+        recipe.check_filled("teacher", "evaluate")
+    with pytest.raises(Refused, match="run says CHANGE"):
+        replace(recipe, run="CHANGE: folder that all nodes share").check_filled()
+    assert cluster.portable(recipe).placeholders() == recipe.placeholders()
+
+
+# ---- standard output
+
+
+def test_a_closed_pipe_stops_no_job() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="ascii") as stream:
+        output = Output(stream)
+        for _ in range(2):
+            print("1 ± 2", file=output, flush=True)
+        stream.flush()
+
+
+def test_a_stdout_that_was_never_open_stops_no_job() -> None:
+    print("a", file=Output(None), flush=True)
+
+
+def test_what_an_encoding_lacks_is_replaced() -> None:
+    raw = io.BytesIO()
+    output = Output(io.TextIOWrapper(raw, encoding="ascii"))
+    print("1 ± 2", file=output, flush=True)
+    assert raw.getvalue() == b"1 ? 2\n"

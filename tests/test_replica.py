@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +101,7 @@ def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.M
     made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
     monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
     assert made.measure() > 0
-    assert asked == [2, 16], "no batch is larger than a shard"
-    asked.clear()
-    graphs = replace(made.recipe.teacher, graphs=True)
-    made.recipe = replace(made.recipe, teacher=graphs, cluster=replace(made.recipe.cluster, gpus=1))
-    made.measure()
-    assert asked == [16, 16, 16], "the second is the one that graphs are recorded in"
+    assert asked == [16, 16, 16], "no batch is larger than a shard; the second may be recorded as graphs"
 
 
 def attempted(made: Replica, *errors: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Failure | None:

@@ -56,3 +56,12 @@ def test_the_table_says_what_was_made(ray_cluster: str, recipe: Recipe, monkeypa
         scale.scale(recipe)
     assert manifest.read(f"{recipe.run}/scale/pairs")["count"] == 80
     assert replace(recipe).teacher.family == "pipeline.models.var", "the recipe itself is as it was"
+
+
+def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe) -> None:
+    text = scale.scale(replace(recipe, dry_run=True))
+    assert f"{recipe.run}/scale" in text
+    assert re.search(r"rows +8, then 80, in shards of 8 by 1 actors", text)
+    assert not Path(recipe.run).exists()
+    with pytest.raises(ValueError, match=r"pairs.count is 9; give 10 or more"):
+        scale.scale(with_pairs(recipe, count=9))

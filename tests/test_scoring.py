@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import digits, inception, scoring, storage
+from pipeline import digits, inception, scoring, storage, summary, tables
 from pipeline.command_line import DEFAULT, parse
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import EvaluateSettings
+from pipeline.summary import Entry, Reference
+from pipeline.tally import Seen, Statistics
 
 
 def test_real_digits_are_recognised() -> None:
@@ -96,6 +98,87 @@ def test_a_reference_that_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 4, 4, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="holds 1 images; a covariance needs 2 or more"):
         scoring.check_reference(replace(settings, reference=str(tmp_path / "one.npz")), 4)
+
+
+@pytest.mark.faults("reference: two images")
+def test_a_reference_of_few_images_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "two.npz", arr_0=np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    scoring.check_reference(inception_settings(tmp_path, reference=str(tmp_path / "two.npz")), 4)
+    assert "holds 2 images for 2048 features, so its covariance is singular" in capsys.readouterr().err
+
+
+def test_statistics_and_images_serve_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' statistic.pth for FID, ADM's file for what needs images and for the second flavour."""
+    monkeypatch.setattr(inception, "FEATURES", 4)
+    monkeypatch.setattr(inception, "SPATIAL", 4)
+    torch.save({"m": np.zeros(4, dtype=np.float32), "s": np.eye(4)}, tmp_path / "statistic.pth")
+    pixels = np.zeros((3, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "adm.npz", mu=np.ones(4), sigma=np.eye(4), mu_s=np.ones(4), sigma_s=np.eye(4), arr_0=pixels)
+    np.savez(tmp_path / "images.npz", arr_0=pixels)
+    given: dict[str, Any] = {
+        "features": "inception",
+        "inception": "i.pth",
+        "reference": str(tmp_path / "statistic.pth"),
+    }
+    alone = EvaluateSettings(**given, flavour="pytorch-fid", images=str(tmp_path / "images.npz"))
+    facts = scoring.check_reference(alone, 4)
+    assert (facts["images"], facts["statistics"], "second" in facts) == (3, "read", False)
+    assert facts["images SHA-256"] == storage.sha256(str(tmp_path / "images.npz"))
+    both = replace(alone, flavour="both", images=str(tmp_path / "adm.npz"))
+    facts = scoring.check_reference(both, 4)
+    assert (facts["images"], facts["statistics"], facts["second"], facts["sFID"]) == (3, "read", "read", True)
+    assert {name: float(found.pooled[0][0]) for name, found in scoring.statistics(both).items()} == {
+        "pytorch-fid": 0.0,
+        "torch-fidelity": 1.0,
+    }
+    facts = scoring.check_reference(replace(both, images=str(tmp_path / "images.npz")), 4)
+    assert (facts["statistics"], facts["second"]) == ("made here", "read")
+    with pytest.raises(ValueError, match=r"flavour is both, and .* holds statistics of pytorch-fid alone"):
+        scoring.check_reference(replace(both, images=None), 4)
+    with pytest.raises(FileNotFoundError, match=r"evaluate.images .*none is not there"):
+        scoring.check_reference(replace(both, images=str(tmp_path / "none")), 4)
+
+
+def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network(torch.nn.Module):
+        def __init__(self, weights: Any, flavour: str) -> None:
+            super().__init__()
+            self.scale = {"torch-fidelity": 1.0, "pytorch-fid": 2.0}[flavour]
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+            return self.scale * pixels.flatten(1)[:, :3].float(), pixels.flatten(1)[:, :2].float(), None
+
+    monkeypatch.setattr(inception, "Inception", Network)
+    monkeypatch.setattr(inception, "FEATURES", 3)
+    monkeypatch.setattr(inception, "SPATIAL", 0)
+    monkeypatch.setattr(inception, "CLASSES", 2)
+    settings = EvaluateSettings(features="inception", inception="formula", reference="r", flavour="both")
+    network = scoring.features(settings, "cpu", {"weights": np.zeros(1)})
+    images = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for rows in (np.arange(5), np.arange(5, 9)):
+        part = Statistics.empty(network, 10, 8, 9)
+        part.add(Seen.of(images[rows], network), None, False, rows, np.full(len(rows), True), 0)
+        parts.append(Statistics.unpack(part.pack()))
+    parts[0].merge(parts[1])
+    mean, cov = parts[0].moments.gaussian()
+    assert parts[0].second is not None
+    np.testing.assert_allclose(parts[0].second.gaussian()[0], 2 * mean, rtol=1e-12)
+    np.testing.assert_allclose(parts[0].second.gaussian()[1], 4 * cov, rtol=1e-9)
+    reference = Reference((mean, cov), None, second=(2 * mean + 1, 4 * cov))
+    (row,) = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, parts[0])], reference)
+    assert (row["score"], row["second_score"]) == (pytest.approx(0, abs=1e-6), pytest.approx(3))
+    titles = {"title": scoring.title(replace(settings, inception="i")), "second_title": "FID (pytorch-fid)"}
+    assert titles["second_title"] == scoring.second_title(replace(settings, inception="i"))
+    shown = tables.main(titles | {"rows": [row | {"paper": {"fid": 9.94}}]})
+    assert shown.headings[2:5] == ["FID (torch-fidelity)", "FID (pytorch-fid)", "FID, paper"]
+
+
+def test_images_of_384_pixels_are_scored_at_256() -> None:
+    """As LlamaGen's authors sample them for their evaluation; others as they are, or as the recipe says."""
+    sides = [scoring.side(EvaluateSettings(), side) for side in (32, 256, 384, 512)]
+    assert sides == [32, 256, 256, 512]
+    assert scoring.side(EvaluateSettings(image_size=128), 384) == 128
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DEFAULT.parent.glob("*.yaml")))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +24,7 @@ import fsspec
 import pytest
 
 from pipeline import storage
-from pipeline.errors import Unfinished
+from pipeline.errors import Missing, Outage, Unfinished
 from pipeline.local_files import TEMPORARY
 
 
@@ -44,7 +47,8 @@ def test_write_read_list_remove(folder: str) -> None:
     storage.remove(f"{folder}/b.bin")
     assert not storage.exists(f"{folder}/b.bin")
     storage.check_writable(folder)
-    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone"
+    storage.check_writable(storage.join(folder, "new", "folder"))
+    assert storage.listing(folder) == ["a.json", "inside"], "the probe is gone, and the folders made for it"
 
 
 def test_a_missing_file_is_one_sentence(folder: str) -> None:
@@ -158,6 +162,91 @@ def test_a_download_is_kept_until_the_remote_file_changes(tmp_path: Path, monkey
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"weights.bin"}
 
 
+@pytest.mark.faults("cache: two processes at once")
+def test_one_of_several_downloads_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads hold the lock of a file of their own, as processes do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    uri = f"memory://bucket-{uuid.uuid4().hex}/weights.bin"
+    storage.write_bytes(uri, b"content")
+    asking, original, copies = threading.Barrier(4), storage._downloaded, []
+
+    def together(uri: str) -> Path:
+        asking.wait(10)
+        return original(uri)
+
+    def counted(uri: str, target: Path) -> None:
+        copies.append(target)
+        target.write_bytes(storage.read_bytes(uri))
+
+    monkeypatch.setattr(storage, "_downloaded", together)
+    monkeypatch.setattr(storage, "_copy", counted)
+    with ThreadPoolExecutor(4) as pool:
+        places = set(pool.map(storage.local, [uri] * 4))
+    assert len(places) == len(copies) == 1
+    assert places.pop().read_bytes() == b"content"
+
+
+@pytest.mark.faults("cache: two processes at once")
+def test_a_process_waits_for_the_one_that_downloads(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from pipeline.local_files import alone\nwith alone(Path({str(tmp_path)!r})): "
+    env = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    command = [sys.executable, "-c", code + "print('in', flush=True); input()"]
+    first = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "in\n"
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    first.kill()  # the lock goes with it
+    first.wait()
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pipeline import storage
+storage._copy = lambda uri, target: (Path(target).write_bytes(b"half"), os.kill(os.getpid(), 9))
+upload = storage.replacing("memory://b/x")
+use = {"download": storage.local, "upload": lambda uri: upload.__enter__()}
+storage.filesystem("memory://b/x")[0].pipe_file("/b/x", b"whole")
+use[sys.argv[1]]("memory://b/x")
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.faults("cache: killed download")
+@pytest.mark.faults("storage: killed upload")
+@pytest.mark.parametrize("what", ["download", "upload"])
+def test_what_a_killed_transfer_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    changes = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    env = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", KILLED, what], env=env, timeout=120).returncode == -9
+    assert list(tmp_path.rglob(f"{TEMPORARY}*")), "it left something"
+    uri = f"memory://bucket-{uuid.uuid4().hex}/x"
+    with storage.replacing(uri) as file:
+        file.write(b"whole")
+    assert storage.local(uri).read_bytes() == b"whole"
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+
+
+def test_a_borrowed_file_is_given_back(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    storage.write_bytes(f"{folder}/file", b"content")
+    with storage.borrowed(f"{folder}/file") as path:
+        assert path.read_bytes() == b"content"
+    assert storage.read_bytes(f"{folder}/file") == b"content"
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+    with pytest.raises(Missing, match=r"no could not be read: there is no such file"), storage.borrowed(f"{folder}/no"):
+        pass
+
+
 def test_package_files_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.local("package://digits/scorer.safetensors") == storage.ASSETS / "digits/scorer.safetensors"
     monkeypatch.chdir(tmp_path)
@@ -237,5 +326,52 @@ def test_a_file_of_the_hub_is_fetched_once(tmp_path: Path) -> None:
         assert (digest, found) == (hashlib.sha256(Hub.content).hexdigest(), "True")
         assert Path(place).read_bytes() == Hub.content
         assert tmp_path in Path(place).parents
+    fetched = sum("/resolve/" in path for path in Hub.asked)
+    # Without the Hub the download serves: where one is told so, and where nobody answers.
+    for change in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env | change, capture_output=True, text=True, timeout=120
+        )
+        assert out.returncode == 0, out.stderr
+        said, line = out.stdout.splitlines()
+        assert said.startswith("hf://owner/repo/folder/file.pth cannot be asked for now; what was downloaded before")
+        assert line.split() == [digest, place, "True"]
     server.shutdown()
-    assert sum("/resolve/" in path for path in Hub.asked) == 1
+    assert fetched == 1
+
+
+@pytest.mark.faults("the Hub: not there, and the file in its own cache")
+@pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/3", "@refs%2Fpr%2F3"])
+def test_a_file_in_the_hubs_own_cache_serves_offline(tmp_path: Path, revision: str) -> None:
+    name = "refs/pr/3" if "pr" in revision else revision[1:] or "main"
+    folder = tmp_path / "hub/models--owner--repo"
+    (folder / "snapshots" / ("a" * 40) / "folder").mkdir(parents=True)
+    (folder / "snapshots" / ("a" * 40) / "folder/file.pth").write_bytes(b"kept")
+    (folder / "refs" / name).parent.mkdir(parents=True)
+    (folder / "refs" / name).write_text("a" * 40)
+    code = (
+        f"from pipeline import storage; uri = 'hf://owner/repo{revision}/folder/';"
+        "print(storage.local(uri + 'file.pth').read_bytes()); storage.local(uri + 'other.pth')"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "ours"), "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert out.stdout.splitlines()[-1] == "b'kept'", out.stderr
+    assert "Refused" in out.stderr
+    assert "other.pth was not downloaded before, and HF_HUB_OFFLINE is set" in out.stderr
+
+
+def test_an_outage_of_a_bucket_is_not_papered_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies there is made anew by our own jobs: an old copy could be another student's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    uri = f"memory://bucket-{uuid.uuid4().hex}/student.safetensors"
+    storage.write_bytes(uri, b"first")
+    storage.local(uri)
+
+    def down(*args: object, **more: object) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(type(storage.filesystem(uri)[0]), "info", down)
+    for use in (storage.local, storage.exists, storage.is_folder):
+        with pytest.raises(Outage, match=r"nobody there.*run the same command again later"):
+            use(uri)

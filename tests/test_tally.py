@@ -87,9 +87,24 @@ def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
 def test_a_glance_reads_seconds_and_grid_alone() -> None:
     statistics = statistics_of(some_images(6), np.arange(6), [6], 6)
     statistics.seconds = 1.5
-    seconds, images = glance(io.BytesIO(statistics.pack()))
-    assert seconds == 1.5
-    assert np.array_equal(images, to_uint8(some_images(6)[:4]).numpy())
+    statistics.machines, statistics.made = [{"host": "a"}], {"batch": 6}
+    seen = glance(io.BytesIO(statistics.pack()))
+    assert (seen.seconds, seen.made) == (1.5, {"batch": 6, "machines": [{"host": "a"}]})
+    assert np.array_equal(seen.images, to_uint8(some_images(6)[:4]).numpy())
+    again = Statistics.unpack(statistics.pack())
+    assert (again.machines, again.made) == (statistics.machines, statistics.made)
+    again.merge(replace(statistics, machines=[{"host": "a"}, {"host": "b"}]))
+    assert again.machines == [{"host": "a"}, {"host": "b"}]
+
+
+def test_sums_travel_bit_for_bit() -> None:
+    """Half of each matrix is sent."""
+    before = statistics_of(some_images(9), np.arange(9), [9], 9)
+    after = Statistics.unpack(before.pack())
+    for mine, theirs in ((before.moments, after.moments), (before.pixels, after.pixels)):
+        assert np.array_equal(mine.m2, theirs.m2)
+        assert np.array_equal(mine.mean, theirs.mean)
+    assert len(before.pack()) < 1.1 * 8 * (64 * 64 + 1024 * 1024) / 2 + 9 * 3 * 32 * 32 + 11 * 1024 * 8
 
 
 @pytest.mark.parametrize(("keep", "count"), [(0, 7), (3, 7), (7, 7), (10_000, 50_000)])

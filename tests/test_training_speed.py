@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny
 
+from pipeline import distill, training_speed
 from pipeline.losses import Loss
-from pipeline.training_speed import WHOLE, Clock, pieces
+from pipeline.training_speed import WHOLE, pieces
 
 LOSSES = {"decode", "decode of the target", "perceptual"}
 ALWAYS = {"batch", "student", "cross-entropy", "backward", "optimiser and average"}
@@ -31,10 +33,27 @@ def test_what_the_recipe_leaves_out_is_missing(tmp_path: Path) -> None:
     assert pieces(recipe, torch.device("cpu"), repeats=1).keys() == ALWAYS | {WHOLE}
 
 
+def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole step and of a dry run's, the first two take 1,000 s here and the others one."""
+    at, steps, step = [0.0], [0], distill.step
+
+    def slow_at_first(*args: Any, **more: Any) -> Any:
+        steps[0] += 1
+        at[0] += 1000 if steps[0] <= 2 else 1
+        return step(*args, **more)
+
+    for module in (distill, training_speed):
+        monkeypatch.setattr(module, "now", lambda device: at[0])
+    monkeypatch.setattr(distill, "step", slow_at_first)
+    assert pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)[WHOLE] == 1
+    steps[0] = 0
+    assert distill.measure(tiny(tmp_path)) == 1
+
+
 def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that each call of a network advances by another number."""
     at = [0.0]
-    monkeypatch.setattr(Clock, "now", lambda clock: at[0])
+    monkeypatch.setattr(training_speed, "now", lambda device: at[0])
 
     def slow(kind: type, name: str, seconds: float) -> None:
         call = getattr(kind, name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.base import Condition, nearest
+from pipeline.models.convnet import to_uint8
 from pipeline.models.var import Config, Student, Teacher, Tokenizer
 from pipeline.models.var.teacher import Pass, filtered, guided
 from pipeline.models.var.tokenizer import phi_table
@@ -125,7 +126,7 @@ class TestTokenizer:
         _, maps = tokenizer.quantize.codes(tokenizer.features(self.image))
         for s, record in enumerate(self.outputs["fhat_per_scale_from_image"]):
             golden.check(record, maps[s], self.atol[f"fhat_per_scale_from_image[{s}]"])
-        decoded = tokenizer.decode(tokenizer.codebook[codes])
+        decoded = tokenizer.decode(tokenizer.codebook[codes]).clamp(-1, 1)
         golden.check(self.outputs["reconstruction"], decoded, self.atol["reconstruction"])
 
     def test_accumulate(self, tokenizer: Tokenizer) -> None:
@@ -147,8 +148,16 @@ class TestTokenizer:
         embeddings = tokenizer.codebook[joined(VQVAE["inputs"]["tokens"])]
         raw = tokenizer.draw(tokenizer.quantize.feature_map(embeddings))
         golden.check(self.outputs["decoder_unclamped"], raw, self.atol["decoder_unclamped"])
-        golden.check(self.outputs["fhat_to_img"], tokenizer.decode(embeddings), self.atol["fhat_to_img"])
-        assert raw.abs().max() > 1 >= tokenizer.decode(embeddings).abs().max()
+        golden.check(self.outputs["fhat_to_img"], raw.clamp(-1, 1), self.atol["fhat_to_img"])
+        assert raw.abs().max() > 1
+        assert torch.equal(tokenizer.decode(embeddings), raw), "a loss sees what lies beyond the range of an image"
+
+    def test_images_are_clamped(self, tokenizer: Tokenizer, teacher: Teacher) -> None:
+        """Which changes no pixel that is shown or scored."""
+        embeddings = tokenizer.codebook[joined(VQVAE["inputs"]["tokens"])]
+        raw, image = tokenizer.decode(embeddings), teacher.decode(embeddings)
+        assert torch.equal(image, raw.clamp(-1, 1))
+        assert torch.equal(to_uint8(image), to_uint8(raw))
 
     def test_decode_is_differentiable(self, tokenizer: Tokenizer) -> None:
         embeddings = torch.from_numpy(fill.noise("h", (1, 30, 8))).requires_grad_()
@@ -407,7 +416,7 @@ class TestTeacher:
             made = Teacher(Config(depth=16), OFF)
             small = Teacher(CONFIG, OFF)
         assert made.network.head.weight.is_meta
-        real = Teacher(CONFIG, OFF).state_dict()
+        real = dict(Teacher(CONFIG, OFF).named_buffers())
         for name, buffer in small.named_buffers():
             assert torch.equal(buffer, real[name]), name
         assert sum(p.numel() for p in made.network.parameters()) == 310_283_520
@@ -485,7 +494,8 @@ class TestStudent:
         golden.check(record["final"], x, self.atol[f"{name}.final"])
         coded = x[:, : CONFIG.layout.before(self.split + 1)]
         golden.check(record["head_indices"], nearest(coded, student.codebook))
-        golden.check(record["image_0_1"], (tokenizer.decode(x) + 1) / 2, self.atol[f"{name}.image_0_1"])
+        image = (tokenizer.decode(x).clamp(-1, 1) + 1) / 2
+        golden.check(record["image_0_1"], image, self.atol[f"{name}.image_0_1"])
 
     @pytest.mark.parametrize("case", [0, 1, 2])
     def test_teacher_in_the_loop(self, student: Student, teacher: Teacher, case: int) -> None:
@@ -565,6 +575,22 @@ class TestStudent:
         assert all(torch.equal(own[k], again[k]) for k in own)
         assert not torch.equal(own["n_d_embed.weight"], other["n_d_embed.weight"])
         assert not torch.equal(levels[1], other["lvl_embed.weight"][1])
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_a_new_student_is_drawn_once_from_its_seed(self, shared: bool) -> None:
+        """The new numbers are those of a student that is drawn whole; the constructor's own are never drawn."""
+        config = replace(CONFIG, shared_aln=shared)
+        teacher = Teacher(config, Filter())
+        generator = torch.Generator().manual_seed(3)
+        whole = Student(config, teacher.codebook, "released", generator).state_dict()
+        before = torch.get_rng_state()
+        made = Student.from_teacher(teacher, "released", seed=3).state_dict()
+        assert torch.equal(torch.get_rng_state(), before), "torch's own layers draw from the global generator"
+        for name in ("n_d_embed.weight", "final_layer_conti.linear.weight", "final_layer_conti.scale_shift_table"):
+            assert torch.equal(made[name], whole[name]), name
+        for name in ("pos_1LC", "lvl_embed.weight"):
+            width = whole[name].shape[-1]
+            assert torch.equal(made[name].view(-1, width)[1], whole[name].view(-1, width)[1]), name
 
     def test_a_new_student_is_the_teacher(self, teacher: Teacher) -> None:
         """Its class token, with the new parts silenced, gives the teacher's logits of the first step."""

@@ -18,18 +18,19 @@ from pathlib import Path
 
 import torch
 
-from pipeline import cluster, manifest, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, sheet, training
+from pipeline import cluster, legend, machine, manifest, mlflow_store, storage, tracking
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.errors import Refused
+from pipeline.machine import device_name
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.precision import set_products
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.speed import device_name
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+ALONE = ("solvers", "precision", "matching", "teacher", "sampling")  # sections that run in this process alone
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def benchmark(recipe: Recipe) -> str:
@@ -39,7 +40,10 @@ def benchmark(recipe: Recipe) -> str:
     """
     cluster.check_address()
     recipe = cluster.portable(recipe)
+    mlflow_store.check(recipe)
     manifest.facts_of(recipe)  # names weight files that are missing
+    if recipe.dry_run:
+        return plan.describe(recipe)
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
         raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
     storage.check_writable(recipe.benchmark_uri)
@@ -48,16 +52,21 @@ def benchmark(recipe: Recipe) -> str:
         sections: list[Section] = []
         for part in recipe.benchmark.sections:
             print(f"Measuring {part}.", file=sys.stderr, flush=True)
-            sections += bench.parts[part]()
+            watch = machine.Watch(bench.device)
+            found = bench.parts[part]()
+            found[0].about += f" {_beside(watch.load(), part)}"
+            sections += found
         files = {"benchmark.md": _markdown(bench, sections).encode(), "benchmark.json": _json(bench, sections)}
         if bench.curves:
             files["growth.png"] = growth.picture(bench.curves)
         for name, data in files.items():
             storage.write_bytes(storage.join(recipe.benchmark_uri, name), data)
-            Path(folder, name).write_bytes(data)
-            run.artifact(Path(folder, name))
-        run.metrics({claim.key: claim.value for section in sections for claim in section.claims})
+            run.artifact(name, data)
+        claims = [claim for section in sections for claim in section.claims]
+        run.metrics({claim.key: claim.value for claim in claims})
         run.tag("device", bench.device_name)
+        kept = f"{sum(claim.met for claim in claims)} of {len(claims)} claims hold"
+        run.conclude(f"{recipe.name}, {kept}", f"On {bench.device_name}, {kept}; benchmark.md has the tables.")
     return files["benchmark.md"].decode()
 
 
@@ -73,6 +82,7 @@ class Bench:
         settings = recipe.benchmark
         self.parts: dict[str, Callable[[], list[Section]]] = {
             "solvers": lambda: [matching.solvers(self.teacher)],
+            "precision": lambda: [rounding.precisions(recipe, self.device)],
             "matching": lambda: [
                 matching.overhead(self.teacher, recipe.pairs.solver, settings.batches, settings.seconds)
             ],
@@ -93,8 +103,10 @@ class Bench:
 
     @cached_property
     def peaks(self) -> clock.Peaks:
-        """Of this device in the teacher's precision."""
-        return clock.peaks(self.device, DTYPES[self.recipe.teacher.precision])
+        """Of this device in the teacher's precision; a CPU multiplies fp16 through float32."""
+        dtype = DTYPES[self.recipe.teacher.precision]
+        through_float32 = self.device.type == "cpu" and dtype == torch.float16
+        return clock.peaks(self.device, torch.float32 if through_float32 else dtype)
 
     @property
     def device_name(self) -> str:
@@ -134,6 +146,15 @@ def _markdown(bench: Bench, sections: list[Section]) -> str:
     if bench.curves:
         lines.append("![time and memory over what they should grow with](growth.png)")
     return "\n\n".join(lines) + "\n"
+
+
+def _beside(load: machine.Load, part: str) -> str:
+    """How busy others kept the machine: while a section ran, or before one whose work is that of other processes."""
+    if part in ALONE:
+        return f"{legend.about_load({'load': vars(load), 'cores': os.cpu_count()})}."
+    if load.before is None:
+        return "This system does not say how busy others kept it."
+    return f"In the second before, others kept {load.before:.2f} of the machine's {os.cpu_count()} cores busy."
 
 
 def _where(bench: Bench) -> str:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pipeline import cluster, evaluate, generate, manifest, storage
-from pipeline.benchmark.clock import Stopwatch
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.errors import Unfinished
 from pipeline.evaluate import Artist
@@ -29,6 +28,7 @@ from pipeline.plan import ITEM, Draw, Plan, prepare
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.replica import Replica
+from pipeline.stopwatch import Stopwatch
 from pipeline.tally import Statistics
 
 SHARDS = 4  # of each replica

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pipeline import flow, flow_oracle, noise
-from pipeline.benchmark.clock import Stopwatch, once
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.flow import Solver
 from pipeline.models.base import Condition, Teacher
+from pipeline.stopwatch import Stopwatch, once, warm_up
 
 SOLVERS = (
     Solver("adaptive", tolerance=1e-3),
@@ -58,7 +59,7 @@ def overhead(teacher: Teacher, solver: Solver, batches: tuple[int, ...], seconds
     )
     for batch in batches:
         condition, x = inputs(teacher, batch)
-        teacher.generate(condition, likeliest, stop=min(4, teacher.layout.steps + 1))
+        warm_up(partial(_drawn_twice, teacher, solver, condition, x, 0))
         found: list[tuple[float, float, float]] = []
         deadline = time.monotonic() + seconds
         while not found or (time.monotonic() < deadline and len(found) < 20):
@@ -97,6 +98,7 @@ def _drawn_twice(
         with watches[0]:
             matchers.append(flow.Matcher(teacher.codebook, solver))
         teacher.generate(condition, choose)
+        teacher.check()
         matchers[0].check()
 
     whole = once(generation, device)
@@ -132,6 +134,7 @@ def taught(teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
         return flow.match(part, log_p, teacher.codebook)
 
     teacher.generate(condition, choose)
+    teacher.check()
     points, log_p = torch.cat([a for a, _ in kept]), torch.cat([b for _, b in kept])
     some = torch.linspace(0, len(points) - 1, TOKENS, device=points.device).long()
     return points[some], log_p[some], teacher.codebook
@@ -150,7 +153,7 @@ def solvers(teacher: Teacher) -> Section:
         points, log_p, codebook = (tensor.to(device) for tensor in make())
         truth = flow_oracle.exact(points, log_p, codebook)
         for solver in SOLVERS:
-            flow.match(points[:50], log_p[:50], codebook, solver)
+            warm_up(partial(flow.match_counted, points, log_p, codebook, solver))
             watch = Stopwatch(device)
             with watch:
                 codes, evaluations = flow.match_counted(points, log_p, codebook, solver)

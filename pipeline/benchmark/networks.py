@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe, TeacherSettings
 from pipeline.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
+from pipeline.speed import Speed
 
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4
@@ -44,7 +46,7 @@ def teachers(
         f" {peaks.bytes / 1e9:,.1f} GB/s, both measured; *roofline* is the time that the arithmetic or the reading of"
         " weights and cache takes at least, whichever is more in each AR step, over the time taken; *in products* is"
         " the share of matrix products and attention, which both loops have to compute, in a profile of ours"
-        f" ({min(PROFILED, teacher.layout.steps)} AR steps).",
+        f" ({min(PROFILED, teacher.layout.steps)} AR steps), without CUDA graphs, whose replay names no operator.",
     )
     profiled = min(PROFILED, teacher.layout.steps) + 1
     for batch in batches:
@@ -53,21 +55,32 @@ def teachers(
             "ours": partial(teacher.generate, condition, likeliest),
             "plain": partial(plain, teacher, condition, likeliest),
         }
-        short = partial(teacher.generate, condition, likeliest, stop=min(4, teacher.layout.steps + 1))
-        times = turns(calls, device, seconds, short)
+        times = turns(calls, device, seconds)
+        teacher.check()
         work = Work.of(settings, batch)
         row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
         row |= {"plain, ms / image": 1000 * times["plain"] / batch, "plain / ours": times["plain"] / times["ours"]}
         row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
         row["FLOP utilisation, %"] = 100 * sum(work.flops) / times["ours"] / peaks.flops
         row["roofline, %"] = 100 * work.least(peaks) / times["ours"]
-        looked_at = partial(teacher.generate, condition, likeliest, stop=profiled)
-        row["in products, %"] = 100 * in_products(looked_at, device)
+        with eager(teacher):
+            looked_at = partial(teacher.generate, condition, likeliest, stop=profiled)
+            row["in products, %"] = 100 * in_products(looked_at, device)
         section.rows.append(row)
         if batch == BEATEN_AT:
             text = f"Plain AR loop over ours, batch {batch}, {device.type}"
             section.claims.append(Claim(text, times["plain"] / times["ours"], BEAT[device.type]))
     return section
+
+
+@contextmanager
+def eager(teacher: Teacher) -> Iterator[None]:
+    """The teacher without its graphs: a profile sees operators, and a replay has none."""
+    graphs, teacher.graphs = teacher.graphs, None
+    try:
+        yield
+    finally:
+        teacher.graphs = graphs
 
 
 def in_products(call: Callable[[], object], device: torch.device) -> float:
@@ -96,12 +109,11 @@ class Work:
         family, config = checkpoints.family(settings), checkpoints.config(settings)
         with torch.device("meta"):
             teacher = checkpoints.cast(family.Teacher(config, settings.filter), settings)
-        size = next(teacher.network.parameters()).element_size()
         counted = [(0.0, 0.0)]
         with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
 
             def choose(step: int, log_p: Tensor) -> Tensor:
-                counted.append((float(counter.get_total_flops()), float(size * counter.numbers)))
+                counted.append((float(counter.get_total_flops()), float(counter.bytes)))
                 return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
             raster = set(teacher.layout.groups) == {1} and teacher.layout.steps > TRACED
@@ -118,24 +130,26 @@ class Work:
 
 
 class Counter(FlopCounterMode):
-    """Operations of products, convolutions and attention; ``numbers`` are those of weights, keys and values read."""
+    """Operations of products, convolutions and attention; ``bytes`` are those of weights, keys and values read."""
 
     def __init__(self) -> None:
-        self.numbers = 0
+        self.bytes = 0
 
-        def product(a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
-            self.numbers += b.numel()
-            return 2 * a.numel() * b[-1]
+        def product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+            self.bytes += b.nbytes
+            return 2 * a.numel() * b.shape[-1]
 
-        def added(bias: torch.Size, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+        def added(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
             return product(a, b)
 
-        def attention(q: torch.Size, k: torch.Size, v: torch.Size, *args: Any, **kwargs: Any) -> int:
-            self.numbers += k.numel() + v.numel()
-            return sdpa_flop_count(q, k, v)
+        def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+            self.bytes += k.nbytes + v.nbytes
+            return sdpa_flop_count(q.shape, k.shape, v.shape)
 
         aten = torch.ops.aten
         mapping = {aten.mm: product, aten.addmm: added, aten._scaled_dot_product_flash_attention_for_cpu: attention}
+        for count in mapping.values():
+            count._get_raw = True  # type: ignore[attr-defined]  # torch else hands over shapes, and not what is a number
         super().__init__(display=False, custom_mapping=mapping)
 
 
@@ -149,29 +163,42 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
-    listed, paper = _listed(recipe)
+    several, paper = listed(recipe)
     section = Section(
         "Sampling",
         "A student as it starts from its teacher (its weights do not matter here) in turns with the teacher; *network*"
-        " ends at the embeddings, the rest is decoding. The paper's speed-ups are those of its tables, on an A100.",
+        " ends at the embeddings, the rest is decoding. Every sampler runs at every batch, and a speed-up is over the"
+        f" teacher at the same one, ± its standard error (bootstrap over {speed.CALLS}). The paper's are those"
+        " of its tables, on an A100, at a batch that it does not say.",
     )
-    found = speed.measure(models, listed, batches, seconds)
+    found = speed.measure(models, several, batches, seconds)
     base = {s.batch: s for s in found[Autoregressive()]}
-    for sampler in listed:
+    for sampler in several:
         for one in found[sampler]:
             row: Row = {"sampler": sampler.name, "batch": one.batch, "network, ms / image": one.network_ms}
             row |= {"ms / image": one.ms, "images / s": 1000 / one.ms}
             there = base.get(one.batch)
             row["speed-up of the network"] = there.network_ms / one.network_ms if there else None
-            row["speed-up"] = there.ms / one.ms if there else None
+            row["speed-up"], row["±"] = speed.speed_up(one, there) if there else (None, None)
             row["paper"] = paper.get(sampler) if one.batch == 1 else None
             section.rows.append(row)
-            if one.batch == 1 and isinstance(sampler, FewStep) and there:
-                section.claims.append(Claim(f"Speed-up of {sampler.name}, batch 1, {device.type}", there.ms / one.ms))
+    section.claims = _speed_ups(found, device.type)
     return section
 
 
-def _listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
+def _speed_ups(found: dict[Sampler, list[Speed]], device: str) -> list[Claim]:
+    """Of the few-step samplers, over the AR teacher at the same batch: at batch 1 and at the largest of all."""
+    claims = []
+    for batch in (1, speed.throughput_batch(found.values())):
+        at = {sampler: one for sampler, speeds in found.items() for one in speeds if one.batch == batch}
+        for sampler, one in at.items():
+            if isinstance(sampler, FewStep) and Autoregressive() in at:
+                ratio, _ = speed.speed_up(one, at[Autoregressive()])
+                claims.append(Claim(f"Speed-up of {sampler.name}, batch {batch}, {device}", ratio))
+    return claims
+
+
+def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
 from pipeline.precision import full_precision
 from pipeline.recipe import Filter
@@ -96,7 +97,10 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, n, C], codes or any continuous values -> images [B, 3, H, W]; differentiable."""
+        """Embeddings [B, n, C], codes or any continuous values -> images [B, 3, H, W]; differentiable.
+
+        About in [-1, 1] and not clamped, or a training loss would not see what lies beyond.
+        """
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +126,8 @@ class Teacher(nn.Module):
     """A pre-trained AR model with its tokenizer and its sampling filter.
 
     ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
-    ``tokenizer`` has its own file. With ``graphs``, AR steps are recorded and replayed, on a GPU.
+    ``tokenizer`` has its own file. A network that can compute in float16 has a method ``to_float16`` and a ``float16``.
+    With ``graphs``, AR steps are recorded and replayed, on a GPU.
     """
 
     layout: Layout
@@ -151,6 +156,12 @@ class Teacher(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Refused if numbers left float16's range in a generation since the last check; waits for the device."""
+        for part in self.modules():
+            if isinstance(part, Float16):
+                part.check()
+
     def recording(self, batch: int, memory: Callable[[], Any]) -> Recording | None:
         """The graphs for a generation from AR step 1 on, if there are any; ``memory`` makes the family's part."""
         if self.graphs is None:
@@ -159,8 +170,8 @@ class Teacher(nn.Module):
         return self.graphs.find((batch, self.filter), lambda capture: Recording(capture, memory(), shapes, device))
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, n, C] -> images [B, 3, H, W]; differentiable."""
-        return self.tokenizer.decode(embeddings)
+        """Embeddings [B, n, C] -> images [B, 3, H, W] in [-1, 1]."""
+        return self.tokenizer.decode(embeddings).clamp(-1, 1)
 
     def span(self, prefix: Tensor | None, stop: int | None) -> tuple[int, int]:
         """(first AR step to draw, first AR step not to draw) of a ``generate`` call, checked."""
@@ -223,6 +234,18 @@ class Student(nn.Module):
                 chosen[:, :known] = nearest(x[:, :known], self.codebook)
             out[:, :coded] = self.codebook[chosen]
         return out
+
+
+def answer(head: nn.Linear, h: Tensor) -> Tensor:
+    """A student's logits head(h) [.., V]: where nothing is trained in float32, whatever autocast is around.
+
+    bfloat16 logits tie, and of equal ones argmax takes the first code. The cross-entropy averages their rounding out,
+    so training keeps the cheaper product, the largest of a student's.
+    """
+    if torch.is_grad_enabled():
+        return head(h)
+    with torch.autocast(h.device.type, enabled=False):
+        return head(h.float())
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:

@@ -1,19 +1,16 @@
 """Reading official and own weight files strictly, and building the models that a recipe names.
 
-Layouts (the first that fits): own safetensors; flat state_dicts (VAR, its tokenizer); ``trainer`` dicts (VAR-DD);
-``ema``, ``model``, ``module`` or ``state_dict`` (LlamaGen, LlamaGen-DD). A moving average is preferred where a file has
-one. Parameters must match one to one in name and shape; the constant buffers that the constructors compute may be
-missing and then stay as built.
+``weight_files`` knows the formats. Layouts (the first that fits): own safetensors; flat state_dicts (VAR, its
+tokenizer); ``trainer`` dicts (VAR-DD); ``ema``, ``model``, ``module`` or ``state_dict`` (LlamaGen, LlamaGen-DD). A
+moving average is preferred where a file has one. Parameters must match one to one in name and shape; the constant
+buffers that the constructors compute may be missing and then stay as built.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import pickle
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,24 +23,16 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.compilation import compiled
 from pipeline.errors import Refused
+from pipeline.fields import check_value, kinds
+from pipeline.models import weight_files
 from pipeline.models.base import Student, Teacher, Tokenizer
 from pipeline.models.graphs import Graphs
 from pipeline.models.mismatch import advice
+from pipeline.models.weight_files import CheckpointError
 from pipeline.recipe import TeacherSettings
 
-NESTED = ("ema", "ema_parameters", "trainer", "model", "var_wo_ddp", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")
-IMPOSTORS = {
-    b"version https://git-lfs": "a Git LFS pointer",
-    b"<!doctype": "a web page",
-    b"<html": "a web page",
-}
-HARMLESS: list[Any] = [argparse.Namespace]  # the arguments of a training run, a plain bag of values
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
-
-
-class CheckpointError(Refused):
-    """A weight file that cannot be read, or that does not fit the model of the recipe; one sentence."""
 
 
 def load(module: nn.Module, uri: str, unpickle: bool = False) -> None:
@@ -65,7 +54,9 @@ def weights(module: nn.Module, uri: str, unpickle: bool = False) -> dict[str, Te
     CheckpointError for a file that is unreadable, does not fit or holds no numbers.
     """
     path = storage.local(uri)
-    found = {key: value for key, value in _clean(_read(path, uri, unpickle)).items() if not key.endswith(DERIVED)}
+    found = {
+        key: value for key, value in _clean(weight_files.read(path, uri, unpickle)).items() if not key.endswith(DERIVED)
+    }
     own = module.state_dict()
     parameters = {name for name, _ in module.named_parameters()}
     # A buffer that has no value yet is no constant of the constructor's: its value is in the file, as a weight's.
@@ -88,40 +79,6 @@ def weights(module: nn.Module, uri: str, unpickle: bool = False) -> dict[str, Te
             what = "NaN or infinity" if found[key].is_floating_point() else f"{found[key].dtype} values"
             raise CheckpointError(f"{uri} holds {what} in {key}; it is damaged or of another kind, fetch it again.")
     return {key: value for key, value in found.items() if value.shape == own[key].shape}
-
-
-def _read(path: Path, uri: str, unpickle: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        head = file.read(200)
-    for start, what in IMPOSTORS.items():
-        if head.lstrip().lower().startswith(start):
-            raise CheckpointError(f"{uri} is {what}, not weights; fetch the file itself.")
-    if not head:
-        raise CheckpointError(f"{uri} is empty; fetch it again.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{uri} is not a readable safetensors file ({error}); fetch or write it again."
-            ) from error
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=not unpickle, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{uri} could not be read as a PyTorch weight file ({first}); it is damaged, or holds more than tensors:"
-            " if you trust it, set teacher.unpickle to true."
-        ) from error
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inside = next((content[key] for key in NESTED if key in content), None)
-        if not isinstance(inside, dict):
-            raise CheckpointError(f"{uri} holds no weights: its keys are {sorted(map(str, content))[:6]}.")
-        content = inside
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{uri} holds a {type(content).__name__}, not a dictionary of weights.")
-    return content
 
 
 def _clean(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -165,16 +122,19 @@ def release(settings: TeacherSettings, source: str, target: str) -> None:
 
 def metadata(uri: str) -> dict[str, Any]:
     """The settings that ``save`` wrote; CheckpointError where there are none."""
+    path = storage.local(uri)
     try:
-        with safe_open(storage.local(uri), "pt") as file:
+        with safe_open(path, "pt") as file:
             stored = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{uri} is not a readable safetensors file ({error}); fetch or write it again."
-        ) from error
+        weight_files.check_kind(path, uri)
+        raise weight_files.unreadable(uri, error) from error
     if "settings" not in stored:
         raise CheckpointError(f"{uri} carries no settings; it was not exported by distill.")
-    return json.loads(stored["settings"])
+    try:
+        return json.loads(stored["settings"])
+    except ValueError as error:
+        raise CheckpointError(f"{uri} carries settings that are no JSON ({error}); fetch or write it again.") from None
 
 
 def family(settings: TeacherSettings) -> ModuleType:
@@ -199,6 +159,8 @@ def config(settings: TeacherSettings) -> Any:
             f"teacher.config has no field {unknown[0]!r}; {settings.family} knows {', '.join(sorted(known))}."
         )
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.config.items()}
+    for name, value in values.items():
+        check_value(value, kinds(kind)[name], f"teacher.config.{name}")
     return kind(**values)
 
 
@@ -242,6 +204,13 @@ def cast(model: Teacher, settings: TeacherSettings) -> Teacher:
     """The teacher with its transformer, not its tokenizer, in the recipe's precision."""
     if settings.precision == "bf16":
         model.network.to(torch.bfloat16)
+    elif settings.precision == "fp16":
+        if not hasattr(model.network, "to_float16"):
+            raise Refused(
+                f"teacher.precision is fp16, which {settings.family} does not know (its network has no to_float16); use"
+                " bf16, tf32 or fp32."
+            )
+        model.network.to_float16()  # type: ignore[operator]
     return model
 
 
@@ -259,3 +228,12 @@ def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "
         model: Student = family(settings).Student(config(settings), codebook, mask)
     load(model, uri, settings.unpickle)
     return model.eval().requires_grad_(False)
+
+
+def unfilled_student(settings: TeacherSettings, codebook: Tensor, mask: str, device: torch.device) -> Student:
+    """A student to train whose weights are still to come: its memory on the device holds anything."""
+    with torch.device("meta"):
+        model: Student = family(settings).Student(config(settings), codebook, mask)
+    state = {name: torch.empty_like(weight, device=device) for name, weight in model.named_parameters()}
+    model.load_state_dict(state, strict=False, assign=True)  # the constants are real already
+    return model.to(device)

@@ -68,7 +68,8 @@ class SplitAttention(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k / sqrt(c)) v over the pixels of maps [B, c, h, w]."""
     shape = v.shape
-    q, k, v = (m.flatten(2).transpose(1, 2)[:, None] for m in (q, k, v))
+    # The fused kernels want a pixel's channels side by side in memory.
+    q, k, v = (m.flatten(2).transpose(1, 2)[:, None].contiguous() for m in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v)
     return out[:, 0].transpose(1, 2).reshape(shape)
 

@@ -4,7 +4,8 @@ A step of LlamaGen is hundreds of small kernels, and launching them takes longer
 graph of its own, so lengths are exact and the kernels are those of eager execution. A graph repeats kernels and
 addresses, never Python: what differs between two generations must be copied to where the graph reads it. That is a
 step's input, done here, and whatever of the condition outlives a step, done by the family in the ``memory`` that it
-keeps with the recording. Weights must stay where they are, precision switches as they are, and autocast off.
+keeps with the recording. Weights must stay where they are, precision switches as they are, and the
+cache of autocast off.
 """
 
 from __future__ import annotations

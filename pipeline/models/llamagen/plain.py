@@ -29,8 +29,9 @@ def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
     for t in range(1, n + 1):
         logits = []
         for x, cache in zip(inputs, caches[: len(inputs)], strict=True):
-            for layer, (keys, values) in zip(layers, cache, strict=True):
-                x = _layer(layer, x, t - 1, keys, values, rotations[t - 1 : t], mask[t - 1 : t])
+            with net.float16.region(x.device):
+                for layer, (keys, values) in zip(layers, cache, strict=True):
+                    x = _layer(layer, x, t - 1, keys, values, rotations[t - 1 : t], mask[t - 1 : t])
             logits.append(net.output(net.norm(x)).float())
         guided = logits[0] if len(logits) == 1 else logits[1] + w * (logits[0] - logits[1])
         codes.append(choose(t, log_probabilities(guided, teacher.filter)))

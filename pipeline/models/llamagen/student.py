@@ -71,7 +71,7 @@ class Student(base.Student):
         for layer in self.layers:
             h = layer(h, rotations)
         h = h[:, 1:]
-        return base.Prediction(self.output(self.norm(h)), self.final_layer_conti(h, label))
+        return base.Prediction(base.answer(self.output, self.norm(h)), self.final_layer_conti(h, label))
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, mask: str, seed: int) -> Student:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import Refused
-from pipeline.models import base
+from pipeline.models import base, filters
 from pipeline.models.attention import attend
 from pipeline.models.base import Condition as Labels
+from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
 from pipeline.models.llamagen.tokenizer import Config, Tokenizer
@@ -47,7 +48,7 @@ def rotary(config: Config, device: torch.device) -> Tensor:
 
 def turn(x: Tensor, rotations: Tensor) -> Tensor:
     """Neighbouring channels of x [..., D] float32, as complex numbers, times rotations [..., D / 2, 2] -> [..., D]."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.view(*x.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # which makes no kernels for complex numbers; without it, one does it all
         (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
@@ -163,10 +164,16 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocabulary, bias=False)
+        self.float16 = Float16()
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=INIT_STD)
         nn.init.zeros_(self.output.weight)
+
+    def to_float16(self) -> None:
+        """Have the layers compute in float16."""
+        layers = cast("list[Layer]", list(self.layers))
+        self.float16.switch_on(part for layer in layers for part in (layer.attention, layer.feed_forward))
 
     def null(self, condition: Labels | Captions) -> Labels | Captions:
         """What the unconditional half of guidance is given instead."""
@@ -185,15 +192,16 @@ class Network(nn.Module):
         h = self.embed([condition], codes[:, :-1])
         rotations = rotary(self.config, h.device)[: h.shape[1]]
         mask = condition.mask(codes.shape[1] - 1) if isinstance(condition, Captions) else None
-        for layer in self.layers:
-            h = layer(h, rotations, mask=mask)
-        return self.output(self.norm(h[:, self.config.conditions - 1 :]))
+        with self.float16.region(h.device):
+            for layer in self.layers:
+                h = layer(h, rotations, mask=mask)
+        return self.output(self.norm(self.float16.watched(h)[:, self.config.conditions - 1 :]))
 
     def cache(self, batch: int, length: int) -> Tensor:
         """Room for keys and values of ``length`` tokens and the condition: [layers, 2, B, heads, T + length, D]."""
         config = self.config
         shape = (config.layers, 2, batch, config.heads, config.conditions + length, config.dim // config.heads)
-        return torch.empty(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
+        return cast("Layer", self.layers[0]).attention.wo.weight.new_empty(shape)
 
     def extend(self, h: Tensor, rotations: Tensor, cache: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
         """Inputs [B, g, dim] of the positions from ``start`` on -> logits [B, 1, V] float32 of the last.
@@ -205,9 +213,10 @@ class Network(nn.Module):
             mask = mask[:, :, start:end, :end]
         # The layers are told where they are by the length of what they see, not by a number that
         # torch.compile would take for a constant.
-        for layer, keys_values in zip(self.layers, cache[..., :end, :], strict=True):
-            h = layer(h, rotations, keys_values, causal=h.shape[1] > 1, mask=mask)
-        return self.output(self.norm(h[:, -1:])).float()
+        with self.float16.region(h.device):
+            for layer, keys_values in zip(self.layers, cache[..., :end, :], strict=True):
+                h = layer(h, rotations, keys_values, causal=h.shape[1] > 1, mask=mask)
+        return self.output(self.norm(self.float16.watched(h)[:, -1:])).float()
 
 
 def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
@@ -218,14 +227,15 @@ def log_probabilities(logits: Tensor, filter: Filter) -> Tensor:
     """
     if filter.temperature != 1:
         logits = logits / max(filter.temperature, 1e-5)
-    if 0 < filter.top_k < logits.shape[-1]:
-        smallest = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if filter.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        beyond = F.pad(ranked.softmax(-1).cumsum(-1)[..., :-1] > filter.top_p, (1, 0))
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return logits.log_softmax(-1)
+    if filter.top_p == 1:
+        return filters.top_k(logits, filter.top_k).log_softmax(-1)
+    found = filters.ranked(logits, filter.top_k, descending=True)
+    p = found.logits.softmax(-1)
+    p = p / (1 + found.ties * p[..., -1:])  # as if the ties beyond the order stood behind it
+    sums = p.cumsum(-1)
+    gone = F.pad(sums[..., :-1] > filter.top_p, (1, 0))
+    ties = ((filter.top_p - sums[..., -1:]) / p[..., -1:]).floor().add(1).clamp_min(0).minimum(found.ties)
+    return filters.keep(logits, found, gone, ties).log_softmax(-1)
 
 
 class Teacher(base.Teacher):
@@ -283,6 +293,7 @@ class Teacher(base.Teacher):
             else:
                 log_p = draw(t, sequence.follow, codes[:, t - 2 : t - 1])
             codes[:, t - 1 : t] = choose(t, log_p)
+        sequence.watch(first, end)
         return codes
 
     def copies(self, t: int) -> int:
@@ -316,6 +327,13 @@ class Pass:
     def follow(self, t: int, codes: Tensor) -> Tensor:
         """AR step t from the codes [B, 1] of the one before -> log p [B, 1, V]."""
         return self._draw(t, self.network.tok_embeddings(codes).repeat(self.teacher.copies(t), 1, 1))
+
+    def watch(self, first: int, end: int) -> None:
+        """Have ``Float16`` look at the keys that AR steps first .. end - 1 left: a replay did not run any Python."""
+        for half in range(self.teacher.copies(first) if first < end else 0):
+            last = max(t for t in range(first, end) if self.teacher.copies(t) > half)
+            rows = slice(half * self.batch, (half + 1) * self.batch)
+            self.network.float16.watch(self.cache[:, 0, rows, :, : self.teacher.config.conditions - 1 + last])
 
     def _draw(self, t: int, h: Tensor) -> Tensor:
         # In the step after guidance ends the unconditional half is left behind.

@@ -227,7 +227,6 @@ class Tokenizer(base.Tokenizer):
         return base.nearest(self.features(images), self.codebook)
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, n, C] -> images [B, 3, H, W], about in [-1, 1] and not clamped; differentiable."""
         return self.draw(to_map(embeddings))
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.models.base import Choose, Condition
 from pipeline.models.var.teacher import Network, Teacher, filtered
-from pipeline.models.var.transformer import Attention, modulated
+from pipeline.models.var.transformer import Attention, modulated, unit
 
 Cache = list[tuple[Tensor, Tensor] | None]
 """Of every block: keys and values [B, H, l, D / H] of the scales so far, None before the first."""
@@ -46,10 +46,11 @@ def _logits(net: Network, labels: Tensor, x: Tensor | None, begin: int, cache: C
     condition = net.class_emb(labels)
     h = condition[:, None] + net.pos_start if x is None else net.word_embed(x.to(net.word_embed.weight.dtype))
     h = h + net.positions()[:, begin : begin + h.shape[1]]
-    for i, (block, by) in enumerate(zip(net.layers, net.modulations(condition), strict=True)):
-        out, cache[i] = _attention(block.attn, modulated(h, by.scale1, by.shift1), cache[i])
-        h = h + by.gamma1 * out
-        h = h + by.gamma2 * block.ffn(modulated(h, by.scale2, by.shift2))
+    with net.float16.region(h.device):
+        for i, (block, by) in enumerate(zip(net.layers, net.modulations(condition), strict=True)):
+            out, cache[i] = _attention(block.attn, modulated(h, by.scale1, by.shift1), cache[i])
+            h = h + by.gamma1 * out
+            h = h + by.gamma2 * block.ffn(modulated(h, by.scale2, by.shift2))
     return net.head(modulated(h, *net.head_nm.modulation(condition))).float()
 
 
@@ -60,8 +61,8 @@ def _attention(
     bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])
     qkv = F.linear(x, attn.mat_qkv.weight, bias).unflatten(-1, (3, attn.heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q = F.normalize(q, dim=-1) * attn.scale_mul_1H11.clamp_max(math.log(100)).exp()
-    k = F.normalize(k, dim=-1)
+    q = unit(q) * attn.scale_mul_1H11.clamp_max(math.log(100)).exp()
+    k = unit(k).to(v.dtype)
     if before is not None:
         k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
     out = F.scaled_dot_product_attention(q, k, v, scale=1.0)

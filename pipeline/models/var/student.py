@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pipeline.errors import Refused
 from pipeline.models import base
-from pipeline.models.base import Condition, Prediction
+from pipeline.models.base import Condition, Prediction, answer
 from pipeline.models.var.config import Config
 from pipeline.models.var.teacher import Teacher
-from pipeline.models.var.transformer import Transformer, initialise, modulated
+from pipeline.models.var.transformer import Transformer, draw, initialise, modulated
 
 
 class Student(Transformer, base.Student):
@@ -57,21 +57,25 @@ class Student(Transformer, base.Student):
         the copied blocks begin undisturbed; the noise-data embedding and the embedding head start at random.
         """
         generator = torch.Generator().manual_seed(seed)
-        student = cls(teacher.config, teacher.codebook, mask, generator)
-        own = student.state_dict()
-        for name, value in teacher.network.state_dict().items():
+        with torch.device("meta"):  # every parameter is given below; loading strictly proves it
+            student = cls(teacher.config, teacher.codebook, mask)
+        known, state = teacher.network.state_dict(), student.state_dict()
+        for name, weight in student.named_parameters():
+            # All are drawn, one after the other: how often a cut normal asks the generator depends on what it gets, so
+            # the new weights would be others if the teacher's were passed over.
+            state[name] = draw(student, name, torch.empty(weight.shape), generator)
             if name in ("pos_1LC", "lvl_embed.weight"):
-                rows = own[name].view(-1, value.shape[-1])
-                known = value.view(-1, value.shape[-1])
-                rows[:1], rows[2:] = known[:1], known[1:]
-            elif name not in ("lvl_1L", "attn_bias_for_masking"):
-                own[name].copy_(value)
-        for weight in student.layerwise_n_d_embed.parameters():
-            nn.init.zeros_(weight)
+                rows, old = (x.view(-1, x.shape[-1]) for x in (state[name], known[name]))
+                rows[:1], rows[2:] = old[:1], old[1:]
+            elif name in known:
+                state[name].copy_(known[name])
+            elif name.startswith("layerwise_n_d_embed"):
+                state[name].zero_()
+        student.load_state_dict(state, assign=True)
         return student.to(teacher.codebook.device)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """As base.Student; the numbers have the dtype of the weights or of autocast."""
+        """As base.Student; embeddings have the dtype of the weights or of autocast."""
         c = self.class_emb(condition.labels)
         # The class has level 0 and the tokens of AR step t level t, so data is what lies below t: [B, n + 1].
         data = (self.lvl_1L < t[:, None]).long()
@@ -83,7 +87,7 @@ class Student(Transformer, base.Student):
         for block, by, rows in zip(self.layers, self.modulations(c), added[:-1], strict=True):
             x = block(x, by, self.attn_bias_for_masking, between=F.embedding(data, rows))
         h = (x + F.embedding(data, added[-1]))[:, 1:]
-        logits = self.head(modulated(h, *self.head_nm.modulation(c)))
+        logits = answer(self.head, modulated(h, *self.head_nm.modulation(c)))
         return Prediction(logits, self.final_layer_conti(h, c))
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Refused
-from pipeline.models import base
+from pipeline.models import base, filters
 from pipeline.models.base import Choose, Condition
+from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.var.config import Config
 from pipeline.models.var.tokenizer import Tokenizer
@@ -22,15 +23,25 @@ class Network(Transformer):
 
     def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
         super().__init__(config, config.patch_nums, lambda query, key: query >= key)
+        self.float16 = Float16()
         initialise(self, generator)
+
+    def to_float16(self) -> None:
+        """Have the blocks compute in float16, but not what the class does to them."""
+        layers = ((b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2) for b in self.layers)
+        self.float16.switch_on(chain.from_iterable(layers))
 
     def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Labels [B] and inputs [B, L - 1, C] of scales 1, 2, ... -> logits [B, L, V]."""
         return Pass(self, labels)(inputs)
 
     def cache(self, batch: int, length: int) -> Tensor:
-        """Room for the keys and values of ``length`` positions: [depth, 2, B, H, length, D / H]."""
-        weight, heads = self.head.weight, self.layers[0].attn.heads
+        """Room for the keys and values of ``length`` positions and one more: [depth, 2, B, H, length + 1, D / H].
+
+        Nothing is written to the last one. With it, what a layer sees is never the whole of its cache, which lies in
+        memory in another way than a part, so that torch.compile would make a form of its own for the last AR step.
+        """
+        weight, heads = self.layers[0].attn.proj.weight, self.layers[0].attn.heads
         return weight.new_empty(len(self.blocks), 2, batch, heads, length + 1, weight.shape[1] // heads)
 
 
@@ -75,9 +86,10 @@ class Pass:
         x = x + self.positions[:, begin : self.end]
         mask = net.attn_bias_for_masking[..., : self.end, : self.end] if masked and begin == 0 else None
         seen = [None] * len(net.blocks) if self.cache is None else self.cache[..., : self.end, :]
-        for block, by, cache in zip(net.layers, self.modulations, seen, strict=True):
-            x = block(x, by, mask, cache)
-        return net.head(modulated(x[:, -last:], *self.head))
+        with net.float16.region(x.device):
+            for block, by, cache in zip(net.layers, self.modulations, seen, strict=True):
+                x = block(x, by, mask, cache)
+        return net.head(modulated(net.float16.watched(x)[:, -last:], *self.head))
 
 
 class Teacher(base.Teacher):
@@ -166,12 +178,12 @@ def filtered(logits: Tensor, filter: Filter) -> Tensor:
     """
     if filter.temperature != 1:
         logits = logits / filter.temperature
-    if 0 < filter.top_k < logits.shape[-1]:
-        least = logits.topk(filter.top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if filter.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        gone = ascending.softmax(-1).cumsum(-1) <= 1 - filter.top_p
-        gone[..., -1].fill_(False)
-        logits = logits.masked_fill(gone.scatter(-1, order, gone), -torch.inf)
-    return logits.log_softmax(-1)
+    if filter.top_p == 1:
+        return filters.top_k(logits, filter.top_k).log_softmax(-1)
+    found = filters.ranked(logits, filter.top_k, descending=False)
+    p = found.logits.softmax(-1)
+    p = p / (1 + found.ties * p[..., :1])  # as if the ties beyond the order stood before it
+    gone = found.ties * p[..., :1] + p.cumsum(-1) <= 1 - filter.top_p
+    gone[..., -1].fill_(False)
+    ties = found.ties - ((1 - filter.top_p) / p[..., :1]).floor().minimum(found.ties)
+    return filters.keep(logits, found, gone, ties).log_softmax(-1)

@@ -41,7 +41,7 @@ class Tokenizer(base.Tokenizer):
         return self.quantize.codes(self.features(images))[0]
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        return self.draw(self.quantize.feature_map(embeddings)).clamp(-1, 1)
+        return self.draw(self.quantize.feature_map(embeddings))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss is the mean over the scales of |f_hat - sg(f)|^2 + beta |sg(f_hat) - f|^2, f_hat being the map

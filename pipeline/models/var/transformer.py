@@ -53,7 +53,7 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(batch, m, 3, self.heads, width // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, m, D / H]
-        q, k = F.normalize(qkv[:2], dim=-1)
+        q, k = unit(qkv[:2])
         q = q * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
         v = qkv[2]
         if cache is not None:
@@ -62,6 +62,11 @@ class Attention(nn.Module):
             k, v = keys, values
         out = attend(q, k, v, mask, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(batch, m, width))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., D] over its length; float16 as float32, since the length may lie beyond its range."""
+    return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -182,18 +187,23 @@ def initialise(net: Transformer, generator: torch.Generator | None = None) -> No
     The layers that end a branch are divided by sqrt(2 depth). The adaptive norms start near the identity:
     scale and shift at half size, the gates gamma at 1e-5. The head starts at 2 %.
     """
-    std = math.sqrt(1 / (3 * net.head.in_features))
     for name, weight in net.named_parameters():
-        if name.endswith("scale_mul_1H11"):
-            nn.init.constant_(weight, math.log(4))
-        elif name.endswith("bias"):
-            nn.init.zeros_(weight)
-        elif name.endswith(("ada_gss", "scale_shift_table")):
-            nn.init.normal_(weight, std=net.head.in_features**-0.5, generator=generator)
-        else:
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-        with torch.no_grad():
-            weight.mul_(_start(name, weight, len(net.blocks)))
+        draw(net, name, weight, generator)
+
+
+@torch.no_grad()
+def draw(net: Transformer, name: str, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``weight``, filled with what the parameter ``name`` of ``net`` starts as."""
+    std = math.sqrt(1 / (3 * net.head.in_features))
+    if name.endswith("scale_mul_1H11"):
+        nn.init.constant_(weight, math.log(4))
+    elif name.endswith("bias"):
+        nn.init.zeros_(weight)
+    elif name.endswith(("ada_gss", "scale_shift_table")):
+        nn.init.normal_(weight, std=net.head.in_features**-0.5, generator=generator)
+    else:
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return weight.mul_(_start(name, weight, len(net.blocks)))
 
 
 def _start(name: str, weight: Tensor, depth: int) -> Tensor | float:

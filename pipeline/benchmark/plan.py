@@ -1,0 +1,68 @@
+"""What a benchmark would measure and about how long that takes, for ``--dry_run``; nothing is run or written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from pipeline.benchmark.actors import PARTS, SHARDS
+from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
+from pipeline.benchmark.networks import listed
+from pipeline.benchmark.training import ROWS, STEPS
+from pipeline.plan import ITEM
+from pipeline.progress import duration
+from pipeline.recipe import Recipe
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved recipe, the place of the table, and one line for each section of ``recipe.benchmark``."""
+    lines = [json.dumps(recipe.resolved(), indent=2), f"benchmark   {recipe.benchmark_uri}"]
+    budget = 0.0
+    for part in recipe.benchmark.sections:
+        turns, beside = SECTIONS[part](recipe)
+        budget += turns * recipe.benchmark.seconds
+        timed = f"{turns} measurements of {recipe.benchmark.seconds:g} s" if turns else ""
+        lines.append(f"{part:<12}{', '.join(filter(None, (timed, beside)))}")
+    gpus = f" and {recipe.cluster.gpus:g} GPU" if recipe.cluster.gpus else ""
+    pool = max(recipe.pairs.actors, recipe.evaluate.actors)
+    lines.append(f"needs       the driver and up to {pool} replicas, each with {recipe.cluster.cpus:g} CPU{gpus}")
+    lines.append(
+        f"time        about {duration(budget)} of measuring at benchmark.seconds {recipe.benchmark.seconds:g}, and what"
+        " has no such limit: every call runs at least once, however long it takes, and pairs and images are made"
+    )
+    return "\n".join(lines)
+
+
+def _batches(recipe: Recipe) -> str:
+    return f"at batch {', '.join(map(str, recipe.benchmark.batches))}"
+
+
+def _generation(recipe: Recipe) -> tuple[int, str]:
+    rows = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
+    return 0, f"{rows:,} pairs by {recipe.pairs.actors} replicas"
+
+
+def _evaluation(recipe: Recipe) -> tuple[int, str]:
+    images = ITEM * PARTS * recipe.evaluate.actors
+    return 0, f"{images:,} images of the teacher and as many of a student, by {recipe.evaluate.actors} actors"
+
+
+def _growth(recipe: Recipe) -> tuple[int, str]:
+    turns = len(BATCHES) + 2 * len(SIDES) + len(CODES)
+    return turns, f"{sum(PAIRS):,} pairs of a teacher that costs nothing, and pools of {max(ACTORS)}"
+
+
+# section -> (what takes its turn for benchmark.seconds, what else is done)
+SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
+    "solvers": lambda recipe: (0, "every solver against the float64 oracle"),
+    "matching": lambda recipe: (len(recipe.benchmark.batches), _batches(recipe)),
+    "teacher": lambda recipe: (2 * len(recipe.benchmark.batches), _batches(recipe)),
+    "sampling": lambda recipe: (len(listed(recipe)[0]), _batches(recipe)),
+    "training": lambda recipe: (
+        0,
+        f"optimiser steps of {recipe.train.batch} samples, {STEPS} of them twice on {ROWS:,} pairs",
+    ),
+    "generation": _generation,
+    "evaluation": _evaluation,
+    "growth": _growth,
+}

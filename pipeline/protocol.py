@@ -1,0 +1,73 @@
+"""How a report's images were drawn, scored and timed, in sentences for whoever wants the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RESIZED = {  # what Inception sees, by flavour
+    "torch-fidelity": "TensorFlow 1's bilinear resize to 299 pixels, (x - 128) / 128",
+    "pytorch-fid": "torch's bilinear resize to 299 pixels without antialiasing, (x - 127.5) / 127.5",
+}
+
+
+def protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, sentences) for drawing, scoring, timing and the run itself; what a report does not know is left out."""
+    made = results["made"]
+    parts = [("drawn", _drawn(made)), ("scored", _scored(made)), ("timed", _timed(made["timing"]))]
+    return [*parts, ("written", _written(made))]
+
+
+def _drawn(made: dict[str, Any]) -> str:
+    classes = f" modulo {made['classes']}" if "classes" in made else " modulo the number of classes"
+    text = (
+        f"{made['count']:,} images a sampler. Sample i, from 0, has class i{classes}, so classes are balanced, and the"
+        f" noise and uniform draws of (seed {made['seed']}, i): the same for every sampler, batch and number of actors."
+    )
+    who = [f"the {one} in {made[one]['precision']}" for one in ("teacher", "student") if _known(made, one, "precision")]
+    if who:
+        text += f" {' and '.join(who)}.".replace(" the", " The", 1)
+    if _known(made, "teacher", "filter"):
+        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in made['teacher']['filter'].items())}."
+    return text
+
+
+def _scored(made: dict[str, Any]) -> str:
+    text = "Images are rounded to uint8 as PNG savers do, floor(clamp(127.5 y + 128, 0, 255)). "
+    if made.get("pixels across an image"):
+        text += f"They are scored at {made['pixels across an image']} pixels across. "
+    if flavour := made.get("flavour"):
+        each = list(RESIZED) if flavour == "both" else [flavour]
+        text += f"Inception sees them after {'; '.join(f'{RESIZED[one]} ({one})' for one in each)}. "
+    else:
+        text += "The digits scorer sees them as they are, at x / 127.5 - 1, without a resize. "
+    text += "It works in float32; means and unbiased covariances are float64 sums, merged in the order of the ids."
+    if _known(made, "reference", "uri"):
+        facts = made["reference"]
+        count = facts.get("count") or facts.get("images")
+        statistics = "statistics made here by the same network" if facts["statistics"] == "made here" else "statistics"
+        text += f" Compared with {facts['uri']}: {statistics}" + (f" of {count:,} images." if count else ".")
+    return text
+
+
+def _timed(timing: dict[str, Any]) -> str:
+    if not timing["device"]:
+        return "Speed was not measured."
+    day = f" on {timing['measured']}" if timing.get("measured") else ""
+    return (
+        f"Measured{day} in one process on {timing['device']}, {timing['threads']} torch thread(s) of"
+        f" {timing['cores']} cores, from inputs that were made beforehand to decoded images; the median of"
+        f" {timing['calls']}. All samplers run at every batch, and a speed-up is over the AR teacher at the same one."
+    )
+
+
+def _written(made: dict[str, Any]) -> str:
+    facts = made.get("report") or {}
+    text = f"Written {facts['written']}" if facts.get("written") else "Written"
+    text += f" by distilled-decoding {facts['version']}" if facts.get("version") else " by this package"
+    if facts.get("commit"):
+        text += f", commit {facts['commit']}" + (" with files that differ from it" if facts.get("changed") else "")
+    return text + (f", with: {facts['command']}" if facts.get("command") else ".")
+
+
+def _known(made: dict[str, Any], part: str, key: str) -> bool:
+    return bool((made.get(part) or {}).get(key))
