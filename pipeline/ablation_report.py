@@ -122,13 +122,12 @@ def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> di
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float]:
-    """The table's numbers for MLflow: {"train.lpips_1/DD_1_step/mean": 20.1, ...}."""
+    """The table's means for MLflow, a chart each: {"train.lpips_1/DD_1_step/mean": 20.1, ...}."""
     out: dict[str, float] = {}
     for row in results["rows"]:
-        for column, mean, spread in zip(results["columns"], row["mean"], row["spread"], strict=True):
-            name = f"{metric_name(_label(row))}/{metric_name(column)}"
-            numbers = {"mean": mean, "spread": spread, "codes": row["codes"] and row["codes"]["all"]}
-            out |= {f"{name}/{key}": value for key, value in numbers.items() if value is not None}
+        means = zip(results["columns"], row["mean"], strict=True)
+        name = metric_name(_label(row))
+        out |= {f"{name}/{metric_name(column)}/mean": mean for column, mean in means if mean is not None}
     return out
 
 

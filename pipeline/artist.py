@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from pipeline.precision import set_products
 from pipeline.real_images import RealImages
 from pipeline.samplers import Models, Sampler
 from pipeline.scoring import Features
+from pipeline.stopwatch import now, warm_up
 from pipeline.tally import Seen, Statistics
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
@@ -155,3 +157,29 @@ def load_student(plan: Plan, uri: str, models: Models) -> Student:
     if plan.recipe.evaluate.compile:
         compiled(student)
     return student
+
+
+@torch.no_grad()
+def seconds_per_image(plan: Plan, samplers: list[Sampler]) -> dict[Sampler, float]:
+    """Seconds of an image of each sampler in steady state, in batches of the recipe's, decoding included.
+
+    Samplers of token frequencies are left out: they ask no network and a pair set that may be still to come. A student
+    that is not there yet is as fast as one that starts from its teacher.
+    """
+    recipe, batch = plan.recipe, plan.recipe.evaluate.batch
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
+    set_products("fp32")
+    models, asked = load(plan, None), [sampler for sampler in samplers if not sampler.frequencies]
+    if any(sampler.student for sampler in asked):
+        kind = checkpoints.family(recipe.teacher).Student
+        there = plan.students and load_student(plan, plan.student, models)
+        new = there or kind.from_teacher(models.teacher, plan.mask, recipe.train.seed).eval().to(plan.device)
+        models = dataclasses.replace(models, student=new)
+    found = {}
+    for sampler in asked:
+        call = partial(drawn, models, sampler, np.arange(batch), plan.side)
+        warm_up(call)
+        start = now(plan.device)
+        call()
+        found[sampler] = (now(plan.device) - start) / batch
+    return found

@@ -9,13 +9,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import NodeDiedError, RaySystemError, TaskUnschedulableError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from pipeline import fields, signals, storage
@@ -91,6 +93,26 @@ def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *mor
         return ray.get(getattr(actor, method).remote(*more))
 
 
+def on_one_machine(recipe: Recipe) -> bool:
+    """Whether the joined cluster is this machine alone and has a place for a replica, so that none is to come."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and places(recipe) > 0
+
+
+def on_every_node(recipe: Recipe, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call a function on every node that there is, and in a worker with a replica's resources, on a node that may be
+    still to come; the results. A node that is lost meanwhile is left out.
+    """
+    task = ray.remote(function)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    everywhere = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    calls = [task.options(num_cpus=0, scheduling_strategy=here).remote(*args) for here in everywhere]
+    out = [ray.get(task.options(**_resources(recipe)).remote(*args))]
+    for call in calls:
+        with suppress(RaySystemError, NodeDiedError, TaskUnschedulableError):
+            out.append(ray.get(call))
+    return out
+
+
 def pool(recipe: Recipe, size: int, retries: int) -> dict[str, Any]:
     """What ``map_batches`` is told of a pool of so many replicas, whose units survive ``retries`` deaths of theirs."""
     # One unit at a time: one that takes its actor down would take the retries of another queued behind it, too.
@@ -116,7 +138,10 @@ def waiting(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[N
         """Say something whenever the number of places changes, and again while there is none."""
         said, silent = replicas, 0.0
         while not stop.is_set():
-            found = min(places(recipe), replicas)
+            try:
+                found = min(places(recipe), replicas)
+            except Exception:  # the cluster is gone, which the body hears, too
+                return
             if found != said or (not found and silent >= REMIND):
                 tqdm.write(_waiting_for(recipe, found, replicas, what), file=sys.stderr)
                 said, silent = found, 0.0

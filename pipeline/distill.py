@@ -9,14 +9,12 @@ checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -29,38 +27,31 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from pipeline import (
     cluster,
-    footprint,
-    losses,
-    mlflow_store,
+    costs,
+    preflight,
     signals,
+    status,
     storage,
     tracking,
     training_data,
     training_plan,
     training_state,
 )
-from pipeline.compilation import blocks, compiled
 from pipeline.errors import Unfinished
-from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.observer import Message, Observer, Report, Window, timed
-from pipeline.precision import autocast, set_products
 from pipeline.progress import Progress, duration
 from pipeline.recipe import Recipe, TrainSettings
-from pipeline.recomputation import recomputed
-from pipeline.stopwatch import WARM_UP, now
-from pipeline.training_data import Batch
 from pipeline.training_plan import Plan
 from pipeline.training_state import TrainingState
+from pipeline.training_step import build, device_of, prepare, step
 
 FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
-MEASURED = 3  # steps that a dry run times in steady state
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
@@ -71,20 +62,22 @@ def distill(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
     fit, before anything expensive starts.
     """
-    recipe.check_filled("teacher", "pairs", "train")
     recipe = cluster.portable(recipe)
-    mlflow_store.check(recipe)
-    plan = training_plan.check(recipe)
+    if recipe.status:
+        return status.of_training(recipe)
     if recipe.dry_run:
-        return describe(plan)
+        return costs.described(recipe)
+    preflight.check(recipe, "distill")
+    plan = training_plan.check(recipe)
     if storage.exists(plan.result):
         tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
-    if plan.recipe.train.workers:
-        cluster.check_address()
     storage.check_writable(plan.at())
+    if workers := plan.recipe.train.workers:
+        with cluster.session(plan.recipe, workers, "training workers"):
+            preflight.check_workers(plan.recipe, "distill", plan.at())
     earlier = training_plan.claimed(plan) or {}
     start = time.monotonic()
     with tracking.Run.start(plan.recipe, "distill", earlier.get("mlflow_run")) as run:
@@ -253,7 +246,7 @@ def train(config: dict[str, Any]) -> None:
 
     # 1. This worker's share and device.
     context = ray.train.get_context()
-    rank, world, device = context.get_world_rank(), context.get_world_size(), _device(plan.recipe)
+    rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
 
     # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
     # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
@@ -313,56 +306,6 @@ def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> Non
     training_state.drop_after(folder, name)
 
 
-def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
-    """One optimiser step on this worker's share of a batch; the loss's sums and the gradient norm, on the device."""
-    parts, sums = batch.parts(state.settings.micro_batch), []
-    ddp = network if isinstance(network, DistributedDataParallel) else None
-    for number, part in enumerate(parts, 1):
-        with ddp.no_sync() if ddp and number < len(parts) else nullcontext():  # workers meet once a step
-            with autocast(state.settings.precision, part.x_t.device):
-                prediction = network(part.x_t, part.t, part.condition)
-                value, part_sums = loss(prediction, part.tokens, part.t)
-            (value * (len(part.t) / len(batch.t))).backward()
-        sums.append(part_sums)
-    return torch.stack(sums).sum(0), state.advance(total)
-
-
-def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Student, Loss]:
-    """The student as its teacher leaves it, and its loss; both on the device, the teacher's transformer gone.
-
-    Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
-    """
-    # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
-    if fresh:
-        teacher = checkpoints.teacher(settings)
-        tokenizer = teacher.tokenizer.to(device)
-        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
-    else:
-        tokenizer = checkpoints.tokenizer(settings).to(device)
-        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
-    network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
-    return student.train(), Loss(recipe.train, tokenizer, network)
-
-
-def prepare(student: Student, loss: Loss) -> None:
-    """Compile and recompute as the recipe says, in place: what no copy, checkpoint or export of the student shows."""
-    if loss.settings.compile:
-        compiled(student)
-    if loss.settings.recompute:
-        recomputed([*blocks(student), *losses.layers(loss.tokenizer, loss.network)])
-
-
-def _device(recipe: Recipe) -> torch.device:
-    """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
-    set_products(recipe.train.precision)
-    if recipe.cluster.runs_on == "cuda":
-        torch.backends.cudnn.benchmark = True  # decoder and LPIPS meet the same shapes at every step
-        return ray.train.torch.get_device()
-    torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
-    return torch.device("cpu")
-
-
 def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
     """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
     options = {
@@ -371,92 +314,3 @@ def _distributed(student: Student, settings: TrainSettings, device: torch.device
         "gradient_as_bucket_view": True,
     }
     return ray.train.torch.prepare_model(student, move_to_device=device, parallel_strategy_kwargs=options)
-
-
-# ---- planning
-
-
-def describe(plan: Plan) -> str:
-    """The resolved recipe and what a run would take, from the seconds of a few steps; nothing is written."""
-    recipe, settings, cluster_settings = plan.recipe, plan.recipe.train, plan.recipe.cluster
-    left = plan.total - training_state.steps_done(plan.at("checkpoints"))
-    left = 0 if storage.exists(plan.result) else left
-    workers = max(1, settings.workers)
-    lines = [
-        json.dumps(recipe.resolved(), indent=2),
-        f"student      {plan.at()}, fingerprint {plan.fingerprint}",
-        f"parameters   {parameters(recipe):,} of the student; weight, gradient, two moments, average: 20 bytes each",
-        f"pairs        {plan.rows:,} to train on, {plan.held_out:,} held out",
-        f"steps        {plan.total:,} of {settings.batch} pairs; {left:,} are left",
-    ]
-    if left:
-        at_once = training_plan.at_once(settings)
-        lines += footprint_of(recipe).lines(at_once, "train.micro_batch", cluster_settings.runs_on == "cuda")
-        try:
-            seconds = _seconds_per_step(recipe)
-        except cluster.NoGpu as error:
-            return "\n".join([*lines, f"time         not measured: {error}"])
-        where = f"{workers} {'GPU' if cluster_settings.gpus else 'CPU'} worker{'s' * (workers > 1)}"
-        lines.append(f"one step     {duration(seconds)} on {where}, communication and reading not counted")
-        lines.append(f"time         about {duration(seconds * left)}")
-        if cluster_settings.gpus:
-            hours = seconds * left * workers * cluster_settings.gpus / 3600
-            price = cluster_settings.usd_per_gpu_hour
-            lines.append(f"GPU-hours    {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
-    return "\n".join(lines)
-
-
-def parameters(recipe: Recipe) -> int:
-    """How many the recipe's student has."""
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        codebook = torch.empty(config.layout.vocabulary, config.layout.code_dim)
-        student = family.Student(config, codebook, recipe.train.mask)
-    return sum(parameter.numel() for parameter in student.parameters())
-
-
-def footprint_of(recipe: Recipe) -> footprint.Footprint:
-    """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
-    settings = dataclasses.replace(recipe.train, micro_batch=0)  # what is traced is taken at once
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
-        student = family.Student(config, tokenizer.codebook, settings.mask).train()
-    network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
-    if settings.recompute:
-        recomputed([*blocks(student), *losses.layers(tokenizer, network)])
-
-    def work(samples: int) -> None:
-        """Two optimiser steps on so many samples."""
-        for module in filter(None, (tokenizer, student, network)):
-            footprint.hollow(module)
-        loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
-        batch = training_data.hollow(config.layout, samples)
-        for _ in range(2):  # from the second on, the optimiser has its moments
-            step(student, loss, state, batch, total=2)
-
-    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)
-
-
-def _seconds_per_step(recipe: Recipe) -> float:
-    """``measure`` where a worker would run."""
-    if not recipe.train.workers:
-        return measure(recipe)
-    return float(cluster.on_worker(recipe, measure, recipe))
-
-
-def measure(recipe: Recipe) -> float:
-    """Seconds of one optimiser step on one worker's share of a batch, from made-up pairs."""
-    settings, layout = recipe.train, checkpoints.config(recipe.teacher).layout
-    device = _device(recipe)
-    student, loss = build(recipe, device)
-    state = TrainingState(student, settings)
-    prepare(student, loss)
-    pairs = training_data.made_up(layout, settings.batch // max(1, settings.workers))
-    batch = training_data.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
-    ends = []
-    for _ in range(WARM_UP + MEASURED):
-        step(student, loss, state, batch, total=WARM_UP + MEASURED)
-        ends.append(now(device))
-    state.check()
-    return (ends[-1] - ends[WARM_UP - 1]) / MEASURED

@@ -28,14 +28,15 @@ import torch
 from pipeline import (
     cluster,
     comparison,
+    costs,
     legend,
     machine,
-    mlflow_store,
     model_registry,
     noise,
     page,
     pairs,
     plots,
+    preflight,
     provenance,
     references,
     report,
@@ -43,13 +44,14 @@ from pipeline import (
     sampler_list,
     scoring,
     speed,
+    status,
     storage,
     summary,
     timing,
     tracking,
 )
 from pipeline.artist import Artist, load, load_student
-from pipeline.plan import Draw, Plan, departures, describe, prepare
+from pipeline.plan import Draw, Plan, departures, prepare
 from pipeline.precision import set_products
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, fingerprint
@@ -217,21 +219,25 @@ def evaluate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before
     sampling.
     """
-    mlflow_store.check(recipe)
-    recipe.check_filled("teacher", "pairs", "train", "evaluate")
-    recipe, registered = model_registry.fetched(cluster.portable(recipe))
+    recipe = cluster.portable(recipe)
+    if recipe.dry_run:
+        return costs.described(recipe)
+    if not recipe.status:
+        preflight.check(recipe, "evaluate")
+    recipe, registered = model_registry.fetched(recipe)
     plan = dataclasses.replace(prepare(recipe), registered=registered)
-    model_registry.check(recipe)
+    if recipe.status:
+        return status.of_evaluation(plan)
     others = comparison.read(plan, scoring.title(recipe.evaluate))
     for sentence in said_of(plan):
         print(sentence, file=sys.stderr, flush=True)
-    if recipe.dry_run:
-        return _dry_run(plan)
     earlier, times = _earlier(plan), timing.recalled(plan)
     shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
     if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{report.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
-    cluster.check_address()
+    if in_cache(plan) != plan.draws():
+        with cluster.session(recipe, recipe.evaluate.actors, "sampling actors"):
+            preflight.check_workers(recipe, "evaluate", recipe.report_uri)
     with tracking.Run.start(recipe, "evaluate") as run:
         run.mark(recipe.report_uri)
         frequencies = _frequencies(plan)
@@ -265,15 +271,6 @@ def _timed(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
     found = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
     print(f"{legend.about_load(found)}.", file=sys.stderr, flush=True)
     return found
-
-
-def _dry_run(plan: Plan) -> str:
-    """The plan with what is left to draw, from the seconds of one batch of every sampler."""
-    left = {draw.sampler for draw in plan.draws() if draw not in in_cache(plan)}
-    if not left - {None}:
-        return describe(plan, dict.fromkeys(plan.samplers, 0.0))
-    found = time_alone(plan, _frequencies(plan), (plan.recipe.evaluate.batch,))
-    return describe(plan, {sampler: speeds[-1].ms / 1000 for sampler, speeds in found["speeds"].items()})
 
 
 def _earlier(plan: Plan) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Noise-token pairs at scale (Alg. 1): a pool of teachers turns numbered shards of noise into Parquet files.
 
-A teacher's actor makes one whole shard, a task without a CPU of its own commits it, so that the device never waits for
-storage (see ``pool``). What is committed is never made again; a run that was killed goes on where it stopped.
+``passes`` has Ray Data make and commit the shards. What is committed is never made again; a run that was killed goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -12,29 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-import torch
-import yaml
-from torch import Tensor
-
-from pipeline import cluster, compilation, footprint, manifest, mlflow_store, pairs, storage, tracking
-from pipeline.errors import Outage, Refused, Unfinished
+from pipeline import cluster, costs, manifest, pairs, preflight, status, storage, tracking
+from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts, Shard
-from pipeline.models import checkpoints
-from pipeline.models.base import Condition
-from pipeline.pool import LONGEST, PAUSE, Outcome, Pool
+from pipeline.passes import FAILURES, commits, patiently
 from pipeline.progress import Progress, duration
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe
 from pipeline.replica import Replica
 
-FAILURES = 10  # failed shards for each replica at which the job stops; fewer are named at the end
 NAMED = 10  # of them, in a sentence
 LEDGER = 60.0  # seconds between two records of what is committed; what a killed driver has not recorded is read again
-TRACED = 16  # AR steps of a raster sequence that a plan traces
 VERIFIED_SHARDS = 8  # of which verify derives rows again, and more where more machines made them
 VERIFIED_ROWS = 16  # of each of those
 AGREEMENT = 0.95  # smallest share of codes found again; float rounding on another device moves few of them
@@ -47,12 +38,12 @@ def generate(recipe: Recipe) -> str:
     claimed before Ray and MLflow are there.
     """
     recipe = cluster.portable(recipe)
-    mlflow_store.check(recipe)
-    recipe.check_filled("teacher", "pairs")
+    if recipe.status:
+        return status.of_pairs(recipe)
+    if recipe.dry_run:
+        return costs.described(recipe)
+    preflight.check(recipe, "generate_pairs")
     uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    manifest.check_claim(uri, known)
-    if recipe.teacher.compile:
-        compilation.check("teacher.compile", recipe.cluster.runs_on)
     if recipe.pairs.verify:
         return verify(recipe, known)
     files, complete = storage.sizes(uri), manifest.complete(uri)
@@ -61,30 +52,29 @@ def generate(recipe: Recipe) -> str:
     shards = manifest.present(there, count, recipe.pairs.shard_rows)
     todo = [number for number, name in shards.items() if name is None]
     if complete and complete["count"] == count and not todo:
-        if not recipe.dry_run:
-            manifest.tidy(uri, complete, files)
-            tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
+        tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
+        manifest.tidy(uri, complete, files)
         return f"Nothing is missing: {_described(uri, complete)}."
-    _check_weights(recipe)
-    if recipe.dry_run:
-        return plan(recipe, known, count, todo)
-    cluster.check_address()
     storage.check_writable(uri, needed=_rows_of(recipe, count, todo) * pairs.row_bytes(known))
     if len(todo) < len(shards):
         print(f"{uri} holds {len(shards) - len(todo)} of {len(shards)} shards; making the others.", flush=True)
-    with tracking.Run.start(recipe, "pairs") as run:
+    with _at_work(recipe, todo), tracking.Run.start(recipe, "pairs") as run:
+        manifest.claim(uri, known, recipe)
+        run.mark(uri)
         done = _complete(recipe, known, count, shards, manifest.recorded(uri, known, there), run)
     last = done["made"][-1]
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {_described(uri, done)}."
 
 
-def _check_weights(recipe: Recipe) -> None:
-    """Hold the weight files against the recipe's networks without memory for either."""
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        model = family.Teacher(config, recipe.teacher.filter)
-    checkpoints.weights(model.tokenizer, recipe.teacher.tokenizer, recipe.teacher.unpickle)
-    checkpoints.weights(model.network, recipe.teacher.checkpoint, recipe.teacher.unpickle)
+@contextmanager
+def _at_work(recipe: Recipe, todo: list[int]) -> Iterator[None]:
+    """Ray for the shards ``todo``, once it is certain that its workers see what this process sees; none for none."""
+    if not todo:
+        yield
+        return
+    with cluster.session(recipe, min(recipe.pairs.actors, len(todo))):
+        preflight.check_workers(recipe, "generate_pairs", recipe.pairs_uri)
+        yield
 
 
 def _complete(
@@ -112,11 +102,8 @@ def _complete(
                     manifest.record(uri, known, found)
 
         try:
-            with cluster.session(recipe, min(recipe.pairs.actors, len(todo))) if todo else nullcontext():
-                manifest.claim(uri, known, recipe)
-                run.mark(uri)
-                if todo:
-                    _make(recipe, known, count, todo, made, record, run)
+            if todo:
+                _make(recipe, known, count, todo, made, record, run)
             checked = [future.result() for future in reading]
         except BaseException:
             record()
@@ -129,7 +116,8 @@ def _complete(
         "device": recipe.cluster.runs_on,
         "mlflow_run": run.id,
     }
-    complete = _patiently(recipe, partial(manifest.finish, uri, known, kept + checked + made, summary))
+    finish = partial(manifest.finish, uri, known, kept + checked + made, summary)
+    complete = patiently(finish, recipe.pairs.patience_hours, partial(print, file=sys.stderr, flush=True))
     _log(run, recipe, complete)
     return complete
 
@@ -204,37 +192,6 @@ def _missing(recipe: Recipe, todo: list[int], made: list[Shard]) -> str:
     )
 
 
-def commits(
-    recipe: Recipe,
-    known: Facts,
-    count: int,
-    todo: list[int],
-    progress: Progress,
-    replica: type[Replica] = Replica,
-    **more: Any,
-) -> Iterator[Outcome]:
-    """Numbers -> teacher -> Parquet file: what became of every shard, as it is committed or has failed.
-
-    ``replica`` is the class that makes them, ``more`` what its constructor takes beside recipe and facts.
-    """
-    return Pool(recipe, known, count, todo, progress, replica, more).outcomes()
-
-
-def _patiently(recipe: Recipe, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the last writing, again and again while the storage does not answer: all is made, and nobody waits."""
-    start, pause = time.monotonic(), PAUSE
-    while True:
-        try:
-            return write()
-        except Outage as error:
-            if time.monotonic() - start > 3600 * recipe.pairs.patience_hours:
-                raise
-            if pause == PAUSE:
-                print(f"{error} It is tried again until it answers.", file=sys.stderr, flush=True)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST)
-
-
 # ---- checking and planning
 
 
@@ -273,63 +230,6 @@ def _sample(shards: list[Shard], chance: random.Random) -> list[Shard]:
     chosen = {shard.host: shard for shard in mixed}
     others = [shard for shard in mixed if shard is not chosen[shard.host]]
     return [*chosen.values(), *others[: max(0, VERIFIED_SHARDS - len(chosen))]]
-
-
-def plan(recipe: Recipe, known: Facts, count: int, todo: list[int]) -> str:
-    """The resolved recipe and what a run would take, from the seconds of one batch; nothing is written."""
-    left, batch = _rows_of(recipe, count, todo), min(recipe.pairs.batch, recipe.pairs.shard_rows)
-    row = pairs.row_bytes(known)
-    lines = [
-        yaml.safe_dump(recipe.resolved(), sort_keys=False, default_flow_style=None),
-        f"pair set     {recipe.pairs_uri}, fingerprint {fingerprint(known)[:12]}",
-        f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
-        f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
-        *footprint_of(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
-    ]
-    try:
-        seconds = _on_replica(recipe, known, "measure")
-    except cluster.NoGpu as error:
-        return "\n".join([*lines, f"time         not measured: {error}"])
-    total, replicas = seconds * left / batch, max(1, min(recipe.pairs.actors, len(todo)))
-    lines += [
-        f"one batch    {batch} rows in {duration(seconds)} on one replica ({recipe.cluster.runs_on})",
-        f"time         about {duration(total / replicas)} with {replicas} replica{'s' * (replicas > 1)}",
-    ]
-    if recipe.cluster.gpus:
-        hours, price = total * recipe.cluster.gpus / 3600, recipe.cluster.usd_per_gpu_hour
-        cost = "" if price is None else f", ${hours * price:,.2f} at ${price:g} an hour"
-        lines.append(f"GPU-hours    {hours:,.2f}{cost}")
-    return "\n".join(lines)
-
-
-def footprint_of(recipe: Recipe) -> footprint.Footprint:
-    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities.
-
-    Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
-    sequence only the first steps are traced; each later one adds the same to the cache.
-    """
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    with torch.device("meta"):
-        teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
-
-    def upto(steps: int) -> footprint.Footprint:
-        """What the first ``steps`` AR steps need."""
-
-        def choose(step: int, log_p: Tensor) -> Tensor:
-            return torch.zeros(log_p.shape[:-1], dtype=torch.long)
-
-        def work(samples: int) -> None:
-            condition = Condition(torch.zeros(samples, dtype=torch.long))
-            footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
-
-        return footprint.trace(work)
-
-    steps = config.layout.steps
-    if steps <= TRACED or len(set(config.layout.groups)) > 1:
-        return upto(steps)
-    short, longer = upto(TRACED // 2), upto(TRACED)
-    per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
-    return replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step))
 
 
 def _on_replica(recipe: Recipe, known: Facts, method: str, *args: Any) -> Any:

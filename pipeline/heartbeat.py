@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
@@ -32,6 +33,8 @@ PATIENCE = 10.0  # seconds that the board may take to answer
 NAMED = 3  # units that a line names, those in work for longest
 TRIES = 2  # processes in which a unit may stall
 END = object()  # after the last row
+HOLD = 2.0  # seconds between two questions whether work may go on
+AGAIN = "answers again."
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Board:
 
     def __init__(self) -> None:
         self.units: dict[str, tuple[tuple[str, str, Any], float]] = {}
+        self.notes: dict[str, str] = {}  # by what they are about, in the order of their coming
+        self.waiting: set[int] = set()
 
     def begin(self, unit: str, node: str, address: str, actor: Any) -> None:
         """A unit that is begun again, because who had it died, is in work from now on."""
@@ -58,18 +63,54 @@ class Board:
     def end(self, unit: str) -> None:
         self.units.pop(unit, None)
 
-    def read(self) -> list[Work]:
-        """All units in work, those begun first before the others."""
+    def tell(self, about: str, text: str) -> None:
+        """A line for the driver to say; of several about one thing the first counts, until ``go_on``."""
+        self.notes.setdefault(about, text)
+
+    def wait(self, number: int) -> None:
+        self.waiting.add(number)
+
+    def go_on(self, number: int, about: str) -> None:
+        """What a unit waited for has come."""
+        self.waiting.discard(number)
+        if about in self.notes and not self.notes[about].endswith(AGAIN):
+            self.notes[about] = f"{about} {AGAIN}"
+
+    def waits(self) -> int:
+        """How many units wait."""
+        return len(self.waiting)
+
+    def read(self) -> tuple[list[Work], list[str]]:
+        """All units in work, those begun first before the others, and the lines to say."""
         now = time.monotonic()
         found = [Work(unit, *at, now - begun) for unit, (at, begun) in self.units.items()]
-        return sorted(found, key=lambda work: -work.age)
+        lines = list(self.notes.values())
+        self.notes = {about: text for about, text in self.notes.items() if not text.endswith(AGAIN)}
+        return sorted(found, key=lambda work: -work.age), lines
 
 
 class Announcer:
     """An actor's end: ``with announcer.working("part 3 of Skip 1"):``; it waits for nothing."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, board: Any, slots: int) -> None:
+        self._board, self._slots = board, slots
+
+    def tell(self, about: str, text: str) -> None:
+        """Have the driver say a line, once."""
+        ray.get(self._board.tell.remote(about, text))  # the process may end with the next statement
+
+    def wait(self, number: int) -> None:
+        """The unit waits for the storage."""
+        self._board.wait.remote(number)
+
+    def go_on(self, number: int, about: str) -> None:
+        """It waits no more; the driver says so where it said that it did."""
+        self._board.go_on.remote(number, about)
+
+    def pause(self) -> None:
+        """Begin nothing while as many units wait as may be under way at once."""
+        while self._slots and ray.get(self._board.waits.remote()) >= self._slots:
+            time.sleep(HOLD)
 
     @contextmanager
     def working(self, unit: str) -> Iterator[None]:
@@ -86,18 +127,28 @@ class Heartbeat:
     """The driver's end: ``with Heartbeat(recipe, "parts", total, done) as beat``, then ``for row in beat.rows(ds)``.
 
     ``beat.announcer`` goes into the constructor of the data set's actors, whom Ray must restart when they die.
+    ``begun`` is told how many units are in work, whenever this looks; ``slots`` is how many may wait for the storage.
     """
 
-    def __init__(self, recipe: Recipe, what: str, total: int, done: int = 0) -> None:
-        self.what, self.total, self.done = what, total, done
+    def __init__(
+        self,
+        recipe: Recipe,
+        what: str,
+        total: int,
+        done: int = 0,
+        begun: Callable[[int], None] = lambda abreast: None,
+        slots: int = 0,
+    ) -> None:
+        self.what, self.total, self.done, self._begun, self._slots = what, total, done, begun, slots
+        self._lines: set[str] = set()  # that were said
         self._every, self._limit = 60 * recipe.cluster.heartbeat_minutes, 60 * recipe.cluster.stall_minutes
         self._said = time.monotonic()  # when something was last heard of
         self._taken = Counter[str]()
 
     def __enter__(self) -> Heartbeat:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
-        self._board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
-        self.announcer = Announcer(self._board)
+        self._board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self.announcer = Announcer(self._board, self._slots)
         return self
 
     def __exit__(
@@ -125,7 +176,7 @@ class Heartbeat:
                     self._said = time.monotonic()
                     self.done += 1
                     yield row
-                if time.monotonic() - looked >= LOOK:
+                if time.monotonic() - looked >= LOOK or ended:
                     self._look()
                     looked = time.monotonic()
         finally:
@@ -135,6 +186,8 @@ class Heartbeat:
     def _look(self) -> None:
         """Say what is in work if nothing has come for long, and take a unit away from who is at it for too long."""
         work, now = self._in_work(), time.monotonic()
+        if work:
+            self._begun(len(work))
         if now - self._said >= self._every:
             self._say(f"{self.done}/{self.total} {self.what}; {_named(work)}.")
         for one in work:
@@ -160,9 +213,20 @@ class Heartbeat:
         self._said = time.monotonic()
 
     def _in_work(self) -> list[Work]:
-        """What living nodes are at."""
+        """What living nodes are at; lines that workers have for the driver are said on the way."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return [work for work in ray.get(self._board.read.remote(), timeout=PATIENCE) if work.node in alive]
+        try:
+            found, lines = ray.get(self._board.read.remote(), timeout=PATIENCE)
+        except RayError:  # on a machine that is very busy: the next look will tell, and the work goes on
+            return []
+        for line in lines:
+            if line.endswith(AGAIN):
+                self._lines = {said for said in self._lines if not said.startswith(line.removesuffix(AGAIN).rstrip())}
+                self._say(line)
+            elif line not in self._lines:
+                self._lines.add(line)
+                self._say(line)
+        return [work for work in found if work.node in alive]
 
 
 def _named(work: list[Work]) -> str:

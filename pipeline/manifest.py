@@ -173,6 +173,11 @@ def complete(uri: str) -> dict[str, Any] | None:
     return _stored(uri, MANIFEST)
 
 
+def begun(uri: str) -> bool:
+    """Whether somebody has claimed the folder for a set."""
+    return _stored(uri, RECIPE) is not None
+
+
 def _stored(uri: str, name: str) -> Any:
     """The content of one of the set's JSON files, under its name or that of earlier versions; None if there is none."""
     for place in (name, _earlier(name)):

@@ -18,7 +18,6 @@ from pipeline import compilation, manifest, provenance, sample_files, sampler_li
 from pipeline.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
-from pipeline.progress import duration
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
@@ -373,23 +372,3 @@ def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
                 f"the student at {plan.student} was distilled with {key} {settings.get(key)}, but this"
                 f" recipe has {value}; use the recipe that it was distilled with, or set evaluate.student."
             )
-
-
-def describe(plan: Plan, seconds: dict[Sampler, float]) -> str:
-    """The plan of a dry run: the resolved recipe and what is left to draw, from each sampler's seconds per
-    image.
-    """
-    lines, total = [json.dumps(plan.recipe.resolved(), indent=2)], 0.0
-    for draw in plan.draws():
-        cached = storage.exists(plan.cache(draw))
-        needed = 0.0 if cached or draw.sampler is None else seconds[draw.sampler] * draw.count
-        total += needed
-        state = "in the cache" if cached else f"about {duration(needed)} on one replica"
-        lines.append(f"{draw.count:>7,} x {draw.name}, {state}")
-    replicas, settings = plan.recipe.evaluate.actors, plan.recipe.cluster
-    lines.append(f"time      about {duration(total / replicas)} with {replicas} replicas, without scoring")
-    if settings.gpus:
-        hours = total * settings.gpus / 3600
-        price = settings.usd_per_gpu_hour
-        lines.append(f"GPU-hours {hours:,.2f}" + (f", ${hours * price:,.2f}" if price is not None else ""))
-    return "\n".join(lines)

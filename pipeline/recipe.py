@@ -410,7 +410,8 @@ class Recipe:
         cluster: resources.
         ablate: what the ablation varies; the three jobs take no notice of it.
         benchmark: what the benchmark measures, likewise.
-        dry_run: print the resolved recipe and the plan, run nothing.
+        preflight: whose inputs a job checks before it begins: of all jobs that follow it, too, or of this one alone.
+        dry_run: print the resolved recipe, what is missing for the three jobs and what they will cost; run nothing.
         status: print what is there, what is missing, rate and last activity of a run, without Ray; run nothing.
     """
 
@@ -423,6 +424,7 @@ class Recipe:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     ablate: AblationSettings = field(default_factory=AblationSettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    preflight: Literal["all", "this"] = "all"
     dry_run: bool = False
     status: bool = False
 

@@ -49,8 +49,14 @@ def install() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal that comes while the body runs is raised after it: for what must not be left half done."""
+    """A signal that comes while the body runs is raised after it: for what must not be left half done.
+
+    Nothing in other threads than the main one, in which no signal is raised.
+    """
     global _depth
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _depth += 1
     try:
         yield

@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -142,6 +143,11 @@ def listing(uri: str) -> list[str]:
 
 def sizes(uri: str) -> dict[str, int]:
     """Name -> bytes of what is directly inside a folder, from one listing; empty for a folder that does not exist."""
+    return {name: entry["size"] or 0 for name, entry in _entries(uri).items()}
+
+
+def _entries(uri: str) -> dict[str, dict[str, Any]]:
+    """What the backend says of everything directly inside a folder, by name."""
     with _sentences(uri, "listed"):
         fs, path = filesystem(uri)
         try:
@@ -149,8 +155,25 @@ def sizes(uri: str) -> dict[str, int]:
         except FileNotFoundError:
             return {}
     inside = path.rstrip("/")
-    names = {entry["name"].rstrip("/"): entry["size"] or 0 for entry in found}
-    return {name.removeprefix(f"{inside}/"): size for name, size in names.items() if name != inside}
+    names = {entry["name"].rstrip("/"): entry for entry in found}
+    return {name.removeprefix(f"{inside}/"): entry for name, entry in names.items() if name != inside}
+
+
+def modified(uri: str) -> dict[str, float]:
+    """Name -> when it was last written, in seconds since 1970, of what is directly inside a folder, from one listing.
+
+    Empty for a folder that does not exist; a file of which the backend does not say when is left out.
+    """
+    found = {name: _written(entry) for name, entry in _entries(uri).items()}
+    return {name: when for name, when in found.items() if when}
+
+
+def _written(entry: dict[str, Any]) -> float | None:
+    """When a file of a listing was written: local disks say it in seconds, S3 as a datetime, GCS as text."""
+    stamp = next((entry[key] for key in ("mtime", "LastModified", "updated") if entry.get(key)), None)
+    if isinstance(stamp, str):
+        stamp = datetime.fromisoformat(stamp)
+    return stamp.timestamp() if isinstance(stamp, datetime) else stamp
 
 
 def is_folder(uri: str) -> bool:
@@ -365,11 +388,16 @@ def _digest(text: str) -> str:
 
 def sha256(uri: str) -> str:
     """SHA-256 of a file's bytes. Who asks will read it too, so a remote one is fetched as ``local`` does, once."""
-    digest = hashlib.sha256()
-    with local(uri).open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    path = local(uri)
+    found = path.stat()
+    return _sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(256)  # the checks of several jobs ask for the same gigabytes
+def _sha256(path: Path, *version: int) -> str:
+    """SHA-256 of a file on a disk; ``version`` changes with the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(uri: str) -> None:

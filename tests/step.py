@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import distill, training_data
+from pipeline import training_data, training_step
 from pipeline.models import checkpoints
 from pipeline.models.base import Prediction
 from pipeline.precision import autocast
@@ -36,7 +36,7 @@ def stirred(network: nn.Module) -> nn.Module:
 
 def step(recipe: Recipe, prepare: Callable[[nn.Module], Any] = lambda student: None, device: str = "cpu") -> Step:
     """A training step on made-up pairs; ``prepare`` may compile the student."""
-    student, loss = distill.build(recipe, torch.device(device))
+    student, loss = training_step.build(recipe, torch.device(device))
     prepare(stirred(student))
     layout = checkpoints.config(recipe.teacher).layout
     pairs = training_data.made_up(layout, recipe.train.batch)

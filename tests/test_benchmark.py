@@ -11,10 +11,11 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny import IMAGES, tiny, with_pairs
+from safetensors.torch import load_file
+from tiny import IMAGES, Family, tiny, with_pairs
 
 from pipeline import benchmark, flow, plots, stopwatch, storage, tracking
-from pipeline.benchmark import actors, clock, growth, matching, networks, plan, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
 from pipeline.models import checkpoints
@@ -187,6 +188,16 @@ def test_work_is_that_of_the_formula(recipe: Recipe, monkeypatch: pytest.MonkeyP
     assert networks.Work.of(recipe.teacher, batch=2).read == pytest.approx(found.read)
 
 
+def test_the_bytes_are_those_of_the_numbers_that_are_read(recipe: Recipe) -> None:
+    """In fp16 weights of the blocks, keys and values take two, the output layer four."""
+    config, batch = checkpoints.config(recipe.teacher), 2
+    blocks = config.layers * (4 * config.dim**2 + 3 * config.dim * config.hidden)
+    found = networks.Work.of(replace(recipe.teacher, precision="fp16"), batch)
+    for t, read in enumerate(found.read, start=1):
+        keys_and_values = config.layers * 2 * (2 * batch) * config.dim * t
+        assert read == pytest.approx(2 * (blocks + keys_and_values) + 4 * config.dim * config.vocabulary)
+
+
 def test_the_roofline_takes_the_slower_of_the_two() -> None:
     work = networks.Work([10.0, 1.0], [1.0, 20.0])
     assert work.least(clock.Peaks(flops=10.0, bytes=10.0)) == 1.0 + 2.0
@@ -213,6 +224,42 @@ def test_sampling_has_the_papers_figures(recipe: Recipe) -> None:
     assert [row["speed-up"] for row in section.rows[:2]] == [1.0, 1.0]
     assert [claim.value for claim in section.claims] == [row["speed-up"] for row in ours]
     assert [claim.text for claim in section.claims] == [f"Speed-up of DD 1 step, batch {b}, cpu" for b in (1, 2)]
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_precisions_are_compared_with_fp32(tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, whatever a precision would draw itself; what needs a GPU is left empty."""
+    monkeypatch.setattr(rounding, "TOKENS", 300)
+    monkeypatch.setattr(rounding, "BATCH", 10)
+    section = rounding.precisions(tiny(tmp_path, family), CPU)
+    assert [row["teacher.precision"] for row in section.rows] == ["fp32", "tf32", "fp16", "bf16"]
+    fp32, tf32, fp16, bf16 = ([row[name] for name in rounding.BOUNDS] for row in section.rows)
+    assert fp32 == [0, 0]
+    assert tf32 == [None, None]
+    assert 0 < fp16[0] < bf16[0] / 4
+    assert fp16[1] <= bf16[1] < 10
+    assert [claim.value for claim in section.claims] == fp16
+    assert all(claim.met for claim in section.claims)
+
+
+def test_the_distance_is_the_total_variation_and_the_share_of_other_codes() -> None:
+    p, q = (torch.tensor(x)[None].log() for x in ([[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [0.0, 1.0]]))
+    found = rounding._distance(iter([(p, torch.tensor([[0, 1]]))]), [(q, torch.tensor([[0, 0]]))])
+    assert found == pytest.approx((100 * (0.25 + 1.0) / 2, 50.0))
+
+
+def test_a_teacher_beyond_float16_says_so_in_the_table(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "TOKENS", 18)
+    weights = load_file(recipe.teacher.checkpoint)
+    weights["layers.0.feed_forward.w1.weight"] *= 60_000 / weights["layers.0.feed_forward.w1.weight"].abs().max()
+    checkpoints.save(weights, recipe.teacher.checkpoint, {})
+    section = rounding.precisions(recipe, CPU)
+    assert [section.rows[2][name] for name in rounding.BOUNDS] == ["overflow", "overflow"]
+    assert not any(claim.met for claim in section.claims)
+    assert "overflow" in section.markdown()
 
 
 # ---- the pools

@@ -184,11 +184,15 @@ def test_safetensors_may_begin_with_any_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["net.bin", "0a1b2c"])
 def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
-    """As in the Hub's cache, whose files are called by their hash."""
-    checkpoints.save(weights(), str(tmp_path / name), {})
-    net = Net()
-    checkpoints.load(net, str(tmp_path / name))
-    assert torch.equal(net.inner.weight, weights()["inner.weight"])
+    """As in the Hub's cache, whose files are called by their hash. The first byte is that of a length: any."""
+    first = set()
+    for length in range(0, 256, 8):
+        checkpoints.save(weights(), str(tmp_path / name), {"note": "x" * length})
+        first.add((tmp_path / name).read_bytes()[:1])
+        net = Net()
+        checkpoints.load(net, str(tmp_path / name))
+        assert torch.equal(net.inner.weight, weights()["inner.weight"])
+    assert b"\x80" in first, "with which a pickle begins"
 
 
 def test_a_trusted_file_may_hold_more(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from pipeline import (
     training_data,
     training_plan,
     training_state,
+    training_step,
 )
 from pipeline import distill as job
 from pipeline.distill import distill
@@ -467,13 +468,13 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
 def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan.Plan, micro_batch: int) -> None:
     def gradients(size: int) -> tuple[Tensor, dict[str, Tensor]]:
         made = with_train(recipe, micro_batch=size)
-        student, loss = job.build(made, torch.device("cpu"))
+        student, loss = training_step.build(made, torch.device("cpu"))
         state = TrainingState(student, made.train)
         monkey = pytest.MonkeyPatch()
         monkey.setattr(state, "advance", lambda total: torch.zeros(()))
         rows = training_data.made_up(plan.layout, 8)
         batch = training_data.noised(rows, 0, made.train, plan.layout, loss.tokenizer.codebook)
-        sums, _ = job.step(student, loss, state, batch, total=1)
+        sums, _ = training_step.step(student, loss, state, batch, total=1)
         return sums, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
     (sums, whole), (added, parts) = gradients(0), gradients(micro_batch)
@@ -491,12 +492,12 @@ def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.Plan, t
     shares = [next(stream) for _ in range(3)]
 
     def trained(wrap: bool) -> TrainingState:
-        student, loss = job.build(plan.recipe, device)
+        student, loss = training_step.build(plan.recipe, device)
         state = TrainingState(student, settings)
         network = DistributedDataParallel(student, gradient_as_bucket_view=True) if wrap else student
         for epoch, share in shares:
             batch = training_data.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
-            job.step(network, loss, state, batch, plan.total)
+            training_step.step(network, loss, state, batch, plan.total)
         return state
 
     alone = trained(wrap=False)
@@ -536,7 +537,7 @@ def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal) ->
     assert "32 to train on, 8 held out" in plan
     assert "GPU-hours" not in plan
     assert "MB a sample" in plan
-    student, _ = job.build(recipe, torch.device("cpu"))
+    student, _ = training_step.build(recipe, torch.device("cpu"))
     assert f"{sum(p.numel() for p in student.parameters()):,} of the student" in plan
     assert not Path(recipe.student_uri).exists()
     later = replace(recipe, dry_run=True, pairs=replace(recipe.pairs, uri=f"{recipe.run}/not-yet", count=1000))
@@ -598,6 +599,22 @@ def test_a_worker_that_dies_is_replaced_from_the_checkpoint(
     journal.history.clear()
     distill(recipe)
     assert broken == pytest.approx(journal.curve(), rel=1e-4)
+
+
+@pytest.mark.faults("student: an error of ours in a worker")
+def test_a_sentence_of_a_worker_is_the_last_word(recipe: Recipe, journal: Journal, ray_cluster: None) -> None:
+    other = replace(recipe, teacher=replace(recipe.teacher, family="perishable"))
+    other = replace(other, pairs=replace(other.pairs, uri=f"{recipe.run}/others"))
+    other = with_train(other, uri=f"{recipe.run}/other", workers=1)
+    make_pairs(other)
+    perishable.REFUSALS.touch()
+    try:
+        with pytest.raises(Unfinished) as raised:
+            distill(other)
+        assert perishable.REFUSALS.read_text() == "x", "it is not tried again"
+    finally:
+        perishable.REFUSALS.unlink()
+    assert str(raised.value) == "the loss is inf; lower train.lr."
 
 
 # ---- bad input
@@ -768,7 +785,7 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Pl
 
 
 def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Plan) -> None:
-    student, loss = job.build(plan.recipe, torch.device("cpu"))
+    student, loss = training_step.build(plan.recipe, torch.device("cpu"))
     sent: list[Message] = []
     observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, sent.append, "run")
     with torch.random.fork_rng():

@@ -29,6 +29,7 @@ ZERO = {  # fields that may be 0
         "evaluate.curve_count",
         "evaluate.image_size",
         "cluster.stall_minutes",
+        "pairs.patience_hours",
         "cluster.gpus",
         "cluster.usd_per_gpu_hour",
         "train.betas",

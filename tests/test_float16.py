@@ -18,7 +18,7 @@ from test_graphs import Drawn, assert_equal
 from tiny import CONFIG, Family, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline import flow, generate, manifest
+from pipeline import flow, footprints, manifest
 from pipeline.compilation import compiled
 from pipeline.errors import Refused
 from pipeline.models import checkpoints
@@ -122,7 +122,7 @@ def test_products_of_float16_have_float32_sums() -> None:
 @FAMILIES
 def test_a_plan_counts_float16(tmp_path: Path, family: Family) -> None:
     recipe = tiny(tmp_path, family)
-    plain, low = (generate.footprint_of(in_(recipe, precision)) for precision in ("fp32", "fp16"))
+    plain, low = (footprints.of_generation(in_(recipe, precision)) for precision in ("fp32", "fp16"))
     assert low.fixed < plain.fixed, "the weights of the blocks"
     assert low.sample < plain.sample, "keys and values"
 

@@ -13,7 +13,7 @@ import torch
 from tiny import Family, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import distill, footprint, generate, training_data
+from pipeline import footprint, footprints, training_data, training_step
 from pipeline.footprint import Footprint, Meter
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -52,17 +52,17 @@ def test_attention_matrices_can_be_left_out() -> None:
 def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family, recompute: bool) -> None:
     recipe = tiny(tmp_path, family)
     recipe = replace(recipe, train=replace(recipe.train, recompute=recompute))
-    planned = distill.footprint_of(recipe)
+    planned = footprints.of_training(recipe)
     layout, samples = checkpoints.config(recipe.teacher).layout, 20
     with Meter() as meter:
-        student, loss = distill.build(recipe, torch.device("cpu"))
+        student, loss = training_step.build(recipe, torch.device("cpu"))
         rows = training_data.made_up(layout, samples)
         batch = training_data.noised(rows, 0, recipe.train, layout, loss.tokenizer.codebook)
         meter.peak = 0  # of a network as small as this, the making takes more than the training
         state = TrainingState(student, recipe.train)
-        distill.prepare(student, loss)
+        training_step.prepare(student, loss)
         for _ in range(2):
-            distill.step(student, loss, state, batch, total=2)
+            training_step.step(student, loss, state, batch, total=2)
     expected = planned.fixed + samples * planned.sample
     assert meter.peak == pytest.approx(expected, rel=0.03)
     assert planned.fixed > 20 * sum(p.numel() for p in student.parameters())
@@ -72,7 +72,7 @@ def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe = replace(recipe, train=replace(recipe.train, micro_batch=1))
     again = replace(recipe, train=replace(recipe.train, recompute=True))
-    plain, less = distill.footprint_of(recipe), distill.footprint_of(again)
+    plain, less = footprints.of_training(recipe), footprints.of_training(again)
     assert less.sample < 0.7 * plain.sample
     assert less.fixed == pytest.approx(plain.fixed, rel=0.05)
 
@@ -80,7 +80,7 @@ def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
     recipe = tiny(tmp_path, family)
-    planned, samples = generate.footprint_of(recipe), 500
+    planned, samples = footprints.of_generation(recipe), 500
     teacher = checkpoints.teacher(recipe.teacher)
     with Meter() as meter, torch.no_grad():
         teacher = copy.deepcopy(teacher)  # so that its weights count
@@ -91,15 +91,15 @@ def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Famil
 
 def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(tmp_path, "llamagen")
-    whole = generate.footprint_of(recipe)
-    monkeypatch.setattr(generate, "TRACED", 4)
-    assert generate.footprint_of(recipe).sample == pytest.approx(whole.sample, rel=0.02)
+    whole = footprints.of_generation(recipe)
+    monkeypatch.setattr(footprints, "TRACED", 4)
+    assert footprints.of_generation(recipe).sample == pytest.approx(whole.sample, rel=0.02)
 
 
 def test_a_gpu_holds_no_attention_matrices(tmp_path: Path) -> None:
     recipe = with_precision(tiny(tmp_path), "bf16")  # whose backward pass keeps them on a CPU
     on_gpu = replace(recipe, cluster=replace(recipe.cluster, gpus=1), train=replace(recipe.train, workers=1))
-    assert distill.footprint_of(on_gpu).sample < distill.footprint_of(recipe).sample
+    assert footprints.of_training(on_gpu).sample < footprints.of_training(recipe).sample
 
 
 def with_precision(recipe: Recipe, precision: str) -> Recipe:

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
 HOMES = {  # package -> the modules that may import it
-    "ray": {"artist", "cluster", "heartbeat", "ray_address", "pool", "distill", "evaluate"},
+    "ray": {"artist", "cluster", "heartbeat", "ray_address", "passes", "distill", "evaluate", "training_step"},
     "mlflow": {"mlflow_store", "tracking", "model_registry"},
-    "yaml": {"command_line", "recipe_file", "generate", "tracking"},
+    "yaml": {"command_line", "recipe_file", "costs", "tracking"},
     "lpips": {"losses"},
     "torch_fidelity": {"inception"},
     "PIL": {"real_images"},

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny import tiny
 from torch import Tensor, nn
 
-from pipeline import distill, losses
+from pipeline import losses, training_step
 from pipeline.losses import Loss, Lpips, cross_entropy, summary, trunk_file
 from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
 from pipeline.recipe import TrainSettings
@@ -218,7 +218,7 @@ def test_where_channels_lie_changes_rounding_only() -> None:
 def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) -> None:
     """Of a real tokenizer and its perceptual network, in a step of training."""
     recipe = tiny(tmp_path)
-    student, loss = distill.build(recipe, torch.device("cpu"))
+    student, loss = training_step.build(recipe, torch.device("cpu"))
     frozen = [loss.tokenizer, loss.network]
     assert not any(p.requires_grad for net in frozen for p in net.parameters())
     assert not any(m.training for net in frozen for m in net.modules())

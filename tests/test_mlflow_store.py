@@ -128,7 +128,8 @@ def test_jobs_that_start_at_once_share_a_store_and_an_experiment(recipe: Recipe)
     assert names(recipe) == {"mlflow.db", "mlartifacts"}
 
 
-def test_a_store_with_runs_and_one_of_something_else_are_left_alone(recipe: Recipe) -> None:
+def test_a_store_with_runs_and_one_of_something_else_are_left_alone(recipe: Recipe, blank_store: Path) -> None:
+    shutil.copytree(blank_store, recipe.run)
     first = usable(recipe)
     second = usable(recipe)
     assert len(second.client.search_runs([first.client.get_run(first.id).info.experiment_id])) == 2
@@ -153,7 +154,10 @@ def test_a_store_with_runs_and_one_of_something_else_are_left_alone(recipe: Reci
 
 
 @pytest.mark.faults("MLflow: folder moved")
-def test_a_run_folder_that_was_moved_keeps_its_artifacts(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_that_was_moved_keeps_its_artifacts(
+    recipe: Recipe, blank_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(blank_store, recipe.run)
     with Run.start(recipe, "pairs") as run:
         run.artifact("card.md", b"hello")
     elsewhere = replace(recipe, run=f"{recipe.run} of 1 May")
@@ -197,9 +201,10 @@ def test_other_odd_folders_hold_their_store(recipe: Recipe, tmp_path: Path, monk
     mlflow_store.check(replace(recipe, run="100%"))
 
 
-def test_the_address_leads_to_the_experiment(recipe: Recipe) -> None:
+def test_the_address_leads_to_the_experiment(recipe: Recipe, blank_store: Path) -> None:
     with pytest.raises(Refused, match=r"mlflow.db is not there; run a job first"):
         mlflow_store.addresses(recipe.run)
+    shutil.copytree(blank_store, recipe.run)
     usable(recipe)
     assert mlflow_store.addresses(recipe.run) == (
         "stored: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning"

@@ -39,8 +39,9 @@ def export_student(recipe: Recipe, seed: int) -> str:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe(tmp_path: Path, blank_store: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(blank_store, tmp_path / "run")
     made = tiny.tiny(tmp_path, "var", **tiny.IMAGES)
     samplers = [{"name": "FewStep"}, {"name": "FewStep", "steps": [1, 2]}]
     made = changed(made, samplers=samplers, timing_batches=(), register="digits")

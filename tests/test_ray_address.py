@@ -25,8 +25,8 @@ def closed() -> Iterator[str]:
         yield f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-@pytest.fixture(autouse=True)
-def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the session's Ray had not been joined."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
@@ -42,23 +42,23 @@ def refused(monkeypatch: pytest.MonkeyPatch, given: str) -> str:
 
 @pytest.mark.faults("ray: address of a dashboard")
 @pytest.mark.parametrize("given", ["http://127.0.0.1:8265", "https://ray.example.org"])
-def test_a_dashboard_is_no_cluster(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_a_dashboard_is_no_cluster(outside: None, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     assert "the address of a dashboard, to which `ray job submit` sends jobs" in refused(monkeypatch, given)
 
 
 @pytest.mark.faults("ray: address of another kind")
 @pytest.mark.parametrize("given", ["ray://10.0.0.1:10001", "6379", "head", "head:", ":6379", "a:b", "a:0", "a:65536"])
-def test_what_is_no_address_of_a_head_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_what_is_no_address_of_a_head_is_refused(outside: None, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     assert "the address of a head, like 10.0.0.1:6379" in refused(monkeypatch, given)
 
 
 @pytest.mark.faults("ray: cluster gone")
-def test_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+def test_a_cluster_that_is_gone(outside: None, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
     assert f"RAY_ADDRESS is {closed}, and nothing answers there (Connection refused)" in refused(monkeypatch, closed)
 
 
 @pytest.mark.faults("ray: no cluster for auto")
-def test_auto_needs_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_needs_a_cluster(outside: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(given: str) -> str:
         raise ConnectionError("Could not find any running Ray instance.")
 
@@ -67,7 +67,7 @@ def test_auto_needs_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("given", ["", " ", "local"])
-def test_without_an_address_ray_is_local(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_without_an_address_ray_is_local(outside: None, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", given)
     assert ray_address.address() == "local"
     check_address()
@@ -76,6 +76,7 @@ def test_without_an_address_ray_is_local(monkeypatch: pytest.MonkeyPatch, given:
 @pytest.mark.faults("ray: other version")
 def test_another_version_of_ray_or_python(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     here = ray.get_runtime_context().gcs_address
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", here)
     check_address()
     version = ray.__version__
@@ -88,7 +89,9 @@ def test_another_version_of_ray_or_python(ray_cluster: None, monkeypatch: pytest
         assert "on Python 3.9.1" in refused(monkeypatch, here)
 
 
-def test_it_is_found_before_anything_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+def test_it_is_found_before_anything_is_claimed(
+    outside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
     def none(recipe: Recipe, *rest: object) -> None:
         pytest.fail("an MLflow run is begun")
 

@@ -16,12 +16,13 @@ from step import error, step
 from tiny import Family, tiny
 from torch import nn
 
-from pipeline import distill, losses
+from pipeline import losses, training_data, training_step
 from pipeline.compilation import compiled
 from pipeline.footprint import Meter
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
 from pipeline.recomputation import recomputed
+from pipeline.training_state import TrainingState
 
 FAMILIES: Any = pytest.mark.parametrize("family", ["var", "llamagen"])
 
@@ -53,17 +54,17 @@ def large_enough(family: Family) -> dict[str, Any]:
 def test_gradients_are_the_same_bit_for_bit(tmp_path: Path, family: Family, precision: str) -> None:
     recipe = with_train(tiny(tmp_path, family, **large_enough(family)), precision=precision, perceptual="vgg", batch=2)
     ran: Counter[nn.Module] = Counter()
-    built = distill.build
+    built = training_step.build
 
     def watched(recipe: Recipe, device: torch.device) -> Any:
         student, loss = built(recipe, device)
         for module in (*student.layers, *losses.layers(loss.tokenizer, loss.network)):
             module.register_forward_pre_hook(lambda module, args: ran.update([module]))
-        distill.prepare(student, loss)
+        training_step.prepare(student, loss)
         return student, loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "build", watched)
+        patch.setattr(training_step, "build", watched)
         plain, plain_runs = step(recipe), Counter(ran)
         ran.clear()
         again, again_runs = step(with_train(recipe, recompute=True)), Counter(ran)
@@ -81,14 +82,14 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
 
     def trained(recompute: bool) -> dict[str, torch.Tensor]:
         recipe = with_train(tiny(tmp_path), recompute=recompute, micro_batch=3)
-        student, loss = distill.build(recipe, torch.device("cpu"))
-        state = distill.TrainingState(student, recipe.train)
-        distill.prepare(student, loss)
+        student, loss = training_step.build(recipe, torch.device("cpu"))
+        state = TrainingState(student, recipe.train)
+        training_step.prepare(student, loss)
         layout = checkpoints.config(recipe.teacher).layout
-        pairs = distill.training_data.made_up(layout, 8)
+        pairs = training_data.made_up(layout, 8)
         for epoch in range(2):
-            batch = distill.training_data.noised(pairs, epoch, recipe.train, layout, loss.tokenizer.codebook)
-            distill.step(student, loss, state, batch, total=2)
+            batch = training_data.noised(pairs, epoch, recipe.train, layout, loss.tokenizer.codebook)
+            training_step.step(student, loss, state, batch, total=2)
         return state.student.state_dict() | {f"average {k}": v for k, v in state.average.state_dict().items()}
 
     plain, again = trained(False), trained(True)

@@ -22,7 +22,7 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, pool, storage, tracking
+from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, passes, storage, tracking
 from pipeline.command_line import parse
 from pipeline.distill import distill
 from pipeline.errors import Outage, Refused
@@ -253,7 +253,7 @@ def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Rela
     manifest.claim(folder, known, recipe)
     down = pytest.raises(Outage, match=r"shard-00000\.parquet could not be written")
     with s3_server.failing(lambda method, target: "slow down" if method == "PUT" else ""), down:
-        pool.commit(folder, known, "here", pairs.table(known, rows))
+        passes.write_owned(folder, known, "here", pairs.table(known, rows))
     assert storage.listing(folder) == ["_recipe.json"]
 
 
@@ -361,9 +361,9 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
     committed, log, rows = generate.commits, Observer.log, evaluate.parts_of
 
-    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[pool.Outcome]:
+    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
-        yield pool.Outcome(0, pool.commit(recipe.pairs_uri, known, "here", Replica(recipe, known)(0, 12)))
+        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, known, "here", Replica(recipe, known)(0, 12)))
         raise Stopped
 
     def three_steps(observer: Observer, metrics: dict[str, float]) -> None:

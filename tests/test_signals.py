@@ -54,6 +54,7 @@ def test_pairs(ray_cluster: None, tmp_path: Path, slow: None) -> None:
     stop("generate_pairs", recipe, tmp_path, signal.SIGTERM, "shards 1/50")
 
 
+@pytest.mark.slow
 @pytest.mark.faults("signals: SIGINT while waiting for nodes")
 def test_pairs_that_wait_for_nodes(ray_cluster: None, tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
@@ -124,6 +125,15 @@ def test_a_signal_that_is_held_comes_after_the_body() -> None:
     )
     assert (done.returncode, done.stdout) == (143, "finished\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_another_thread_holds_nothing() -> None:
+    done = run(
+        "import threading\nentered, left = threading.Event(), threading.Event()\n"
+        "def work():\n    with signals.held():\n        entered.set()\n        left.wait()\n"
+        "threading.Thread(target=work, daemon=True).start()\nentered.wait()\nos.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert (done.returncode, done.stdout) == (143, "")
 
 
 def test_the_first_signal_counts() -> None:

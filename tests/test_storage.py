@@ -23,7 +23,7 @@ from typing import ClassVar
 import fsspec
 import pytest
 
-from pipeline import storage
+from pipeline import hub_cache, storage
 from pipeline.errors import Missing, Outage, Unfinished
 from pipeline.local_files import TEMPORARY
 
@@ -176,6 +176,11 @@ def test_one_of_several_downloads_and_the_others_wait(tmp_path: Path, monkeypatc
 
     def counted(uri: str, target: Path) -> None:
         copies.append(target)
+        (folder,) = (path for path in target.parent.iterdir() if path.is_dir())
+        handle = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # nobody else can come this far
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
         target.write_bytes(storage.read_bytes(uri))
 
     monkeypatch.setattr(storage, "_downloaded", together)
@@ -363,6 +368,7 @@ def test_a_file_in_the_hubs_own_cache_serves_offline(tmp_path: Path, revision: s
 
 def test_an_outage_of_a_bucket_is_not_papered_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies there is made anew by our own jobs: an old copy could be another student's."""
+    monkeypatch.setattr(hub_cache, "is_offline", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     uri = f"memory://bucket-{uuid.uuid4().hex}/student.safetensors"
     storage.write_bytes(uri, b"first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,13 +18,15 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import tracking
 from pipeline.errors import Refused
+from pipeline.mlflow_names import PARAMETERS, fitted, flattened, parameters
 from pipeline.recipe import AblationSettings, Recipe, TeacherSettings, fingerprint
-from pipeline.tracking import MARKER, Run, fitted, flattened, parameters
+from pipeline.tracking import MARKER, Run
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe(tmp_path: Path, blank_store: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(blank_store, tmp_path / "run")
     teacher = TeacherSettings(checkpoint="s3://bucket/var.pth")
     return Recipe(name="tracked", run=str(tmp_path / "run"), teacher=teacher)
 
@@ -322,7 +325,7 @@ def test_names_outside_mlflows_alphabet_are_made_fit(recipe: Recipe) -> None:
 
 
 def test_parameters_are_those_of_the_job_without_what_is_not_set(recipe: Recipe) -> None:
-    found = {job: set(parameters(recipe, job)) for job in tracking.PARAMETERS}
+    found = {job: set(parameters(recipe, job)) for job in PARAMETERS}
     assert all("name" in names for names in found.values())
     assert {name.split(".")[0] for name in found["evaluate"]} == {"name", "teacher", "evaluate"}
     assert {name for name in found["distill"] if name.startswith("pairs")} == {"pairs.count"}

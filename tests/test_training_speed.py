@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from pipeline import distill, training_speed
+from pipeline import distill, training_speed, training_step
 from pipeline.losses import Loss
 from pipeline.training_speed import WHOLE, pieces
 
@@ -35,7 +35,7 @@ def test_what_the_recipe_leaves_out_is_missing(tmp_path: Path) -> None:
 
 def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the whole step and of a dry run's, the first two take 1,000 s here and the others one."""
-    at, steps, step = [0.0], [0], distill.step
+    at, steps, step = [0.0], [0], training_step.step
 
     def slow_at_first(*args: Any, **more: Any) -> Any:
         steps[0] += 1
@@ -44,10 +44,10 @@ def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypa
 
     for module in (distill, training_speed):
         monkeypatch.setattr(module, "now", lambda device: at[0])
-    monkeypatch.setattr(distill, "step", slow_at_first)
+    monkeypatch.setattr(training_step, "step", slow_at_first)
     assert pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)[WHOLE] == 1
     steps[0] = 0
-    assert distill.measure(tiny(tmp_path)) == 1
+    assert training_step.measure(tiny(tmp_path)) == 1
 
 
 def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def tiny(folder: Path, family: Family = "var", seed: int = 0, **config: Any) -> 
     return Recipe(
         name=f"tiny-{family}",
         run=str(folder / "run"),
+        preflight="this",  # the evaluation lists no samplers
         teacher=settings,
         pairs=PairSettings(count=40, shard_rows=16, batch=6, actors=1),
         train=TrainSettings(start_steps=(1, 2), split=1, batch=8, epochs=1, perceptual="digits", snapshots=1),

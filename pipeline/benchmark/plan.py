@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pipeline.benchmark.actors import PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
+from pipeline.benchmark.rounding import TOKENS
 from pipeline.benchmark.training import ROWS, STEPS
 from pipeline.plan import ITEM
 from pipeline.progress import duration
@@ -55,6 +56,7 @@ def _growth(recipe: Recipe) -> tuple[int, str]:
 # section -> (what takes its turn for benchmark.seconds, what else is done)
 SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "solvers": lambda recipe: (0, "every solver against the float64 oracle"),
+    "precision": lambda recipe: (0, f"{TOKENS:,} tokens in each of teacher.precision's settings that the device has"),
     "matching": lambda recipe: (len(recipe.benchmark.batches), _batches(recipe)),
     "teacher": lambda recipe: (2 * len(recipe.benchmark.batches), _batches(recipe)),
     "sampling": lambda recipe: (len(listed(recipe)[0]), _batches(recipe)),

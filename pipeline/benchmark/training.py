@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import distill, generate, storage, training_data
+from pipeline import generate, storage, training_data, training_step
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import standin
 from pipeline.observer import timed
@@ -82,16 +82,16 @@ def _endless(pairs: PairStream, batch: int, steps: int) -> Iterator[tuple[int, P
 def _waited(recipe: Recipe, pairs: PairStream, device: torch.device) -> float:
     """Share of the time of some real optimiser steps that went into waiting for the next batch."""
     set_products(recipe.train.precision)
-    student, loss = distill.build(recipe, device)
+    student, loss = training_step.build(recipe, device)
     state, settings = TrainingState(student, recipe.train), recipe.train
-    distill.prepare(student, loss)
+    training_step.prepare(student, loss)
     waiting = start = 0.0
     for step, (waited, (epoch, share)) in enumerate(timed(_endless(pairs, settings.batch, STEPS + 2))):
         if step == 2:  # the first open files and threads
             waiting, start = -waited, time.perf_counter()
         waiting += waited
         batch = training_data.noised(share, epoch, settings, pairs.layout, loss.tokenizer.codebook)
-        distill.step(student, loss, state, batch, STEPS + 2)
+        training_step.step(student, loss, state, batch, STEPS + 2)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return waiting / (time.perf_counter() - start)

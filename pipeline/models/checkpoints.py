@@ -176,6 +176,14 @@ def parameters(settings: TeacherSettings, mask: str) -> dict[str, int]:
     return {name: sum(weight.numel() for weight in net.parameters()) for name, net in networks.items()}
 
 
+def check(settings: TeacherSettings) -> None:
+    """Hold both weight files against the networks of the recipe, without memory for either; raises as ``weights``."""
+    with torch.device("meta"):
+        model: Teacher = family(settings).Teacher(config(settings), settings.filter)
+    weights(model.tokenizer, settings.tokenizer, settings.unpickle)
+    weights(model.network, settings.checkpoint, settings.unpickle)
+
+
 def checksums(settings: TeacherSettings) -> dict[str, str]:
     """SHA-256 of the teacher's two files; a missing one is named before anything is built."""
     for name in ("tokenizer", "checkpoint"):
