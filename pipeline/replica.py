@@ -1,6 +1,6 @@
 """Alg. 1 for one shard: a teacher and flow matching turn noise into tokens.
 
-A ``Replica`` works in an actor of the ``pool``; it knows neither Ray nor files.
+A ``Replica`` works in an actor of ``passes``; it knows neither Ray nor files.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ ABOUT: dict[Job, str] = {
 }
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
-MARKER = "mlflow-run.json"  # in a result's folder: the run that is not complete
+MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
 SHOWN = 60  # characters of a variant's name that still fit before a run's
 METRIC_BYTES = 300  # that a metric takes while it waits
 

@@ -79,7 +79,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
                 finish(job)  # Ray makes another one, and the driver does not even notice
                 break
             job.wait()
-            assert not Path(again.pairs_uri, "manifest.json").exists() or len(shards(again)) == 20
+            assert not Path(again.pairs_uri, "_manifest.json").exists() or len(shards(again)) == 20
         assert shards(again) == expected
         assert pairs.verify(again.pairs_uri)["count"] == 79
         assert not [name for name in storage.listing(again.pairs_uri) if name.startswith(storage.TEMPORARY)]

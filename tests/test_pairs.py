@@ -22,7 +22,7 @@ import pytest
 import torch
 from tiny import tiny, with_pairs
 
-from pipeline import manifest, noise, pair_stream, pairs, storage
+from pipeline import manifest, noise, pair_stream, pairs, storage, tracking
 from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts, Shard
 from pipeline.pair_stream import Pairs, PairStream
@@ -91,6 +91,7 @@ def test_pandas_reads_the_folder_as_the_readme_says(recipe: Recipe) -> None:
     """Companions included: what readers of a folder do not take for Parquet, by its name, is left alone."""
     uri, known, _ = write_set(recipe)
     manifest.record(uri, known, [])
+    storage.write_json(storage.join(uri, tracking.MARKER), {})
     (snippet,) = re.findall(r"```python\n(import [^`]*pd\.read_parquet[^`]*)```", README.read_text())
     assert "runs/demo/pairs" in snippet
     found: dict[str, Any] = {}
