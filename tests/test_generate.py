@@ -246,7 +246,7 @@ def test_what_a_killed_driver_did_not_clean_up_goes_later(tmp_path: Path, one_pr
     (place / "shard-00001-2.parquet").write_bytes(short)
     (place / "_ledger.json").write_text("{}")
     (place / f"{storage.TEMPORARY}shard-00001.parquet-0123").write_bytes(b"half")
-    assert generate(replace(recipe, dry_run=True)).startswith("Nothing is missing")
+    assert "rows         12; 0 in 0 shards are left" in generate(replace(recipe, dry_run=True))
     assert len(storage.listing(recipe.pairs_uri)) == len(files) + 3, "a plan changes nothing"
     assert generate(recipe).startswith("Nothing is missing")
     assert storage.listing(recipe.pairs_uri) == files
@@ -369,10 +369,10 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_made(ray_cluster: None, tmp
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica in the test's own process, in the place of a Ray actor."""
 
-    def on_replica(recipe: Recipe, known: manifest.Facts, method: str, *args: Any) -> Any:
-        return getattr(Replica(recipe, known), method)(*args)
+    def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *more: Any) -> Any:
+        return getattr(cls(*args), method)(*more)
 
-    monkeypatch.setattr("pipeline.generate._on_replica", on_replica)
+    monkeypatch.setattr(cluster, "on_actor", on_actor)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -386,7 +386,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_price_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 of 60 rows a second on each of 2 replicas with half a GPU each."""
-    monkeypatch.setattr("pipeline.generate._on_replica", lambda *args: 15.0)
+    monkeypatch.setattr(cluster, "on_actor", lambda *args: 15.0)
     settings = ClusterSettings(gpus=0.5, usd_per_gpu_hour=3.0)
     recipe = replace(with_pairs(tiny(tmp_path), batch=60, shard_rows=600, count=14_400, actors=2), cluster=settings)
     text = generate(replace(recipe, dry_run=True))
@@ -464,5 +464,5 @@ def test_weights_are_checked_without_memory(tmp_path: Path, monkeypatch: pytest.
     recipe, built = tiny(tmp_path), []
     weights = checkpoints.weights
     monkeypatch.setattr(checkpoints, "weights", lambda net, *rest: built.append(net) or weights(net, *rest))
-    module._check_weights(recipe)
+    checkpoints.check(recipe.teacher)
     assert {parameter.device.type for net in built for parameter in net.parameters()} == {"meta"}
