@@ -101,7 +101,7 @@ class Worker:
             text = f"a replica on node {node} lost its device and gets a new process: {failure.text}"
             self.announcer.tell(text, text)
             cluster.end_process(RuntimeError(failure.text))
-        return _row(number, error=failure.text)
+        return _row(number, error=failure.text, fatal=Refused.__name__ if failure.refused else "")
 
 
 def commit(table: pa.Table, uri: str, known: Facts, hours: float, announcer: Announcer) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline import flow, manifest, noise, pairs
 from pipeline.ahead import ahead
-from pipeline.errors import Unfinished
+from pipeline.errors import Refused, Unfinished
 from pipeline.manifest import Facts
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
@@ -32,10 +32,13 @@ from pipeline.stopwatch import now, warm_up
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong with a shard, and where; ``device_lost`` if the process can do nothing more on its device."""
+    """What went wrong with a shard, and where; ``device_lost`` if the process can do nothing more on its device,
+    ``refused`` if the recipe is to blame, so that no other replica would do better.
+    """
 
     text: str
     device_lost: bool = False
+    refused: bool = False
 
 
 class Replica:
@@ -55,6 +58,8 @@ class Replica:
         """The table, or why there is none: an error is handed on as a value, and the other shards go on."""
         try:
             return None, self._with_memory(number, rows)
+        except Refused as error:
+            return Failure(str(error), refused=True), None
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

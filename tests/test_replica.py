@@ -10,6 +10,7 @@ import torch
 from tiny import Family, tiny, with_pairs
 
 from pipeline import flow, flow_oracle, manifest, noise
+from pipeline.errors import Refused
 from pipeline.models.base import Condition
 from pipeline.pairs import Rows
 from pipeline.recipe import Recipe
@@ -126,6 +127,13 @@ def test_a_failure_names_the_error_and_its_place(tmp_path: Path, monkeypatch: py
     assert failure is not None
     assert failure.text.startswith("ZeroDivisionError: by zero (test_replica.py:")
     assert not failure.device_lost
+
+
+def test_what_the_recipe_is_to_blame_for_is_told_from_other_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = attempted(replica(tiny(tmp_path)), Refused("teacher.precision is fp16"), monkeypatch=monkeypatch)
+    assert failure == Failure("teacher.precision is fp16", refused=True)
 
 
 @pytest.mark.faults("pairs: a device that is lost")
