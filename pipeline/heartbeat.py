@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ PATIENCE = 0.2  # seconds that the board may take to answer before the rows go o
 NAMED = 3  # units that a line names, those in work for longest
 TRIES = 2  # processes in which a unit may stall
 END = object()  # after the last row
+TOLD = 60.0  # seconds that a worker waits for the board to take a line
 HOLD = 2.0  # seconds between two questions whether work may go on
 AGAIN = "answers again."
 
@@ -99,7 +100,8 @@ class Announcer:
 
     def tell(self, about: str, text: str) -> None:
         """Have the driver say a line, once."""
-        ray.get(self._board.tell.remote(about, text))  # the process may end with the next statement
+        with suppress(RayError):  # the work does not depend on what is said of it
+            ray.get(self._board.tell.remote(about, text), timeout=TOLD)  # the process may end with the next statement
 
     def wait(self, number: int) -> None:
         """The unit waits for the storage."""
@@ -111,8 +113,9 @@ class Announcer:
 
     def pause(self) -> None:
         """Begin nothing while as many units wait as may be under way at once."""
-        while self._slots and ray.get(self._board.waits.remote()) >= self._slots:
-            time.sleep(HOLD)
+        with suppress(RayError):  # the board is starting again
+            while self._slots and ray.get(self._board.waits.remote()) >= self._slots:
+                time.sleep(HOLD)
 
     @contextmanager
     def working(self, unit: str) -> Iterator[None]:
