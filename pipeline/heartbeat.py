@@ -93,7 +93,7 @@ class Board:
 
 
 class Announcer:
-    """An actor's end: ``with announcer.working("part 3 of Skip 1"):``; it waits for nothing."""
+    """An actor's end: ``with announcer.working("part 3 of Skip 1"):``, and lines for the driver."""
 
     def __init__(self, board: Any, slots: int) -> None:
         self._board, self._slots = board, slots
