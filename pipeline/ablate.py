@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pipeline import ablation_plan, ablation_report, cluster, manifest, mlflow_store, storage, tracking
+from pipeline import ablation_plan, ablation_report, cluster, manifest, preflight, storage, tracking
 from pipeline.ablation_plan import TEACHER, Plan, Trial
 from pipeline.distill import distill
 from pipeline.errors import Unfinished
@@ -27,8 +27,7 @@ def ablate(recipe: Recipe) -> str:
     Raises ValueError or FileNotFoundError, one sentence, for anything that can be found wrong before the first job, and
     RuntimeError when some variants could not be made.
     """
-    mlflow_store.check(recipe)
-    cluster.check_address()
+    preflight.check_services(recipe)
     plan = ablation_plan.build(cluster.portable(recipe))
     if recipe.dry_run:
         return ablation_plan.describe(plan)

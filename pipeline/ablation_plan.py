@@ -271,7 +271,7 @@ def _check(recipe: Recipe, known: Facts, variant: Variant) -> None:
     """What the three jobs would refuse, as far as nothing has to be there yet."""
     layout = checkpoints.config(recipe.teacher).layout
     try:
-        training_plan.check(replace(recipe, dry_run=True), known)
+        training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), known))
         scoring.check(recipe.evaluate, layout.image_size, layout.classes)
     except ValueError as error:
         if not variant.axis:

@@ -39,6 +39,12 @@ Job = Literal["generate_pairs", "distill", "evaluate"]
 JOBS: tuple[Job, ...] = get_args(Job)
 
 
+def check_services(recipe: Recipe) -> None:
+    """Every job's first question: whether RAY_ADDRESS and the place of MLflow's store can be meant."""
+    cluster.check_address()
+    mlflow_store.check(recipe)
+
+
 @dataclass(frozen=True)
 class Finding:
     """What one job would miss."""
@@ -53,8 +59,7 @@ def check(recipe: Recipe, job: Job) -> None:
     Raises what the only finding is, or Refused with a numbered list of several. RAY_ADDRESS and the MLflow store are
     looked at first.
     """
-    cluster.check_address()
-    mlflow_store.check(recipe)
+    check_services(recipe)
     found = findings(recipe, job)
     if len(found) == 1 and found[0].job == job:
         raise found[0].error

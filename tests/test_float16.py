@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,10 +167,11 @@ def test_blocks_compiled_in_float16(tmp_path: Path, family: Family) -> None:
 def test_numbers_beyond_float16_are_noticed(tmp_path: Path, family: Family, names: dict[Family, str]) -> None:
     """By whoever makes pairs and whoever draws for a report; bf16 holds the same numbers."""
     recipe = with_large(tiny(tmp_path, family), names[family])
-    task = {"number": np.array([0]), "rows": np.array([4])}
     made = Replica(in_(recipe, "fp16"), manifest.facts_of(in_(recipe, "fp16")))
-    said = str(made(task)["error"][0])
-    assert "teacher.precision is fp16, and in the teacher's blocks a number left float16's range" in said
+    failure, _ = made.attempt(0, 4)
+    assert failure is not None
+    assert failure.refused
+    assert "teacher.precision is fp16, and in the teacher's blocks a number left float16's range" in failure.text
     models = Models(made.teacher, None, flow.Solver(), 0, teacher_precision="fp16")
     with pytest.raises(Refused, match=r"set teacher\.precision to bf16, tf32 or fp32"):
         Autoregressive().draw(models, range(2))

@@ -180,7 +180,7 @@ def test_a_run_folder_that_was_moved_keeps_its_artifacts(
     assert not list(Path(elsewhere.run).rglob("third.md")), "a copy has artifacts of its own"
 
 
-@pytest.mark.parametrize("name", ["per%20cent", "a?x=1", "two\nlines", "tab\tulator"])
+@pytest.mark.parametrize("name", ["per%20cent", "a?x=1"])
 def test_a_folder_that_no_address_can_name_is_refused_at_once(recipe: Recipe, tmp_path: Path, name: str) -> None:
     odd = replace(recipe, run=str(tmp_path / name))
     character = next(c for c in ("%", "?", "\\n", "\\t") if c in repr(name))

@@ -19,7 +19,7 @@ import torch
 from step import error, step, stirred, with_precision
 from tiny import Family, tiny
 
-from pipeline import distill, flow, manifest, plan
+from pipeline import flow, manifest, plan, training_step
 from pipeline.evaluate import Artist
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, nearest
@@ -113,7 +113,7 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("pipeline.evaluate.scoring.features", lambda *args: None)
     for enter in (
         lambda: Replica(recipe, manifest.facts_of(recipe)),
-        lambda: distill._device(recipe),
+        lambda: training_step.device_of(recipe),
         lambda: Artist(plan.prepare(recipe), [], None),
     ):
         set_products("tf32")
@@ -121,7 +121,7 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert switches() == (False, False)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda"))
     assert not torch.backends.cudnn.benchmark
-    distill._device(with_precision(replace(recipe, cluster=ClusterSettings(gpus=1)), "tf32"))
+    training_step.device_of(with_precision(replace(recipe, cluster=ClusterSettings(gpus=1)), "tf32"))
     assert switches() == (True, True)
     assert torch.backends.cudnn.benchmark
 

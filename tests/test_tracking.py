@@ -313,7 +313,7 @@ def test_names_outside_mlflows_alphabet_are_made_fit(recipe: Recipe) -> None:
     names = dict(zip(fitted(odd), odd.values(), strict=True))
     assert names == {"a_ b _ c": 1, "a_ b _ c_2": 2, "x/y": 3, "_": 4, "é/" + "x" * 243: 5, "plain.lr": 6}
     axes = {"Schritte: 1 → 2 (bf16)": [{"train.lr": 1.0}], "train.lr": [1e-3]}
-    named = replace(recipe, name="Ziffern: 100 % 'neu'\n" + 500 * "x", ablate=AblationSettings(axes=axes))
+    named = replace(recipe, name="Ziffern: 100 % 'neu' " + 500 * "x", ablate=AblationSettings(axes=axes))
     with Run.start(named, "ablate") as run:
         run.metrics({"Schritte: 1 → 2 (bf16)/DD 1 step/mean": 1.0})
         run.tag("variant", "x" * 10_000)

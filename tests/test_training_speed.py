@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from pipeline import distill, training_speed, training_step
+from pipeline import training_speed, training_step
 from pipeline.losses import Loss
 from pipeline.training_speed import WHOLE, pieces
 
@@ -42,7 +42,7 @@ def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypa
         at[0] += 1000 if steps[0] <= 2 else 1
         return step(*args, **more)
 
-    for module in (distill, training_speed):
+    for module in (training_step, training_speed):
         monkeypatch.setattr(module, "now", lambda device: at[0])
     monkeypatch.setattr(training_step, "step", slow_at_first)
     assert pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)[WHOLE] == 1

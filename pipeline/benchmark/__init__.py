@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import cluster, legend, machine, manifest, mlflow_store, storage, tracking
+from pipeline import cluster, legend, machine, manifest, preflight, storage, tracking
 from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
@@ -38,10 +38,9 @@ def benchmark(recipe: Recipe) -> str:
 
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
-    cluster.check_address()
     recipe = cluster.portable(recipe)
-    mlflow_store.check(recipe)
-    manifest.facts_of(recipe)  # names weight files that are missing
+    preflight.check_services(recipe)
+    preflight.check_teacher(recipe)
     if recipe.dry_run:
         return plan.describe(recipe)
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
