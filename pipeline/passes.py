@@ -75,7 +75,7 @@ class Verdicts:
         return [Outcome(number, error=failed.get(number, died)) for number in lost]
 
 
-class Worker:
+class ReplicaWorker:
     """A Ray Data actor: a replica in a process of its own, which makes one shard at a time."""
 
     def __init__(
@@ -218,7 +218,7 @@ def _rows(
     tasks = [{"number": k, "rows": min(size, count - k * size)} for k in numbers]
     tasks *= math.ceil(actors / len(tasks)) if again else 1
     tables = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        Worker,
+        ReplicaWorker,
         fn_constructor_args=(replica, recipe, known, more, beat.announcer),
         batch_size=1,
         **cluster.pool(recipe, min(actors, len(tasks)), DEATHS),
