@@ -434,12 +434,10 @@ def check_writable(uri: str, needed: int = 0) -> None:
     above = [] if is_remote(uri) else [Path(resolve(uri)), *Path(resolve(uri)).parents]
     made = [folder for folder in above if not folder.exists()]
     write_bytes(probe, b"probe")
+    free = needed if is_remote(uri) else shutil.disk_usage(resolve(uri)).free  # the probe keeps the folder in its place
     remove(probe)
-    room_in = made[-1].parent if made else None
     for folder in made:
         with suppress(OSError):  # somebody else may use it by now
             folder.rmdir()
-    if not is_remote(uri):
-        free = shutil.disk_usage(room_in or resolve(uri)).free
-        if free < needed:
-            raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")
+    if free < needed:
+        raise Refused(f"{uri} has {free / 1e9:.1f} GB left but about {needed / 1e9:.1f} GB are needed; free some.")

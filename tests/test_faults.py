@@ -88,7 +88,6 @@ def test_pairs_survive_kills_of_driver_and_replicas(
 
 
 @pytest.mark.faults("pairs: two drivers in one folder")
-@pytest.mark.slow  # it failed once beside other work, and the reason was not found yet
 def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path) -> None:
     recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=4, batch=4)
     generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
