@@ -64,7 +64,7 @@ bench: setup
 RUN ?= runs/demo
 STORE = sqlite:///$(if $(filter /%,$(firstword $(RUN))),,$(CURDIR)/)$(RUN)/mlflow.db
 ui: setup
-	@$(BIN)/python -m pipeline.mlflow_store $(call quoted,$(RUN))
+	@$(BIN)/python -m pipeline.services.mlflow_store $(call quoted,$(RUN))
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri $(call quoted,$(STORE))
 
 clean:

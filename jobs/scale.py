@@ -1,11 +1,11 @@
 """Make a recipe's pairs at full size with a stand-in for the teacher, and say what all but the teacher takes."""
 
-from pipeline import startup
+from pipeline.host import startup
 
 if __name__ == "__main__":
     startup.begin()  # the imports take seconds, in which a job may be stopped, too
 
-    from pipeline.command_line import main
-    from pipeline.scale import scale
+    from pipeline.benchmark.scale import scale
+    from pipeline.workflow.command_line import main
 
     main(__doc__, scale)

@@ -12,13 +12,27 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from pipeline import fields, storage
-from pipeline.addresses import PLACEHOLDER, Address
+from pipeline import storage
+from pipeline.configuration import fields
+from pipeline.configuration.addresses import PLACEHOLDER, Address
+from pipeline.configuration.fields import (
+    Count,
+    Name,
+    Pool,
+    PoolOrOff,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    Size,
+    SizeOrOff,
+    Uri,
+    Weight,
+)
 from pipeline.errors import Refused
-from pipeline.fields import Count, Name, Pool, PoolOrOff, Positive, Range, Seed, Share, Size, SizeOrOff, Uri, Weight
-from pipeline.flow import Solver
+from pipeline.flow.matching import Solver
 from pipeline.noise import Dtype
-from pipeline.precision import Precision
+from pipeline.numerics.precision import Precision
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
 SHARDS = 10_000_000  # of a pair set; the driver lists them

@@ -30,10 +30,11 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import hub_cache, local_files
 from pipeline.errors import Missing, Outage, Refused
-from pipeline.local_files import TEMPORARY
-from pipeline.storage_errors import sentences, watched
+from pipeline.files import hub
+from pipeline.files import local as local_files
+from pipeline.files.failures import sentences, watched
+from pipeline.files.local import TEMPORARY
 
 ASSETS = Path(__file__).parent / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
@@ -358,8 +359,8 @@ def _kept(uri: str, outage: Outage) -> Path:
     if not uri.startswith("hf://"):
         raise outage
     own = _latest(uri) / Path(uri).name
-    found = own.resolve() if own.exists() else hub_cache.kept(uri)
-    if found is None and hub_cache.is_offline():
+    found = own.resolve() if own.exists() else hub.kept(uri)
+    if found is None and hub.is_offline():
         raise Refused(f"{uri} was not downloaded before, and HF_HUB_OFFLINE is set; unset it this once.")
     if found is None:
         raise outage

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: many 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A local Ray of four logical CPUs, which ``pipeline.cluster.connect`` finds; yields its folder, logs and all."""
+    """A local Ray of four logical CPUs, which ``pipeline.services.cluster.connect`` finds; yields its folder, logs and all."""
     import ray
 
     tests = os.path.dirname(__file__)  # so that workers can import ``faulty``, and this checkout's package
@@ -56,7 +56,7 @@ def s3_server() -> Iterator[s3server.Relay]:
 @pytest.fixture(scope="session")
 def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an MLflow store without runs, to be copied: MLflow takes seconds to make one."""
-    from pipeline import mlflow_store
+    from pipeline.services import mlflow_store
 
     folder = tmp_path_factory.mktemp("blank")
     mlflow_store.loaded()

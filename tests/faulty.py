@@ -10,12 +10,12 @@ import pyarrow as pa
 import ray
 from torch import Tensor
 
-from pipeline.manifest import Facts
 from pipeline.models import llamagen
 from pipeline.models.base import Choose, Condition
 from pipeline.models.llamagen import Config, Student, Tokenizer
+from pipeline.pairs.manifest import Facts
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
-from pipeline.replica import Replica
 
 __all__ = ["Config", "Hangs", "Poisoned", "Student", "Teacher", "Tokenizer"]
 

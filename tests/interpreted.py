@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import flow, flow_oracle, flow_solvers, flow_triton, posterior
-from pipeline.flow import Matcher, Solver
+from pipeline.flow import kernel, matching, oracle, posterior, solvers
+from pipeline.flow.matching import Matcher, Solver
 
 # numpy warns of what the kernel computes for bad tokens, and of the step after the last one.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -20,15 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that few codes fill several; `plain` goes around the kernel."""
-    monkeypatch.setattr(flow, "has_kernel", lambda codebook, solver: solver.name == "adaptive")
-    monkeypatch.setattr(flow_triton, "TILE", 1024)
-    monkeypatch.setattr(flow_triton, "LIST", 128)
+    monkeypatch.setattr(matching, "has_kernel", lambda codebook, solver: solver.name == "adaptive")
+    monkeypatch.setattr(kernel, "TILE", 1024)
+    monkeypatch.setattr(kernel, "LIST", 128)
 
 
-def plain(noise: Tensor, log_p: Tensor, codebook: Tensor, solver: Solver = flow.ADAPTIVE) -> tuple[Tensor, Tensor]:
+def plain(noise: Tensor, log_p: Tensor, codebook: Tensor, solver: Solver = matching.ADAPTIVE) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "has_kernel", lambda codebook, solver: False)
-        return flow.match_counted(noise, log_p, codebook, solver)
+        patch.setattr(matching, "has_kernel", lambda codebook, solver: False)
+        return matching.match_counted(noise, log_p, codebook, solver)
 
 
 def case(codes: int, dimension: int, tokens: int, kept: int | None = None, sharpness: float = 2.0) -> list[Tensor]:
@@ -43,7 +43,7 @@ def case(codes: int, dimension: int, tokens: int, kept: int | None = None, sharp
 
 def assert_as_in_torch(noise: Tensor, log_p: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """The codes of the torch path; its counts but for the looks that it leaves out, at every other evaluation."""
-    (codes, counts), (expected, slower) = flow.match_counted(noise, log_p, codebook), plain(noise, log_p, codebook)
+    (codes, counts), (expected, slower) = matching.match_counted(noise, log_p, codebook), plain(noise, log_p, codebook)
     assert codes.dtype == torch.int64
     assert counts.dtype == torch.float32
     assert torch.equal(codes, expected)
@@ -61,20 +61,20 @@ def test_codes_and_counts_are_those_of_torch_and_of_the_oracle(
     """V and C that are no powers of two, filtered and not; the last tile is whole, part full or holds one code."""
     given = case(codes, dimension, tokens, kept)
     found, _ = assert_as_in_torch(*given)
-    assert torch.equal(found, flow_oracle.exact(*given))
+    assert torch.equal(found, oracle.exact(*given))
 
 
 def test_every_step_ends_where_it_does_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read off early, the code nearest to y / u on a fine grid is a measurement of y; large steps, so that all terms
     of the method count."""
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow_triton, "TILE", 8192)
-    monkeypatch.setattr(flow_triton, "LIST", 8192)
+    monkeypatch.setattr(kernel, "TILE", 8192)
+    monkeypatch.setattr(kernel, "LIST", 8192)
     codebook, solver = torch.linspace(-1, 1, 8192)[:, None], Solver(tolerance=0.1)
     noise, log_p = torch.tensor([[-0.8], [0.1], [1.5]]), (2 * torch.cos(9 * codebook[:, 0])).expand(3, -1)
     for steps in (1, 2, 6):
-        monkeypatch.setattr(flow_solvers, "MAX_STEPS", steps)
-        found, (expected, _) = flow.match(noise, log_p, codebook, solver), plain(noise, log_p, codebook, solver)
+        monkeypatch.setattr(solvers, "MAX_STEPS", steps)
+        found, (expected, _) = matching.match(noise, log_p, codebook, solver), plain(noise, log_p, codebook, solver)
         assert (found - expected).abs().max() <= 1, "a corrector of 1/13 instead of 1/12 moves it by 4"
 
 
@@ -111,9 +111,9 @@ def test_of_equal_codes_the_first_is_taken() -> None:
 
 def test_a_token_stops_when_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(64, 8, 4)
-    codes, counts = flow.match_counted(*given)
+    codes, counts = matching.match_counted(*given)
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 24)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 24)
     all_codes, all_counts = assert_as_in_torch(*given)
     assert torch.equal(codes, all_codes)
     assert all_counts.unique().tolist() == [25.5]
@@ -125,12 +125,12 @@ def test_striking_codes_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     """With a sharp p nearly all codes go; a cut that is far too high shows that the list is really shortened."""
     given = case(400, 8, 3, sharpness=5.0)
     codes, counts = assert_as_in_torch(*given)
-    monkeypatch.setattr(flow_triton, "CUT", math.inf)
-    whole, whole_counts = flow.match_counted(*given)
+    monkeypatch.setattr(kernel, "CUT", math.inf)
+    whole, whole_counts = matching.match_counted(*given)
     assert torch.equal(codes, whole)
     assert torch.equal(counts, whole_counts)
-    monkeypatch.setattr(flow_triton, "CUT", 1e-3)
-    assert torch.equal(flow.match(*given), given[1].argmax(-1))
+    monkeypatch.setattr(kernel, "CUT", 1e-3)
+    assert torch.equal(matching.match(*given), given[1].argmax(-1))
 
 
 def test_types_strides_and_launches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,23 +138,23 @@ def test_types_strides_and_launches_do_not_matter(monkeypatch: pytest.MonkeyPatc
     codes, counts = assert_as_in_torch(noise, log_p, codebook)
     wide, shifted = torch.zeros(3, 200), torch.zeros(90, 7, 4)
     wide[:, 100:190], shifted[:, 3] = log_p, codebook
-    monkeypatch.setattr(flow_triton, "SCRATCH_BYTES", 2 * 8 * 90)  # two tokens in a launch, then one
-    found, again = flow.match_counted(noise.double(), wide[:, 100:190], shifted[:, 3])
+    monkeypatch.setattr(kernel, "SCRATCH_BYTES", 2 * 8 * 90)  # two tokens in a launch, then one
+    found, again = matching.match_counted(noise.double(), wide[:, 100:190], shifted[:, 3])
     assert torch.equal(found, codes)
     assert torch.equal(again, counts)
     turned = noise.T.contiguous().T.view(3, 1, 4), log_p.T.contiguous().T.view(3, 1, 90)
-    assert torch.equal(flow.match(*turned, codebook), codes.view(3, 1))
+    assert torch.equal(matching.match(*turned, codebook), codes.view(3, 1))
     for dtype in (torch.float16, torch.bfloat16):
         rounded = log_p[:2].to(dtype)
-        assert torch.equal(flow.match(noise[:2], rounded, codebook), plain(noise[:2], rounded.float(), codebook)[0])
-    assert flow.match(noise[:0], log_p[:0], codebook).shape == (0,)
+        assert torch.equal(matching.match(noise[:2], rounded, codebook), plain(noise[:2], rounded.float(), codebook)[0])
+    assert matching.match(noise[:0], log_p[:0], codebook).shape == (0,)
 
 
 def test_a_matcher_goes_on_until_it_is_asked() -> None:
     """Bad tokens get code 0 and disturb no other; the first of torch's messages is raised, as often as it is asked."""
     noise, log_p, codebook = case(140, 4, 3, 5)
     codes, hole, peak, empty, far = (
-        flow.match(noise, log_p, codebook),
+        matching.match(noise, log_p, codebook),
         *(log_p.clone() for _ in range(3)),
         noise.clone(),
     )
@@ -178,7 +178,7 @@ def test_a_matcher_goes_on_until_it_is_asked() -> None:
             with pytest.raises(ValueError, match=message):
                 matcher.check()
         with pytest.raises(ValueError, match=message):
-            flow.match(x[1:2], p[1:2], codebook)
+            matching.match(x[1:2], p[1:2], codebook)
 
 
 def test_what_overflows_ends_in_the_codebook() -> None:
@@ -189,6 +189,6 @@ def test_what_overflows_ends_in_the_codebook() -> None:
 
 def test_other_solvers_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     noise, log_p, codebook = case(30, 4, 2)
-    monkeypatch.setattr(flow_triton, "solve", None)
+    monkeypatch.setattr(kernel, "solve", None)
     for solver in (Solver("fixed"), Solver("paper")):
-        assert flow.match(noise, log_p, codebook, solver).shape == (2,)
+        assert matching.match(noise, log_p, codebook, solver).shape == (2,)

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import training_data, training_step
 from pipeline.models import checkpoints
 from pipeline.models.base import Prediction
-from pipeline.precision import autocast
+from pipeline.numerics.precision import autocast
 from pipeline.recipe import Recipe
+from pipeline.training import batches
+from pipeline.training import step as training_step
 
 
 class Step(NamedTuple):
@@ -39,8 +40,8 @@ def step(recipe: Recipe, prepare: Callable[[nn.Module], Any] = lambda student: N
     student, loss = training_step.build(recipe, torch.device(device))
     prepare(stirred(student))
     layout = checkpoints.config(recipe.teacher).layout
-    pairs = training_data.made_up(layout, recipe.train.batch)
-    batch = training_data.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook)
+    pairs = batches.made_up(layout, recipe.train.batch)
+    batch = batches.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook)
     with autocast(recipe.train.precision, device):
         prediction = student(batch.x_t, batch.t, batch.condition)
         value, _ = loss(prediction, batch.tokens, batch.t)

@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 import tiny
 
-from pipeline import ablate as job
-from pipeline import ablation_plan, ablation_report, manifest, noise, pairs, storage
-from pipeline.ablate import ablate
-from pipeline.ablation_report import differing
-from pipeline.command_line import DEFAULT, parse, with_settings
+from pipeline import noise, storage
+from pipeline.ablation import ablate as job
+from pipeline.ablation import plan as ablation_plan
+from pipeline.ablation import report as ablation_report
+from pipeline.ablation.ablate import ablate
+from pipeline.ablation.report import differing
 from pipeline.errors import Unfinished
 from pipeline.models import checkpoints
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
 from pipeline.recipe import AblationSettings, Recipe, fingerprint
+from pipeline.workflow.command_line import DEFAULT, parse, with_settings
 
 LISTED: list[dict[str, Any]] = [
     {"name": "Autoregressive"},

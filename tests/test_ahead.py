@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.ahead import ahead
+from pipeline.host.ahead import ahead
 
 
 def test_the_next_item_is_made_while_the_last_one_is_used() -> None:

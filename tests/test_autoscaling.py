@@ -19,7 +19,7 @@ import yaml
 from autoscaling import RAY
 from tiny import tiny, with_pairs
 
-from pipeline import pairs
+from pipeline.pairs import shards
 from pipeline.recipe import Recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -93,7 +93,7 @@ def test_nodes_come_for_a_job_and_go(dashboard: str, recipe: Recipe, tmp_path: P
     assert "Waiting for nodes: 0 of 2 replicas have a place. Each needs 1 GPU and 1 CPU on one node" in out
     assert "The cluster has a place for all 2 replicas." in out
     assert "Made 160 pairs" in out
-    assert pairs.verify(recipe.pairs_uri)["count"] == 160
+    assert shards.verify(recipe.pairs_uri)["count"] == 160
 
 
 def test_a_job_that_cannot_work_says_so_and_fails(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:

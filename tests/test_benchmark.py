@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file
 from tiny import IMAGES, Family, tiny, with_pairs
 
-from pipeline import benchmark, flow, mlflow_store, plots, stopwatch, storage
-from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
+from pipeline import storage
+from pipeline.benchmark import actors, benchmark, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
+from pipeline.flow import matching as flow
+from pipeline.host import stopwatch
 from pipeline.models import checkpoints
 from pipeline.recipe import Measured, Recipe
+from pipeline.report import plots
+from pipeline.services import mlflow_store
 
 CPU = torch.device("cpu")
 
@@ -285,7 +289,7 @@ def test_generation_runs_the_jobs_own_pool(ray_cluster: str, recipe: Recipe, tmp
 
 def test_evaluation_runs_the_jobs_own_pool(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "ITEM", 20)
-    monkeypatch.setattr("pipeline.plan.ITEM", 20)
+    monkeypatch.setattr("pipeline.evaluation.plan.ITEM", 20)
     monkeypatch.setattr(actors, "PARTS", 1)  # the workers know nothing of the smaller parts: one begins at 0 for both
     recipe = tiny(tmp_path, "var", **IMAGES)
     bench = benchmark.Bench(recipe, str(tmp_path))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline import cluster
 from pipeline.recipe import ClusterSettings, EvaluateSettings, PairSettings, Recipe, TeacherSettings, TrainSettings
+from pipeline.services import cluster
 
 
 def test_a_portable_recipe_has_no_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

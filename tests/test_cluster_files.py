@@ -24,7 +24,7 @@ import pytest
 import ray
 import yaml
 
-from pipeline import losses
+from pipeline.training import losses
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster"

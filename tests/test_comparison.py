@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import comparison
+from pipeline.evaluation import comparison
+from pipeline.evaluation.plan import Plan
 from pipeline.models.base import Layout
-from pipeline.plan import Plan
 from pipeline.recipe import EvaluateSettings, Recipe
-from pipeline.samplers import FewStep
+from pipeline.sampling.samplers import FewStep
 
 PAIR_SETS: dict[str, Any] = {
     "count": 5000,

@@ -19,11 +19,14 @@ from tiny import Family, tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline import compilation, generate, plan, training_plan
-from pipeline.compilation import FORMS, compiled
+from pipeline.evaluation import plan
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
+from pipeline.numerics import compilation
+from pipeline.numerics.compilation import FORMS, compiled
 from pipeline.recipe import Filter, Recipe, TeacherSettings
+from pipeline.training import plan as training_plan
+from pipeline.workflow import generate
 
 # Relative errors, |found - plain| / |plain|. The kernels add in another order, which moves the last of 24 bits (6e-8)
 # a few times: 3e-7 found in what a student says, 3e-6 in its gradients. Under bf16 they round in fewer places.

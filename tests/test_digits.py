@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import digits, noise, pretrain
-from pipeline.command_line import parse
+from pipeline import noise
+from pipeline.digits import networks, pretrain
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe
-from pipeline.samplers import inverse_cdf
+from pipeline.sampling.samplers import inverse_cdf
+from pipeline.workflow.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ["digits-var", "digits-llamagen"]
@@ -24,18 +25,18 @@ def recipe(name: str) -> Recipe:
 
 
 def test_the_digits_are_balanced_padded_and_scaled() -> None:
-    images, labels = digits.images_and_labels()
+    images, labels = networks.images_and_labels()
     assert images.shape == (5000, 3, 32, 32)
     assert (images.min(), images.max()) == (-1, 1)
     assert labels[:10].tolist() == list(range(10))
-    _, training = digits.training_split()
+    _, training = networks.training_split()
     assert torch.bincount(training).tolist() == [450] * 10
 
 
 def test_every_place_is_used_that_keeps_all_ink() -> None:
     image = torch.full((1000, 3, 32, 32), -1.0)
     image[:, :, 2:16, 16] = 1.0
-    shifted = digits.placed(image, torch.Generator().manual_seed(0))
+    shifted = networks.placed(image, torch.Generator().manual_seed(0))
     ink = shifted[:, 0] == 1
     assert (ink.sum((1, 2)) == 14).all()
     rows, columns = ink.any(2).int().argmax(1), ink.any(1).int().argmax(1)
@@ -44,12 +45,14 @@ def test_every_place_is_used_that_keeps_all_ink() -> None:
 
 
 def test_placing_the_digits_loses_no_ink() -> None:
-    ink, left = ((images.double() + 1).sum((1, 2, 3)) for images, _ in (digits.centred(), digits.images_and_labels()))
+    ink, left = (
+        (images.double() + 1).sum((1, 2, 3)) for images, _ in (networks.centred(), networks.images_and_labels())
+    )
     assert torch.allclose(ink, left, rtol=1e-12)
 
 
 def test_perceptual_distance_is_zero_for_equals_and_grows_with_noise() -> None:
-    net, images = digits.perceptual(), digits.images_and_labels()[0][:20]
+    net, images = networks.perceptual(), networks.images_and_labels()[0][:20]
     speckle = torch.from_numpy(noise.gaussian(5, range(20), 3 * 32, 32)).float().reshape(20, 3, 32, 32)
     near, far = net(images + 0.05 * speckle, images), net(images + 0.4 * speckle, images)
     assert torch.equal(net(images, images), torch.zeros(20))
@@ -63,8 +66,8 @@ def test_perceptual_distance_is_zero_for_equals_and_grows_with_noise() -> None:
 
 @torch.no_grad()
 def test_the_scorer_knows_the_held_out_digits() -> None:
-    images, labels = digits.images_and_labels()
-    features, logits = digits.scorer()(images[-500:])
+    images, labels = networks.images_and_labels()
+    features, logits = networks.scorer()(images[-500:])
     assert features.shape == (500, 64)
     assert (logits.argmax(1) == labels[-500:]).float().mean() > 0.97
 
@@ -77,7 +80,7 @@ def test_the_shipped_teacher_draws_the_digit_it_is_asked_for(name: str) -> None:
     uniform = torch.from_numpy(noise.uniform(9, ids, teacher.layout.length))
     labels = torch.from_numpy(noise.labels(ids, 10))
     codes = teacher.generate(Condition(labels), lambda t, log_p: inverse_cdf(log_p, uniform[:, teacher.layout.span(t)]))
-    _, logits = digits.scorer()(teacher.decode(teacher.codebook[codes]))
+    _, logits = networks.scorer()(teacher.decode(teacher.codebook[codes]))
     assert (logits.argmax(1) == labels).float().mean() > 0.8
 
 
@@ -85,7 +88,7 @@ def test_the_shipped_teacher_draws_the_digit_it_is_asked_for(name: str) -> None:
 @torch.no_grad()
 def test_the_shipped_tokenizer_reconstructs(name: str) -> None:
     tokenizer = checkpoints.tokenizer(recipe(name).teacher)
-    images = digits.images_and_labels()[0][-40:]
+    images = networks.images_and_labels()[0][-40:]
     made = tokenizer.decode(tokenizer.codebook[tokenizer.encode(images)])
     assert (made - images).square().mean() < 0.06
 
@@ -108,7 +111,7 @@ def test_unused_codes_move_to_where_one_is_missing(name: str) -> None:
     tokenizer = checkpoints.tokenizer(recipe(name).teacher)
     before, used = tokenizer.codebook.clone(), torch.full((64,), 9.0)
     used[[1, 5]] = 0
-    seen = tokenizer.searched(digits.images_and_labels()[0][:4])
+    seen = tokenizer.searched(networks.images_and_labels()[0][:4])
     missing = -before[:2] * 3
     pretrain._revive(tokenizer, used, torch.cat([before, missing]), torch.Generator().manual_seed(0))
     after = tokenizer.codebook
@@ -122,17 +125,17 @@ def test_unused_codes_move_to_where_one_is_missing(name: str) -> None:
 
 def test_the_codes_that_a_teacher_learns_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "PLACES", 1)
-    images, truth = digits.training_split()
+    images, truth = networks.training_split()
     mixed = torch.stack([(truth == label).nonzero()[:50, 0] for label in (3, 7)], dim=1).flatten()  # 3, 7, 3, 7, ...
     images, truth = images[mixed], truth[mixed]
-    monkeypatch.setattr(digits, "training_split", lambda: (images, truth))
+    monkeypatch.setattr(networks, "training_split", lambda: (images, truth))
     tokenizer = checkpoints.tokenizer(recipe("digits-var").teacher)
     read, learnt, labels = pretrain.training_codes(tokenizer, 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(read, learnt)
     assert labels.tolist() == sorted(truth.tolist())
     order = truth.argsort(stable=True)
     generator = torch.Generator().manual_seed(0)
-    shown = torch.cat([digits.placed(images[order][i : i + 50], generator) for i in (0, 50)])
+    shown = torch.cat([networks.placed(images[order][i : i + 50], generator) for i in (0, 50)])
     assert torch.equal(read, tokenizer.encode(shown))
     wrong, right, _ = pretrain.training_codes(tokenizer, 0.4, torch.Generator().manual_seed(0))
     assert 0.02 < (wrong != right).float().mean() < 0.3
@@ -166,8 +169,8 @@ def test_a_teacher_learns_and_its_average_follows(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, truth = digits.training_split()
-    monkeypatch.setattr(digits, "training_split", lambda: (images[::50], truth[::50]))
+    images, truth = networks.training_split()
+    monkeypatch.setattr(networks, "training_split", lambda: (images[::50], truth[::50]))
     monkeypatch.setattr(pretrain, "PLACES", 1)
     taught: list[torch.Tensor] = []
 
@@ -177,7 +180,7 @@ def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: p
 
     train_teacher = pretrain.train_teacher
     monkeypatch.setattr(pretrain, "train_teacher", trained)
-    checkpoints.save(digits.Perceptual(), f"{tmp_path}/perceptual.safetensors", {}, torch.float16)
+    checkpoints.save(networks.Perceptual(), f"{tmp_path}/perceptual.safetensors", {}, torch.float16)
     settings = recipe(name).teacher
     plan = pretrain.Plan(tokenizer_steps=2, teacher_steps=2, self_correction=0.4 if name == "digits-var" else 0.0)
     threads = torch.get_num_threads()

@@ -19,27 +19,23 @@ from tiny import tiny
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import (
-    cluster,
-    manifest,
-    noise,
-    observer,
-    pairs,
-    storage,
-    tracking,
-    training_data,
-    training_plan,
-    training_state,
-    training_step,
-)
-from pipeline import distill as job
-from pipeline.distill import distill
+from pipeline import noise, storage
 from pipeline.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
-from pipeline.observer import Message, Observer
-from pipeline.pairs import Rows
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
+from pipeline.pairs.shards import Rows
 from pipeline.recipe import Recipe, TrainSettings
-from pipeline.training_state import TrainingState, learning_rate
+from pipeline.services import cluster, tracking
+from pipeline.training import batches as training_data
+from pipeline.training import observer
+from pipeline.training import plan as training_plan
+from pipeline.training import state as training_state
+from pipeline.training import step as training_step
+from pipeline.training.observer import Message, Observer
+from pipeline.training.state import TrainingState, learning_rate
+from pipeline.workflow import distill as job
+from pipeline.workflow.distill import distill
 
 
 class Journal:

@@ -19,31 +19,22 @@ import pytest
 import tiny
 import torch
 
-from pipeline import (
-    digits,
-    evaluate,
-    legend,
-    machine,
-    manifest,
-    noise,
-    pairs,
-    plan,
-    provenance,
-    report,
-    sample_files,
-    samplers,
-    speed,
-    storage,
-    summary,
-    tables,
-)
-from pipeline.evaluate import Artist, in_order
-from pipeline.metrics import frechet
+from pipeline import noise, storage
+from pipeline.digits import networks
+from pipeline.evaluation import plan, sample_files, summary
+from pipeline.evaluation.metrics import frechet
+from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
 from pipeline.recipe import ClusterSettings, Recipe, fingerprint
-from pipeline.samplers import Autoregressive, FewStep, Models
-from pipeline.speed import Speed
+from pipeline.report import legend, markdown, tables
+from pipeline.sampling import samplers, speed
+from pipeline.sampling.samplers import Autoregressive, FewStep, Models
+from pipeline.sampling.speed import Speed
+from pipeline.workflow import evaluate
+from pipeline.workflow.evaluate import Artist, in_order
 
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "Autoregressive"},
@@ -123,7 +114,7 @@ def results_of(recipe: Recipe) -> dict[str, Any]:
 @cache
 def real_features() -> np.ndarray:
     with torch.no_grad():
-        return digits.scorer()(digits.images_and_labels()[0])[0].double().numpy()
+        return networks.scorer()(networks.images_and_labels()[0])[0].double().numpy()
 
 
 def slow_score(recipe: Recipe, sampler: samplers.Sampler, student: str, ids: range) -> float:
@@ -138,7 +129,7 @@ def slow_score(recipe: Recipe, sampler: samplers.Sampler, student: str, ids: ran
     )
     with torch.no_grad():
         images = teacher.decode(sampler.draw(made, ids))
-        features, _ = digits.scorer()(to_uint8(images).float() / 127.5 - 1)
+        features, _ = networks.scorer()(to_uint8(images).float() / 127.5 - 1)
     gaussians = [(x.mean(0), np.cov(x.T)) for x in (features.double().numpy(), real_features())]
     return frechet(*gaussians)
 
@@ -170,8 +161,8 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         "onestep* given the class",
     ]
     assert [row["steps"] for row in results["rows"][1:]] == [3, 3, 1, 2, 3, 2, 1]
-    assert report.table(results) in text
-    assert report.table(results) in storage.read_bytes(storage.join(recipe.report_uri, "report.md")).decode()
+    assert markdown.table(results) in text
+    assert markdown.table(results) in storage.read_bytes(storage.join(recipe.report_uri, "report.md")).decode()
     assert [row["type"] for row in results["rows"]] == [
         "real",
         "AR",
@@ -593,7 +584,7 @@ def test_a_students_precision_is_in_its_draws_alone_and_compiling_in_none(recipe
 
 
 def plan_solver() -> Any:
-    from pipeline.flow import Solver
+    from pipeline.flow.matching import Solver
 
     return Solver("fixed", 20)
 
@@ -732,4 +723,4 @@ def test_a_report_survives_a_copy(finished: tuple[Recipe, str], tmp_path: Path) 
     recipe, _ = finished
     shutil.copy(Path(recipe.report_uri, "report.json"), tmp_path)
     results = json.loads((tmp_path / "report.json").read_text())
-    assert report.markdown(results).encode() == storage.read_bytes(storage.join(recipe.report_uri, "report.md"))
+    assert markdown.markdown(results).encode() == storage.read_bytes(storage.join(recipe.report_uri, "report.md"))

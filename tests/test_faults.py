@@ -20,10 +20,12 @@ from faults import finish, kill, scores, shards, start, wait, workers
 from safetensors.torch import load_file
 from tiny import IMAGES, tiny, with_pairs
 
-from pipeline import pairs, storage, training_state
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.generate import generate
+from pipeline import storage
+from pipeline.pairs import shards as pairs
+from pipeline.training import state
+from pipeline.workflow.distill import distill
+from pipeline.workflow.evaluate import evaluate
+from pipeline.workflow.generate import generate
 
 SHORT = 1  # kills of a run in the suite
 LONG = 37  # and of one by itself
@@ -181,5 +183,5 @@ def written(folder: Path) -> int:
 
 
 def newest_step(place: str) -> int:
-    names = training_state.saved(place)
+    names = state.saved(place)
     return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else 0

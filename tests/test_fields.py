@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import cluster, fields
-from pipeline.command_line import with_settings
+from pipeline.configuration import fields
+from pipeline.configuration.fields import Kind
 from pipeline.errors import Refused
-from pipeline.fields import Kind
 from pipeline.models import checkpoints
 from pipeline.recipe import AblationSettings, PairSettings, Recipe, TeacherSettings
+from pipeline.services import cluster
+from pipeline.workflow.command_line import with_settings
 
 LEAVES = {name: kind for name, kind in fields.named(Recipe) if not is_dataclass(kind.of)}
 NUMBERS = {name: kind for name, kind in LEAVES.items() if kind.of in (int, float)}

@@ -17,18 +17,20 @@ from test_graphs import Drawn, assert_equal
 from tiny import CONFIG, Family, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline import flow, footprints, manifest
-from pipeline.compilation import compiled
 from pipeline.errors import Refused
+from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher, nearest
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs
 from pipeline.models.var.transformer import unit
-from pipeline.precision import products
+from pipeline.numerics.compilation import compiled
+from pipeline.numerics.precision import products
+from pipeline.pairs import manifest
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Filter, Recipe, TeacherSettings, TrainSettings
-from pipeline.replica import Replica
-from pipeline.samplers import Autoregressive, Models
+from pipeline.sampling.samplers import Autoregressive, Models
+from pipeline.workflow import footprints
 
 FAMILIES = pytest.mark.parametrize("family", list(CONFIG))
 LAST = {"var": "blocks.1.ffn.fc2.weight", "llamagen": "layers.1.feed_forward.w1.weight"}
@@ -100,10 +102,10 @@ def test_flow_matching_stays_in_full_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     noise, codebook = torch.randn(300, 8, generator=generator), torch.randn(64, 8, generator=generator)
     log_p = torch.randn(300, 64, generator=generator).log_softmax(-1)
-    exact, closest = flow.match(noise, log_p, codebook), nearest(noise, codebook)
+    exact, closest = matching.match(noise, log_p, codebook), nearest(noise, codebook)
     with torch.autocast("cpu", torch.float16):
         assert (noise @ codebook.T).dtype == torch.float16
-        assert torch.equal(flow.match(noise, log_p, codebook), exact)
+        assert torch.equal(matching.match(noise, log_p, codebook), exact)
         assert torch.equal(nearest(noise, codebook), closest)
 
 
@@ -172,7 +174,7 @@ def test_numbers_beyond_float16_are_noticed(tmp_path: Path, family: Family, name
     assert failure is not None
     assert failure.refused
     assert "teacher.precision is fp16, and in the teacher's blocks a number left float16's range" in failure.text
-    models = Models(made.teacher, None, flow.Solver(), 0, teacher_precision="fp16")
+    models = Models(made.teacher, None, matching.Solver(), 0, teacher_precision="fp16")
     with pytest.raises(Refused, match=r"set teacher\.precision to bf16, tf32 or fp32"):
         Autoregressive().draw(models, range(2))
     Replica(in_(recipe, "bf16"), manifest.facts_of(in_(recipe, "bf16"))).rows(0, 4)

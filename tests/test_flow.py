@@ -11,9 +11,9 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from pipeline import flow, flow_oracle, flow_solvers, posterior
-from pipeline.flow import GRIDS, Solver
-from pipeline.precision import full_precision
+from pipeline.flow import matching, oracle, posterior, solvers
+from pipeline.flow.matching import GRIDS, Solver
+from pipeline.numerics.precision import full_precision
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "flow.json").read_text())
 SOLVERS = [Solver(), Solver("fixed", 10), Solver("fixed", 14), Solver("paper", 10)]
@@ -65,7 +65,7 @@ def test_posterior_mean_and_velocity_are_the_goldens(name: str) -> None:
     codebook, log_p = torch.tensor(case["codebook"], dtype=torch.float64), log_probs(case["log_p"])
     for point in case["posterior"]:
         x = torch.tensor(point["x"], dtype=torch.float64)
-        for function, expected in ((flow.posterior_mean, point["mean"]), (flow.velocity, point["velocity"])):
+        for function, expected in ((matching.posterior_mean, point["mean"]), (matching.velocity, point["velocity"])):
             found = function(log_p[point["p"]], x, point["t"], codebook)
             assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -82,16 +82,16 @@ def test_velocity_is_the_corrected_equation_3(t: float) -> None:
         w = p * np.exp(-((x[i] - t * codes) ** 2).sum(1) / (2 * (1 - t) ** 2))
         expected[i] = sum(w[j] / w.sum() * (codes[j] - x[i]) / (1 - t) for j in range(9))
     log_p = torch.from_numpy(p).log().expand(4, -1)
-    found = flow.velocity(log_p, torch.from_numpy(x), t, torch.from_numpy(codes))
+    found = matching.velocity(log_p, torch.from_numpy(x), t, torch.from_numpy(codes))
     assert found.dtype == torch.float64
     assert np.allclose(found, expected, rtol=1e-10)
-    single = flow.velocity(log_p.float(), torch.from_numpy(x).float(), t, torch.from_numpy(codes).float())
+    single = matching.velocity(log_p.float(), torch.from_numpy(x).float(), t, torch.from_numpy(codes).float())
     assert single.dtype == torch.float32
     assert np.allclose(single, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_fixed_grid_of_ten_is_the_golden_one() -> None:
-    nodes, predictor, corrector = flow_solvers.adams(10)
+    nodes, predictor, corrector = solvers.adams(10)
     golden = GOLDEN["fixed10_grid"]
     assert nodes == pytest.approx([*golden["nodes"], golden["g"] * golden["end"]])
     for found, expected in zip(
@@ -106,14 +106,14 @@ def test_the_fixed_grid_of_ten_is_the_golden_one() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_exact_finds_the_golden_codes(name: str) -> None:
     case = golden_case(name)
-    assert torch.equal(flow_oracle.exact(case.noise, case.log_p, case.codebook), case.column("exact"))
+    assert torch.equal(oracle.exact(case.noise, case.log_p, case.codebook), case.column("exact"))
 
 
 @pytest.mark.parametrize("solver", SOUND, ids=by_name)
 @pytest.mark.parametrize("name", CASES)
 def test_solvers_find_the_stable_golden_codes(name: str, solver: Solver) -> None:
     case = golden_case(name)
-    codes, stable = flow.match(case.noise, case.log_p, case.codebook, solver), case.column("stable_1e2")
+    codes, stable = matching.match(case.noise, case.log_p, case.codebook, solver), case.column("stable_1e2")
     assert torch.equal(codes[stable], case.column("exact")[stable])
     if solver == Solver("fixed", 10):
         assert torch.equal(codes, case.column("fixed10"))
@@ -124,8 +124,8 @@ def test_paper_ends_where_the_published_solver_does(name: str) -> None:
     case = golden_case(name)
     block = posterior.Block(case.log_p, posterior.augment(case.codebook))
     end = case.column("official10_lower_order_last_x").double()
-    assert torch.allclose(flow_solvers.dpm_solver(block, case.noise, 10), end, rtol=1e-5, atol=1e-6)
-    codes, counts = flow.match_counted(case.noise, case.log_p, case.codebook, Solver("paper"))
+    assert torch.allclose(solvers.dpm_solver(block, case.noise, 10), end, rtol=1e-5, atol=1e-6)
+    codes, counts = matching.match_counted(case.noise, case.log_p, case.codebook, Solver("paper"))
     assert torch.equal(codes, case.column("official10_lower_order_last_index"))
     assert counts.unique().tolist() == [10]
 
@@ -148,7 +148,7 @@ def distribution(kind: str, codes: int, seed: int = 5) -> Tensor:
 def test_codes_have_the_frequencies_p(kind: str, solver: Solver) -> None:
     draws, random = 20_000, torch.Generator().manual_seed(11)
     codebook, log_p = torch.randn(32, 6, generator=random), distribution(kind, 32)
-    codes = flow.match(torch.randn(draws, 6, generator=random), log_p.expand(draws, -1), codebook, solver)
+    codes = matching.match(torch.randn(draws, 6, generator=random), log_p.expand(draws, -1), codebook, solver)
     found, expected = np.bincount(codes, minlength=32), draws * log_p.double().softmax(0).numpy()
     assert not found[expected == 0].any()
     rare = expected < 5
@@ -198,9 +198,7 @@ def family(name: str, tokens: int) -> Family:
         distance = (codebook - codebook[0]).square().sum(-1) / codebook.var(0).sum()
         rows.append(filtered(logits / 10 - distance, perplexity, top_k, top_p))
     noise = torch.randn(8 * tokens, dimension, generator=random)
-    truth = [
-        flow_oracle.exact(x, p.expand(tokens, -1), codebook) for x, p in zip(noise.split(tokens), rows, strict=True)
-    ]
+    truth = [oracle.exact(x, p.expand(tokens, -1), codebook) for x, p in zip(noise.split(tokens), rows, strict=True)]
     order = torch.randperm(8 * tokens, generator=random)
     log_p = torch.stack(rows).repeat_interleave(tokens, 0)
     return Family(codebook, log_p[order], noise[order], torch.cat(truth)[order])
@@ -212,7 +210,7 @@ def few(request: pytest.FixtureRequest) -> tuple[str, Family]:
 
 
 def wrong(case: Family, solver: Solver) -> float:
-    codes, log_p = flow.match(case.noise, case.log_p, case.codebook, solver), case.log_p
+    codes, log_p = matching.match(case.noise, case.log_p, case.codebook, solver), case.log_p
     assert (log_p.gather(1, codes[:, None]) > -math.inf).all()
     return 100 * (codes != case.codes).double().mean().item()
 
@@ -247,7 +245,7 @@ def test_accuracy_on_a_larger_sample(name: str) -> None:
 def test_snapping_to_the_whole_codebook_is_worse(few: tuple[str, Family]) -> None:
     name, case = few
     block = posterior.Block(case.log_p, posterior.augment(case.codebook))
-    x = flow_solvers.dpm_solver(block, case.noise, 10)
+    x = solvers.dpm_solver(block, case.noise, 10)
     codes = torch.cdist(x, case.codebook).argmin(-1)
     illegal = 100 * (case.log_p.gather(1, codes[:, None]) == -math.inf).double().mean().item()
     found, expected = 100 * (codes != case.codes).double().mean().item(), {"var": 3.5, "llamagen": 7.9}[name]
@@ -259,7 +257,7 @@ def test_snapping_to_the_whole_codebook_is_worse(few: tuple[str, Family]) -> Non
 def test_adaptive_follows_the_ode_to_its_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tolerance, steps = golden_case(name), 1e-5, 400
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 24)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 24)
 
     class Watched(posterior.Block):
         def logits(self, y: Tensor, u: Tensor) -> Tensor:
@@ -267,7 +265,7 @@ def test_adaptive_follows_the_ode_to_its_tolerance(name: str, monkeypatch: pytes
             return super().logits(y, u)
 
     block, reference = (kind(case.log_p, posterior.augment(case.codebook)) for kind in (Watched, posterior.Block))
-    flow_solvers.adaptive(block, case.noise, tolerance)
+    solvers.adaptive(block, case.noise, tolerance)
     found, u = block.latest
     y, h = case.noise, u / steps  # Runge and Kutta's method of order 4 to where the solver got
     for step in range(steps):
@@ -283,7 +281,7 @@ def test_adaptive_follows_the_ode_to_its_tolerance(name: str, monkeypatch: pytes
 def test_adaptive_spends_less_on_an_easier_tolerance(few: tuple[str, Family]) -> None:
     name, case = few
     means = [
-        flow.match_counted(case.noise, case.log_p, case.codebook, Solver(tolerance=tolerance))[1].mean().item()
+        matching.match_counted(case.noise, case.log_p, case.codebook, Solver(tolerance=tolerance))[1].mean().item()
         for tolerance in (6e-3, 1e-3, 2e-4)
     ]
     assert means == sorted(means)
@@ -310,21 +308,23 @@ def test_any_split_of_the_batch_gives_the_same_codes(solver: Solver) -> None:
     widths = {width for _, width in posterior.blocks(log_p, codebook.shape[1])}
     assert None in widths
     assert len(widths) > 3
-    whole = flow.match(noise, log_p, codebook, solver)
+    whole = matching.match(noise, log_p, codebook, solver)
     for size in (1, 7, 64):
-        parts = [flow.match(x, p, codebook, solver) for x, p in zip(noise.split(size), log_p.split(size), strict=True)]
+        parts = [
+            matching.match(x, p, codebook, solver) for x, p in zip(noise.split(size), log_p.split(size), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), whole)
     order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(flow.match(noise[order], log_p[order], codebook, solver), whole[order])
+    assert torch.equal(matching.match(noise[order], log_p[order], codebook, solver), whole[order])
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_gathering_survivors_changes_nothing(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
     monkeypatch.setattr(posterior, "GATHER_BELOW", 0)
-    dense, dense_counts = flow.match_counted(noise, log_p, codebook, solver)
+    dense, dense_counts = matching.match_counted(noise, log_p, codebook, solver)
     monkeypatch.setattr(posterior, "GATHER_BELOW", 10**6)
-    gathered, gathered_counts = flow.match_counted(noise, log_p, codebook, solver)
+    gathered, gathered_counts = matching.match_counted(noise, log_p, codebook, solver)
     assert torch.equal(gathered, dense)
     assert torch.allclose(gathered_counts, dense_counts, atol=2)  # a rounding may move an exit by one look
 
@@ -333,10 +333,10 @@ def test_gathering_survivors_changes_nothing(solver: Solver, monkeypatch: pytest
 def test_early_exit_changes_no_code(solver: Solver, few: tuple[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
     _, case = few
     some = slice(0, 320)
-    codes, counts = flow.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
+    codes, counts = matching.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 40)
-    slow, all_counts = flow.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 40)
+    slow, all_counts = matching.match_counted(case.noise[some], case.log_p[some], case.codebook, solver)
     assert torch.equal(codes, slow)
     assert counts.mean() < 0.9 * all_counts.mean()
 
@@ -348,10 +348,10 @@ def test_a_weight_that_starts_high_is_no_exit(solver: Solver, monkeypatch: pytes
     p = torch.full((64,), 0.05 / 63)
     p[5] = 0.95
     noise, log_p = torch.randn(2000, 6, generator=random), p.log().expand(2000, -1)
-    codes = flow.match(noise, log_p, codebook, solver)
+    codes = matching.match(noise, log_p, codebook, solver)
     assert (codes != 5).double().mean() == pytest.approx(0.05, abs=0.015)
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    assert torch.equal(flow.match(noise, log_p, codebook, solver), codes)
+    assert torch.equal(matching.match(noise, log_p, codebook, solver), codes)
 
 
 @pytest.mark.parametrize("solver", SOUND, ids=by_name)
@@ -360,17 +360,17 @@ def test_scale_shift_and_rotation_of_the_codebook_do_not_matter(solver: Solver) 
     codebook, noise = torch.randn(256, 6, generator=random), torch.randn(300, 6, generator=random)
     codebook = (64 * codebook).round() / 64  # the largest shift loses none of these digits
     log_p = (2 * torch.randn(300, 256, generator=random)).log_softmax(-1)
-    codes = flow.match(noise, log_p, codebook, solver)
+    codes = matching.match(noise, log_p, codebook, solver)
     for scale, shift in ((0.05, 0.0), (8.0, 5.0), (1e-9, 0.0), (1.0, 2.0**14)):
-        assert torch.equal(flow.match(noise, log_p, scale * codebook + shift, solver), codes)
+        assert torch.equal(matching.match(noise, log_p, scale * codebook + shift, solver), codes)
     turn = torch.linalg.qr(torch.randn(6, 6, generator=random))[0]
-    assert torch.equal(flow.match(noise @ turn, log_p, codebook @ turn, solver), codes)
+    assert torch.equal(matching.match(noise @ turn, log_p, codebook @ turn, solver), codes)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_a_large_call_is_solved_in_small_blocks(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
-    whole, budget, sizes = flow.match(noise, log_p, codebook, solver), 200_000, []
+    whole, budget, sizes = matching.match(noise, log_p, codebook, solver), 200_000, []
     monkeypatch.setitem(posterior.BLOCK_BYTES, "cpu", budget)
 
     class Watched(posterior.Block):
@@ -379,8 +379,8 @@ def test_a_large_call_is_solved_in_small_blocks(solver: Solver, monkeypatch: pyt
             sizes.append(4 * (own + 3 * self.log_p.numel()))
             return super().project(query, onto)
 
-    monkeypatch.setattr(flow, "Block", Watched)
-    assert torch.equal(flow.match(noise, log_p, codebook, solver), whole)
+    monkeypatch.setattr(matching, "Block", Watched)
+    assert torch.equal(matching.match(noise, log_p, codebook, solver), whole)
     assert max(sizes) <= budget
     assert max(sizes) > budget / 2  # not needlessly small
 
@@ -389,11 +389,11 @@ def test_types_and_global_settings_do_not_matter() -> None:
     random = torch.Generator().manual_seed(6)
     codebook, noise = torch.randn(256, 8, generator=random), torch.randn(1000, 8, generator=random).half()
     log_p = (2 * torch.randn(1000, 256, generator=random)).log_softmax(-1).half()
-    codes = flow.match(noise.float(), log_p.float(), codebook)
+    codes = matching.match(noise.float(), log_p.float(), codebook)
     assert codes.dtype == torch.int64
-    assert torch.equal(flow.match(noise, log_p, codebook.double()), codes)
+    assert torch.equal(matching.match(noise, log_p, codebook.double()), codes)
     with torch.autocast("cpu", torch.bfloat16):  # would change about 14 codes
-        assert torch.equal(flow.match(noise, log_p, codebook), codes)
+        assert torch.equal(matching.match(noise, log_p, codebook), codes)
         assert (noise.float() @ codebook.T).dtype == torch.bfloat16
     precision = torch.get_float32_matmul_precision()
     try:
@@ -410,21 +410,24 @@ def test_types_and_global_settings_do_not_matter() -> None:
 def test_shapes_and_normalisation_do_not_matter(solver: Solver) -> None:
     case = golden_case("l2_64x8")
     noise, log_p, kept = case.noise.float(), case.log_p.float(), case.log_p.clone()
-    flat = flow.match(noise, log_p, case.codebook, solver)
+    flat = matching.match(noise, log_p, case.codebook, solver)
     assert torch.equal(
-        flow.match(noise.view(5, 6, 8), (log_p - 7).view(5, 6, 64), case.codebook, solver), flat.view(5, 6)
+        matching.match(noise.view(5, 6, 8), (log_p - 7).view(5, 6, 64), case.codebook, solver), flat.view(5, 6)
     )
-    assert flow.match(noise[0], log_p[0], case.codebook, solver) == flat[0]
-    codes, counts = flow.match_counted(noise[:0], log_p[:0], case.codebook, solver)
+    assert matching.match(noise[0], log_p[0], case.codebook, solver) == flat[0]
+    codes, counts = matching.match_counted(noise[:0], log_p[:0], case.codebook, solver)
     assert codes.shape == counts.shape == (0,)
-    assert flow_oracle.exact(noise[:0], log_p[:0], case.codebook).shape == (0,)
+    assert oracle.exact(noise[:0], log_p[:0], case.codebook).shape == (0,)
     assert torch.equal(case.log_p, kept)  # the caller's tensors are untouched
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_a_matcher_serves_many_calls(solver: Solver) -> None:
     case = golden_case("l2_64x8")
-    matcher, other = flow.Matcher(case.codebook, solver), flow.match_counted(*case[2:0:-1], case.codebook, solver)
+    matcher, other = (
+        matching.Matcher(case.codebook, solver),
+        matching.match_counted(*case[2:0:-1], case.codebook, solver),
+    )
     for a, b in zip(matcher.counted(case.noise, case.log_p), other, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(matcher(case.noise[:7], case.log_p[:7]), other[0][:7])
@@ -432,7 +435,7 @@ def test_a_matcher_serves_many_calls(solver: Solver) -> None:
         matcher(case.noise * math.nan, case.log_p)
     matcher.check()
     with pytest.raises(ValueError, match="codebook holds NaN"):
-        flow.Matcher(case.codebook / 0, solver)
+        matching.Matcher(case.codebook / 0, solver)
 
 
 # ---- difficult tokens
@@ -445,7 +448,7 @@ def test_zero_probabilities_and_single_survivors(solver: Solver | None) -> None:
     log_p = torch.full((200, 40), -math.inf)
     for row in range(200):
         log_p[row, torch.randperm(40, generator=random)[: 1 + row % 3]] = torch.randn((), generator=random)
-    codes = flow.match(noise, log_p, codebook, solver) if solver else flow_oracle.exact(noise, log_p, codebook)
+    codes = matching.match(noise, log_p, codebook, solver) if solver else oracle.exact(noise, log_p, codebook)
     assert (log_p.gather(1, codes[:, None]) > -math.inf).all()
     assert torch.equal(codes[::3], log_p[::3].argmax(-1))
 
@@ -457,10 +460,10 @@ def test_a_coarse_path_still_ends_in_the_support(gathered: bool) -> None:
     noise, log_p = torch.randn(400, 3, generator=random), torch.randn(400, 40, generator=random)
     log_p = log_p.masked_fill(torch.rand(400, 40, generator=random) < 0.7, -math.inf)
     block = posterior.Block(log_p, posterior.augment(codebook), 32 if gathered else None)
-    flow_solvers.paper(block, noise, 2)
+    solvers.paper(block, noise, 2)
     assert (log_p.gather(1, block.answer[:, None]) > -math.inf).all()
     nearest = torch.cdist(
-        flow_solvers.dpm_solver(posterior.Block(log_p, posterior.augment(codebook)), noise, 2), codebook
+        solvers.dpm_solver(posterior.Block(log_p, posterior.augment(codebook)), noise, 2), codebook
     ).argmin(-1)
     assert (log_p.gather(1, nearest[:, None]) == -math.inf).any()  # the test has something to find
 
@@ -470,7 +473,7 @@ def test_coinciding_codes_share_their_tokens_without_harm(solver: Solver | None)
     random = torch.Generator().manual_seed(10)
     half, noise = torch.randn(8, 3, generator=random), torch.randn(60, 3, generator=random)
     log_p = torch.zeros(60, 16)
-    solve = (lambda *a: flow.match(*a, solver)) if solver else flow_oracle.exact
+    solve = (lambda *a: matching.match(*a, solver)) if solver else oracle.exact
     codes, merged = solve(noise, log_p, torch.cat([half, half])), solve(noise, log_p[:, :8], half)
     assert torch.equal(codes % 8, merged)
     assert ((solve(noise, log_p[:, :8], 0 * half) >= 0) & (solve(noise, log_p[:, :8], 0 * half) < 8)).all()
@@ -482,14 +485,14 @@ def test_nearly_coinciding_codes_are_told_apart_by_adaptive() -> None:
     codebook = torch.cat([half, half + 0.05 * torch.randn(300, 16, generator=random)])
     noise = torch.randn(250, 16, generator=random)
     log_p = torch.randn(600, generator=random).log_softmax(0).expand(250, -1)
-    truth = flow_oracle.exact(noise, log_p, codebook)
-    assert (flow.match(noise, log_p, codebook) != truth).double().mean() <= 0.02  # fixed: 0.15
+    truth = oracle.exact(noise, log_p, codebook)
+    assert (matching.match(noise, log_p, codebook) != truth).double().mean() <= 0.02  # fixed: 0.15
 
 
 def test_unfinished_tokens_are_read_off(monkeypatch: pytest.MonkeyPatch) -> None:
     case = golden_case("l2_64x8")
-    monkeypatch.setattr(flow_solvers, "MAX_STEPS", 3)
-    codes, counts = flow.match_counted(case.noise, case.log_p, case.codebook)
+    monkeypatch.setattr(solvers, "MAX_STEPS", 3)
+    codes, counts = matching.match_counted(case.noise, case.log_p, case.codebook)
     assert counts.max() == 4.5
     assert (case.log_p.gather(1, codes[:, None]) > -math.inf).all()
 
@@ -526,9 +529,9 @@ def test_match_refuses_what_it_cannot_solve() -> None:
         ((noise * math.nan, log_p, codebook), "noise holds NaN"),
         ((noise, log_p, codebook / 0), "codebook holds NaN"),
     ):
-        for function in (flow.match, flow_oracle.exact):
+        for function in (matching.match, oracle.exact):
             with pytest.raises(ValueError, match=message):
                 function(*arguments)
     for t in (1.0, -0.1):
         with pytest.raises(ValueError, match="0 <= t < 1"):
-            flow.velocity(log_p, noise, t, codebook)
+            matching.velocity(log_p, noise, t, codebook)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import flow
-from pipeline.flow import Matcher, Solver
+from pipeline.flow import matching
+from pipeline.flow.matching import Matcher, Solver
 
 TESTS = Path(__file__).parent
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux")
@@ -69,11 +69,11 @@ def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
 
 
 def test_only_the_adaptive_solver_on_a_gpu_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on(device: str, dimension: int = 4, solver: Solver = flow.ADAPTIVE) -> bool:
+    def on(device: str, dimension: int = 4, solver: Solver = matching.ADAPTIVE) -> bool:
         codebook: Any = SimpleNamespace(device=torch.device(device), shape=(8, dimension))
-        return flow.has_kernel(codebook, solver)
+        return matching.has_kernel(codebook, solver)
 
-    monkeypatch.setattr(flow, "find_spec", lambda name: name)
+    monkeypatch.setattr(matching, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "cc")
     assert on("cuda")
     assert not on("cpu")
@@ -84,14 +84,14 @@ def test_only_the_adaptive_solver_on_a_gpu_has_a_kernel(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "")
     assert not on("cuda"), "no compiler for Triton's launchers"
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(flow, "find_spec", lambda name: None)
+    monkeypatch.setattr(matching, "find_spec", lambda name: None)
     assert not on("cuda"), "no Triton"
 
 
 def test_flow_matching_on_a_cpu_needs_no_triton() -> None:
     python("-c", "import sys; sys.modules['triton'] = None; import torch; from pipeline import flow; "
            "flow.match(torch.randn(3, 4), torch.zeros(3, 6), torch.randn(6, 4)); "
-           "assert 'pipeline.flow_triton' not in sys.modules")  # fmt: skip
+           "assert 'pipeline.flow.kernel' not in sys.modules")  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -124,7 +124,7 @@ def test_the_kernel_on_a_gpu(codes: int, dimension: int, kept: int | None, monke
     assert torch.equal(
         torch.cat([matcher(x, p) for x, p in zip(noise.split(300), log_p.split(300), strict=True)]), found
     )
-    monkeypatch.setattr(flow, "has_kernel", lambda codebook, solver: False)
-    expected, slower = flow.match_counted(noise, log_p, codebook)
+    monkeypatch.setattr(matching, "has_kernel", lambda codebook, solver: False)
+    expected, slower = matching.match_counted(noise, log_p, codebook)
     assert (found != expected).float().mean() <= 1e-3
     assert 0 <= (slower - counts).mean() <= 1

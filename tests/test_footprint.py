@@ -13,12 +13,15 @@ import torch
 from tiny import Family, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import footprint, footprints, training_data, training_step
-from pipeline.footprint import Footprint, Meter
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
+from pipeline.numerics import footprint
+from pipeline.numerics.footprint import Footprint, Meter
 from pipeline.recipe import Recipe
-from pipeline.training_state import TrainingState
+from pipeline.training import batches
+from pipeline.training import step as training_step
+from pipeline.training.state import TrainingState
+from pipeline.workflow import footprints
 
 FAMILIES: list[Family] = ["var", "llamagen"]
 
@@ -56,8 +59,8 @@ def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family, recompu
     layout, samples = checkpoints.config(recipe.teacher).layout, 20
     with Meter() as meter:
         student, loss = training_step.build(recipe, torch.device("cpu"))
-        rows = training_data.made_up(layout, samples)
-        batch = training_data.noised(rows, 0, recipe.train, layout, loss.tokenizer.codebook)
+        rows = batches.made_up(layout, samples)
+        batch = batches.noised(rows, 0, recipe.train, layout, loss.tokenizer.codebook)
         meter.peak = 0  # of a network as small as this, the making takes more than the training
         state = TrainingState(student, recipe.train)
         training_step.prepare(student, loss)

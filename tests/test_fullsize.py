@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.distill import distill
-from pipeline.generate import generate
 from pipeline.models import checkpoints, llamagen, var
 from pipeline.models.base import Condition
 from pipeline.models.llamagen import teacher as llamagen_teacher
 from pipeline.models.var import teacher as var_teacher
 from pipeline.recipe import Filter
+from pipeline.workflow.distill import distill
+from pipeline.workflow.generate import generate
 
 OFFICIAL = json.loads((golden.FOLDER / "state_dicts.json").read_text())
 GUIDED = Filter(guidance=2.0)

@@ -25,14 +25,17 @@ import torch
 import yaml
 from tiny import tiny, with_pairs
 
-from pipeline import cluster, manifest, pairs, storage
-from pipeline import generate as module
+from pipeline import storage
 from pipeline.errors import Unfinished
-from pipeline.generate import generate
 from pipeline.models import checkpoints
-from pipeline.passes import Outcome, write_owned
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
+from pipeline.pairs.passes import Outcome, write_owned
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import ClusterSettings, Recipe
-from pipeline.replica import Replica
+from pipeline.services import cluster
+from pipeline.workflow import generate as module
+from pipeline.workflow.generate import generate
 
 JOB = Path(__file__).parents[1] / "jobs" / "generate_pairs.py"
 
@@ -146,7 +149,7 @@ def test_failed_shards_are_named_and_a_later_run_makes_only_them(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two shards raise, with either replica, and one takes its process down every time."""
-    monkeypatch.setattr("pipeline.passes.DEATHS", 0)
+    monkeypatch.setattr("pipeline.pairs.passes.DEATHS", 0)
     good = with_pairs(tiny(tmp_path, "llamagen"), count=5, shard_rows=1, actors=2)
     recipe = replace(good, teacher=replace(good.teacher, family="faulty"))  # class 1: shards 1 and 4; class 2: shard 2
     faulty.ILL.touch()

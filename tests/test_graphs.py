@@ -19,12 +19,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from pipeline import flow
-from pipeline.compilation import compiled
+from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.models.graphs import Cuda, Graphs
 from pipeline.models.llamagen import Captions
+from pipeline.numerics.compilation import compiled
 from pipeline.recipe import ClusterSettings, Filter, Recipe, TeacherSettings
 
 FAMILIES = pytest.mark.parametrize("family", ["var", "llamagen"])
@@ -60,7 +60,7 @@ class Drawn:
 
         def choose(t: int, log_p: Tensor) -> Tensor:
             self.shown.append(log_p)
-            return flow.match(noise[:, layout.span(t)], log_p, teacher.codebook)
+            return matching.match(noise[:, layout.span(t)], log_p, teacher.codebook)
 
         self.codes = teacher.generate(Condition(labels), choose, **how)
 

@@ -10,9 +10,9 @@ import lab
 import pytest
 import ray.data
 
-from pipeline import cluster, heartbeat
 from pipeline.errors import Unfinished
 from pipeline.recipe import ClusterSettings, Recipe
+from pipeline.services import cluster, heartbeat
 
 HASTY = replace(Recipe(), cluster=ClusterSettings(cpus=1, heartbeat_minutes=0.5 / 60, stall_minutes=2 / 60))
 

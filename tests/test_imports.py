@@ -21,14 +21,14 @@ HOMES = {  # package -> the modules that may import it
 FLOW = {f"pipeline.{name}" for name in ("flow", "flow_oracle", "flow_solvers", "flow_triton", "posterior")}
 LOWEST = FLOW | {f"pipeline.{name}" for name in ("ahead", "compilation", "noise", "precision", "progress", "storage")}
 LOWEST |= {
-    "pipeline.addresses",
+    "pipeline.configuration.addresses",
     "pipeline.errors",
-    "pipeline.fields",
-    "pipeline.hub_cache",
-    "pipeline.local_files",
-    "pipeline.signals",
-    "pipeline.storage_errors",
-    "pipeline.torchvision_ops",
+    "pipeline.configuration.fields",
+    "pipeline.files.hub",
+    "pipeline.files.local",
+    "pipeline.host.signals",
+    "pipeline.files.failures",
+    "pipeline.numerics.torchvision_ops",
 }
 
 

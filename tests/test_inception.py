@@ -15,10 +15,10 @@ import torch
 from inception_weights import weights
 from torch import Tensor
 
-from pipeline import inception, scoring
-from pipeline.inception import Inception
+from pipeline.evaluation import inception, scoring
+from pipeline.evaluation.inception import Inception
+from pipeline.evaluation.tally import Seen, Statistics
 from pipeline.recipe import EvaluateSettings, Flavour
-from pipeline.tally import Seen, Statistics
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "eval.json").read_text())["inception_formula_weights"]
 
@@ -42,7 +42,7 @@ def test_features_of_both_flavours_have_the_golden_values(flavour: Flavour, side
 
 
 def test_the_default_flavour_is_torch_fidelitys_own_forward(tmp_path: Path) -> None:
-    from pipeline import torchvision_ops  # noqa: F401  isort: skip  before torch_fidelity imports torchvision
+    from pipeline.numerics import torchvision_ops  # noqa: F401  isort: skip  before torch_fidelity imports torchvision
     from torch_fidelity import FeatureExtractorInceptionV3
 
     torch.save({name: torch.from_numpy(array) for name, array in weights().items()}, tmp_path / "inception.pth")

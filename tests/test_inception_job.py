@@ -16,10 +16,12 @@ import tiny
 from inception_weights import weights
 from PIL import Image
 
-from pipeline import evaluate, inception, plan, scoring, storage, summary
-from pipeline.evaluate import Artist
+from pipeline import storage
+from pipeline.evaluation import inception, plan, scoring, summary
+from pipeline.evaluation.tally import Seen
 from pipeline.recipe import Recipe
-from pipeline.tally import Seen
+from pipeline.workflow import evaluate
+from pipeline.workflow.evaluate import Artist
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from tiny import tiny
 from torch import Tensor
 
-from pipeline import manifest
 from pipeline.models import checkpoints
 from pipeline.models.base import Choose, Condition, nearest
 from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import Network, log_probabilities, rotary
+from pipeline.pairs import manifest
 from pipeline.recipe import Filter
 
 VQ = golden.load("llamagen_vq")

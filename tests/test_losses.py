@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from tiny import tiny
 from torch import Tensor, nn
 
-from pipeline import losses, training_step
-from pipeline.losses import Loss, Lpips, cross_entropy, summary, trunk_file
 from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
 from pipeline.recipe import TrainSettings
+from pipeline.training import losses
+from pipeline.training import step as training_step
+from pipeline.training.losses import Loss, Lpips, cross_entropy, summary, trunk_file
 
 LAYOUT = Layout(groups=(1, 4, 9), vocabulary=11, code_dim=3, classes=2, image_size=16)
 SETTINGS = TrainSettings(start_steps=(1, 2), split=2, cross_entropy=0.1, lpips=1.0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import machine
-from pipeline.machine import Moment, Watch
+from pipeline.host import machine
+from pipeline.host.machine import Moment, Watch
 
 # /proc/stat: user nice system idle iowait irq softirq steal guest guest_nice, in hundredths of a second
 LINE = "cpu  {} 0 {} 900000 5000 0 0 {} 77 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n"

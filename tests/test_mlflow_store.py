@@ -20,11 +20,11 @@ from alembic.runtime.migration import HeadMaintainer
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking._tracking_service import utils as remembered
 
-from pipeline import mlflow_store
 from pipeline.errors import Refused
-from pipeline.mlflow_store import Store, without_credentials
 from pipeline.recipe import Recipe
-from pipeline.tracking import Run
+from pipeline.services import mlflow_store
+from pipeline.services.mlflow_store import Store, without_credentials
+from pipeline.services.tracking import Run
 
 
 @pytest.fixture

@@ -25,8 +25,11 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from tiny import IMAGES, tiny, with_pairs
 
-from pipeline import manifest, pairs, storage, training_state
+from pipeline import storage
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
 from pipeline.recipe import Recipe
+from pipeline.training import state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STORE = 100 << 20  # bytes of a node's object store
@@ -134,7 +137,7 @@ def test_pairs_survive_the_loss_of_nodes(
 
 
 def steps(recipe: Recipe) -> int:
-    names = training_state.saved(f"{recipe.student_uri}/checkpoints")
+    names = state.saved(f"{recipe.student_uri}/checkpoints")
     return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else 0
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import outbox
-from pipeline.outbox import Outbox
+from pipeline.services import outbox
+from pipeline.services.outbox import Outbox
 
 
 class Server:

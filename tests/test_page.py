@@ -14,7 +14,7 @@ import numpy as np
 from test_comparison import PAIR_SETS
 from test_report import RESULTS, with_paper
 
-from pipeline import page, plots, tables
+from pipeline.report import page, plots, tables
 
 VOID = {"meta", "img"}
 

@@ -22,12 +22,16 @@ import pytest
 import torch
 from tiny import tiny, with_pairs
 
-from pipeline import manifest, noise, pair_stream, pairs, storage, tracking
+from pipeline import noise, storage
 from pipeline.errors import Refused, Unfinished
-from pipeline.manifest import Facts, Shard
-from pipeline.pair_stream import Pairs, PairStream
-from pipeline.pairs import Rows
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
+from pipeline.pairs import stream as pair_stream
+from pipeline.pairs.manifest import Facts, Shard
+from pipeline.pairs.shards import Rows
+from pipeline.pairs.stream import Pairs, PairStream
 from pipeline.recipe import ClusterSettings, Recipe, fingerprint
+from pipeline.services import tracking
 
 README = Path(__file__).parents[1] / "README.md"
 GOLDEN = Path(__file__).parent / "goldens" / "pairs"  # a set that commit 0845e7b made of ``some_rows``

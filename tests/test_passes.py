@@ -11,11 +11,12 @@ import faulty
 import pytest
 from tiny import tiny, with_pairs
 
-from pipeline import cluster, heartbeat, manifest, pairs, passes
 from pipeline.errors import Outage, Refused
-from pipeline.passes import Outcome, Verdicts
-from pipeline.progress import Progress
+from pipeline.host.progress import Progress
+from pipeline.pairs import manifest, passes, shards
+from pipeline.pairs.passes import Outcome, Verdicts
 from pipeline.recipe import Recipe
+from pipeline.services import cluster, heartbeat
 
 
 class Noted(Progress):
@@ -72,7 +73,7 @@ def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
     assert "429: too many requests" in said
     assert "/4 shards; shard 1 in work since" in said
     assert "another process gets it" in said
-    assert pairs.load_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet").ids.tolist() == [1]
+    assert shards.load_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet").ids.tolist() == [1]
 
 
 @pytest.mark.faults("pairs: another recipe takes the folder")

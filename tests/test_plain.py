@@ -12,7 +12,7 @@ from step import stirred
 from tiny import Family, tiny
 from torch import Tensor
 
-from pipeline import flow
+from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.recipe import Filter
@@ -36,7 +36,7 @@ def test_the_codes_are_those_of_plain_sampling(tmp_path: Path, family: Family, f
 
     def choose(t: int, log_p: Tensor, seen: list[Tensor]) -> Tensor:
         seen.append(log_p)
-        return flow.match(noise[:, layout.span(t)], log_p, teacher.codebook)
+        return matching.match(noise[:, layout.span(t)], log_p, teacher.codebook)
 
     plain = import_module(f"pipeline.models.{family}.plain").generate
     codes = plain(teacher, condition, lambda t, log_p: choose(t, log_p, shown[0]))

@@ -16,7 +16,7 @@ from PIL import Image
 from test_comparison import PAIR_SETS
 from test_report import RESULTS
 
-from pipeline import plots
+from pipeline.report import plots
 
 RNG = np.random.default_rng(0)
 

@@ -19,14 +19,17 @@ import torch
 from step import error, step, stirred, with_precision
 from tiny import Family, tiny
 
-from pipeline import flow, manifest, plan, training_step
-from pipeline.evaluate import Artist
+from pipeline.evaluation import plan
+from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, nearest
-from pipeline.precision import autocast, full_precision, products, set_products
+from pipeline.numerics.precision import autocast, full_precision, products, set_products
+from pipeline.pairs import manifest
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import ClusterSettings, Recipe
-from pipeline.replica import Replica
-from pipeline.samplers import FewStep, Models, WithTeacher
+from pipeline.sampling.samplers import FewStep, Models, WithTeacher
+from pipeline.training import step as training_step
+from pipeline.workflow.evaluate import Artist
 
 # Relative errors, |found - exact| / |exact|. bfloat16 has 8 bits, so a rounding is 0.004 at most: a few of them in a
 # row in what a network says (0.003 to 0.011 found), their mean in a loss (0.001 to 0.002), more in gradients, which
@@ -110,7 +113,7 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recipe = tiny(tmp_path)
     recipe = replace(recipe, evaluate=replace(recipe.evaluate, samplers=[{"name": "Autoregressive"}]))
     monkeypatch.setattr(plan.scoring, "check", lambda *args: {})
-    monkeypatch.setattr("pipeline.evaluate.scoring.features", lambda *args: None)
+    monkeypatch.setattr("pipeline.workflow.evaluate.scoring.features", lambda *args: None)
     for enter in (
         lambda: Replica(recipe, manifest.facts_of(recipe)),
         lambda: training_step.device_of(recipe),
@@ -146,7 +149,7 @@ def test_each_network_works_in_its_own(tmp_path: Path, teacher: Any, student: An
     generate, decode = watched("teacher", made.generate), watched("decoder", made.decode)
     given = SimpleNamespace(generate=generate, decode=decode, layout=layout, codebook=made.codebook, check=lambda: None)
     jump = watched("student", lambda *args: embeddings)
-    models: Any = Models(given, SimpleNamespace(jump=jump), flow.Solver(), 0, None, "cpu", teacher, student)
+    models: Any = Models(given, SimpleNamespace(jump=jump), matching.Solver(), 0, None, "cpu", teacher, student)
     set_products("fp32")
     WithTeacher(2, 3, 1).draw(models, range(2))
     tf32 = {"fp32": (False, False), "tf32": (True, True), "bf16": (False, False)}
@@ -194,7 +197,7 @@ def test_a_student_samples_in_bf16_and_answers_in_float32(tmp_path: Path, family
     settings = tiny(tmp_path, family).teacher
     teacher = checkpoints.teacher(settings)
     student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, "released", 0))
-    exact, low = (Models(teacher, student, flow.Solver(), 0, None, "cpu", "fp32", p) for p in ("fp32", "bf16"))
+    exact, low = (Models(teacher, student, matching.Solver(), 0, None, "cpu", "fp32", p) for p in ("fp32", "bf16"))
     found, plain = (FewStep(0, (1, 2)).draw(models, np.arange(4)) for models in (low, exact))
     assert found.dtype == torch.float32
     assert 1e-4 < error(found, plain) < SAYS_BF16

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.progress import Progress, duration
+from pipeline.host.progress import Progress, duration
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

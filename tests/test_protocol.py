@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from test_report import RESULTS
 
-from pipeline import report
-from pipeline.protocol import RESIZED, protocol
 from pipeline.recipe import Flavour
+from pipeline.report import markdown
+from pipeline.report.protocol import RESIZED, protocol
 
 
 def said(**made: Any) -> dict[str, str]:
@@ -43,5 +43,5 @@ def test_the_run_itself_is_named() -> None:
     assert text == (
         "Written 2026-01-02 by distilled-decoding 0.1.0, commit abc with files that differ from it, with: python a b"
     )
-    assert text in report.markdown(RESULTS | {"made": RESULTS["made"] | {"report": facts}})
+    assert text in markdown.markdown(RESULTS | {"made": RESULTS["made"] | {"report": facts}})
     assert said(timing={"device": None, "threads": None})["timed"] == "Speed was not measured."

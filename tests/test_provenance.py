@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import provenance
+from pipeline.host import provenance
 
 COUNTER = itertools.count()
 FILES = {
@@ -93,7 +93,9 @@ def test_words_and_code_that_is_not_reached_do_not(edited: Edit, file: str, old:
 
 def test_a_local_name_is_not_the_function_of_that_name() -> None:
     """``checkpoints.load`` has a variable like the function that would lead it to all families."""
-    reached = {name for module, name in provenance.texts("pipeline.digits:scorer") if module.endswith("checkpoints")}
+    reached = {
+        name for module, name in provenance.texts("pipeline.digits.networks:scorer") if module.endswith("checkpoints")
+    }
     assert {"load", "weights"} <= reached
     assert not {"teacher", "student", "parameters"} & reached
 

@@ -10,11 +10,11 @@ import pytest
 import ray
 from tiny import tiny
 
-from pipeline import ray_address, tracking
 from pipeline.errors import Outage, Refused
-from pipeline.generate import generate
-from pipeline.ray_address import check_address
 from pipeline.recipe import Recipe
+from pipeline.services import ray_address, tracking
+from pipeline.services.ray_address import check_address
+from pipeline.workflow.generate import generate
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import ray.data
 import torch
 from ray.data import DataContext
 
-from pipeline import cluster
 from pipeline.errors import Refused, Unfinished
-from pipeline.ray_errors import Lost
 from pipeline.recipe import Recipe
+from pipeline.services import cluster
+from pipeline.services.ray_errors import Lost
 
 RECIPE = Recipe()
 

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import real_images
 from pipeline.errors import Refused
+from pipeline.evaluation import real_images
 from pipeline.models.convnet import to_uint8
 
 RNG = np.random.default_rng(0)

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline import cluster, fields, metrics, sampler_list, samplers, storage
-from pipeline.command_line import DEFAULT, Output, main, parse, with_settings
+from pipeline import storage
+from pipeline.configuration import fields
 from pipeline.errors import Refused, Unfinished
-from pipeline.flow import Solver
+from pipeline.evaluation import metrics
+from pipeline.flow.matching import Solver
 from pipeline.models import checkpoints
 from pipeline.recipe import Filter, PairSettings, Recipe, fingerprint
+from pipeline.sampling import listed, samplers
+from pipeline.services import cluster
+from pipeline.workflow.command_line import DEFAULT, Output, main, parse, with_settings
 
 SETTINGS = """
 name: mine
@@ -121,8 +125,8 @@ def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) 
     files = [f"--config={DEFAULT.parent / file}.yaml" for file in dict.fromkeys([name, name + overlay])]
     recipe, table = parse(None, files), paper_tables()
     layout = checkpoints.config(recipe.teacher).layout
-    built = sampler_list.build(recipe.evaluate.samplers, layout, recipe.train.split)
-    for sampler, figures in zip(built, sampler_list.paper(recipe.evaluate.samplers), strict=True):
+    built = listed.build(recipe.evaluate.samplers, layout, recipe.train.split)
+    for sampler, figures in zip(built, listed.paper(recipe.evaluate.samplers), strict=True):
         row = paper_row(name, sampler)
         assert figures == (table[row] if row else {}), sampler
 

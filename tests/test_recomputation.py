@@ -16,13 +16,14 @@ from step import error, step
 from tiny import Family, tiny
 from torch import nn
 
-from pipeline import losses, training_data, training_step
-from pipeline.compilation import compiled
-from pipeline.footprint import Meter
 from pipeline.models import checkpoints
+from pipeline.numerics.compilation import compiled
+from pipeline.numerics.footprint import Meter
+from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.recomputation import recomputed
-from pipeline.training_state import TrainingState
+from pipeline.training import batches, losses
+from pipeline.training import step as training_step
+from pipeline.training.state import TrainingState
 
 FAMILIES: Any = pytest.mark.parametrize("family", ["var", "llamagen"])
 
@@ -86,9 +87,9 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
         state = TrainingState(student, recipe.train)
         training_step.prepare(student, loss)
         layout = checkpoints.config(recipe.teacher).layout
-        pairs = training_data.made_up(layout, 8)
+        pairs = batches.made_up(layout, 8)
         for epoch in range(2):
-            batch = training_data.noised(pairs, epoch, recipe.train, layout, loss.tokenizer.codebook)
+            batch = batches.noised(pairs, epoch, recipe.train, layout, loss.tokenizer.codebook)
             training_step.step(student, loss, state, batch, total=2)
         return state.student.state_dict() | {f"average {k}": v for k, v in state.average.state_dict().items()}
 

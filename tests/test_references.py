@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import inception, references
+from pipeline.evaluation import inception, references
+from pipeline.evaluation.references import References
 from pipeline.recipe import EvaluateSettings, Flavour
-from pipeline.references import References
 
 
 @pytest.fixture(autouse=True)

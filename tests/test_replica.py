@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import Family, tiny, with_pairs
 
-from pipeline import flow, flow_oracle, manifest, noise
+from pipeline import noise
 from pipeline.errors import Refused
+from pipeline.flow import matching, oracle
 from pipeline.models.base import Condition
-from pipeline.pairs import Rows
+from pipeline.pairs import manifest
+from pipeline.pairs.replica import Failure, Replica
+from pipeline.pairs.shards import Rows
 from pipeline.recipe import Recipe
-from pipeline.replica import Failure, Replica
 
 
 def replica(recipe: Recipe) -> Replica:
@@ -34,7 +36,7 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
         x = torch.from_numpy(noise.gaussian(1, [i], layout.length, layout.code_dim).astype(np.float64))
 
         def choose(step: int, log_p: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-            return flow_oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
+            return oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
 
         with torch.no_grad():
             slow = teacher.generate(Condition(torch.tensor([i % layout.classes])), choose)
@@ -47,8 +49,8 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
 
 def test_the_teacher_sees_the_noise_that_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, seen = replica(with_pairs(tiny(tmp_path), dtype="float32")), []
-    match = flow.Matcher.__call__
-    monkeypatch.setattr(flow.Matcher, "__call__", lambda own, x, log_p: seen.append(x) or match(own, x, log_p))
+    match = matching.Matcher.__call__
+    monkeypatch.setattr(matching.Matcher, "__call__", lambda own, x, log_p: seen.append(x) or match(own, x, log_p))
     rows = made.rows(0, 6)
     assert rows.noise is not None
     assert rows.noise.dtype == np.float32

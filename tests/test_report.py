@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from faults import TIMED
 
-from pipeline import legend, report, summary, tables
-from pipeline.metrics import ClassVariance, InceptionScore, Moments, frechet
-from pipeline.samplers import SAMPLERS
-from pipeline.speed import Speed
-from pipeline.summary import Entry, Reference
-from pipeline.tally import Statistics
+from pipeline.evaluation import summary
+from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments, frechet
+from pipeline.evaluation.summary import Entry, Reference
+from pipeline.evaluation.tally import Statistics
+from pipeline.report import legend, markdown, tables
+from pipeline.sampling.samplers import SAMPLERS
+from pipeline.sampling.speed import Speed
 
 RNG = np.random.default_rng(0)
 RESULTS: dict[str, Any] = {
@@ -170,20 +171,20 @@ def test_agreement_is_a_ratio_of_distances() -> None:
 
 
 def test_the_table_lines_up_and_leaves_empty_columns_out() -> None:
-    assert report.table(RESULTS) == TABLE
+    assert markdown.table(RESULTS) == TABLE
 
 
 def test_slow_samplers_are_shown_without_powers_of_ten() -> None:
     rows = [{"name": "teacher, AR", "ms": 12345.6, "throughput": 0.01234}]
-    text = report.table({"title": "FD", "rows": rows, "speed": {"throughput_batch": 64}})
+    text = markdown.table({"title": "FD", "rows": rows, "speed": {"throughput_batch": 64}})
     assert text.splitlines()[2] == "| teacher, AR |            12,346 |             0.0123 |"
 
 
 def test_fid_tables_hold_the_inception_score() -> None:
     rows = [{"name": "DD 1 step", "score": 9.94, "inception_score": 193.6}]
     for title, header in [("FID", "|  FID |    IS |"), ("FID (pytorch-fid)", "| FID (pytorch-fid) |    IS |")]:
-        assert report.table({"title": title, "rows": rows}).splitlines()[0] == f"| sampler   {header}"
-    assert "| DD 1 step | 9.94 | 193.6 |" in report.table({"title": "FID", "rows": rows})
+        assert markdown.table({"title": title, "rows": rows}).splitlines()[0] == f"| sampler   {header}"
+    assert "| DD 1 step | 9.94 | 193.6 |" in markdown.table({"title": "FID", "rows": rows})
 
 
 def test_scores_have_their_standard_errors_and_relatives() -> None:
@@ -233,7 +234,7 @@ def test_the_papers_figures_stand_beside_ours() -> None:
         "speed-up, batch 1": "8.0x ± 0.2",
         "speed-up, paper": "3.7x",
     }
-    assert "## Beside the paper's figures" in report.markdown(results)
+    assert "## Beside the paper's figures" in markdown.markdown(results)
     assert tables.beside_paper(RESULTS) is None
 
 
@@ -248,7 +249,7 @@ def test_parameters_are_printed_as_in_the_paper(value: int, text: str) -> None:
 def test_speed_that_was_not_measured_is_not_shown() -> None:
     made = RESULTS["made"] | {"timing": {"device": None, "threads": None}}
     rows = [{key: value for key, value in row.items() if key not in TIMED} for row in RESULTS["rows"]]
-    text = report.markdown(RESULTS | {"made": made, "rows": rows, "speed": {"teacher": [], "throughput_batch": None}})
+    text = markdown.markdown(RESULTS | {"made": made, "rows": rows, "speed": {"teacher": [], "throughput_batch": None}})
     assert "## Speed" not in text
     assert "## Quality against time" not in text
     assert "**speed**: was not measured: evaluate.timing_batches is empty." in text
@@ -291,7 +292,7 @@ def test_every_kind_of_sampler_has_a_sentence() -> None:
 
 
 def test_markdown_has_every_part() -> None:
-    text = report.markdown(RESULTS)
+    text = markdown.markdown(RESULTS)
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert headings == [
         "# example: report",
@@ -315,23 +316,23 @@ def test_markdown_has_every_part() -> None:
 
 def test_parts_without_numbers_are_left_out_and_few_images_are_said() -> None:
     made = RESULTS["made"] | {"count": 64}
-    text = report.markdown(RESULTS | {"agreement": None, "curve": None, "made": made})
+    text = markdown.markdown(RESULTS | {"agreement": None, "curve": None, "made": made})
     assert "Over training" not in text
     assert "Flow matching against" not in text
     assert "**Only 64 images for 64 features**" in text
 
 
 def test_mlflow_gets_a_few_numbers_and_a_table_of_all() -> None:
-    found = report.headlines(RESULTS)
+    found = markdown.headlines(RESULTS)
     assert found["DD_2_steps_1_6/FD"] == 6.75
     assert found["DD_2_steps_1_6/speed-up_at_batch_1"] == 40.0 / 5.0
     assert {name.partition("/")[0] for name in found} == {"teacher_AR", "DD_2_steps_1_6"}
-    assert report.headline(RESULTS) == f"{RESULTS['name']}, DD 2 steps (1, 6) FD 6.75"
-    columns, rows = report.scores(RESULTS)
+    assert markdown.headline(RESULTS) == f"{RESULTS['name']}, DD 2 steps (1, 6) FD 6.75"
+    columns, rows = markdown.scores(RESULTS)
     assert [row[0] for row in rows] == [row["name"] for row in RESULTS["rows"]]
     assert {len(row) for row in rows} == {len(columns)}
     assert rows[[row["name"] for row in RESULTS["rows"]].index("teacher, AR")][columns.index("ms")] == 40.0
 
 
 def test_names_of_samplers_are_made_fit_for_files_and_tags() -> None:
-    assert report.metric_name("onestep* given the class") == "onestep-star_given_the_class"
+    assert markdown.metric_name("onestep* given the class") == "onestep-star_given_the_class"

@@ -22,16 +22,20 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import cluster, command_line, evaluate, generate, manifest, noise, pairs, passes, storage, tracking
-from pipeline.command_line import parse
-from pipeline.distill import distill
+from pipeline import noise, storage
 from pipeline.errors import Outage, Refused
-from pipeline.evaluate import evaluate as evaluate_job
-from pipeline.generate import generate as generate_job
-from pipeline.observer import Observer
-from pipeline.progress import Progress
+from pipeline.host.progress import Progress
+from pipeline.pairs import manifest, passes
+from pipeline.pairs import shards as pairs
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
-from pipeline.replica import Replica
+from pipeline.services import cluster, tracking
+from pipeline.training.observer import Observer
+from pipeline.workflow import command_line, evaluate, generate
+from pipeline.workflow.command_line import parse
+from pipeline.workflow.distill import distill
+from pipeline.workflow.evaluate import evaluate as evaluate_job
+from pipeline.workflow.generate import generate as generate_job
 
 FAULTS = ["slow down", "break upload", "lose answer", "break download"]
 PART = 5 << 20  # bytes of a part of an upload, the smallest that S3 takes; s3fs has 50 MB

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from s3server import BUCKET, Relay
 
-from pipeline import sample_files, storage
+from pipeline import storage
+from pipeline.evaluation import sample_files
 
 KEY = "0123456789abcdef" * 4
 

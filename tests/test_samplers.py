@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import flow, flow_oracle, noise, sampler_list, samplers
+from pipeline import noise
+from pipeline.flow import matching, oracle
 from pipeline.models.base import Choose, Condition, Layout, Prediction, Student, Teacher, Tokenizer, nearest
-from pipeline.samplers import (
+from pipeline.sampling import listed as sampler_list
+from pipeline.sampling import samplers
+from pipeline.sampling.samplers import (
     Autoregressive,
     FewStep,
     FlowMatched,
@@ -100,7 +103,7 @@ def models(**changes: Any) -> Models:
     generator = torch.Generator().manual_seed(2)
     counts = torch.randint(0, 4, (3, 6, 7), generator=generator).float() + torch.eye(7)[:6]
     base = {"student": TinyStudent(teacher.codebook), "frequencies": counts}
-    return Models(teacher=teacher, solver=flow.Solver(), seed=SEED, **(base | changes))
+    return Models(teacher=teacher, solver=matching.Solver(), seed=SEED, **(base | changes))
 
 
 # ---- slow implementations: one sample, one token, plain loops
@@ -175,7 +178,7 @@ class Slow:
         codes: list[int] = []
         for t in range(1, 4):
             log_p = self.teacher.log_p(self.label, torch.tensor([codes], dtype=torch.long), t)[0]
-            codes += flow_oracle.exact(self.noise[LAYOUT.span(t)], log_p, self.codebook).tolist()
+            codes += oracle.exact(self.noise[LAYOUT.span(t)], log_p, self.codebook).tolist()
         return self.codebook[codes]
 
 
@@ -237,7 +240,7 @@ def test_flow_matching_uses_the_noise_that_the_student_gets() -> None:
     seen = using.inputs(IDS)
     codes = nearest(FlowMatched().draw(using, IDS), using.teacher.codebook)
     log_p = using.teacher.log_p(seen.condition.labels, codes[:, :0], 1)
-    assert torch.equal(codes[:, :1], flow.match(seen.noise[:, :1], log_p, using.teacher.codebook))
+    assert torch.equal(codes[:, :1], matching.match(seen.noise[:, :1], log_p, using.teacher.codebook))
     assert seen.condition.labels.tolist() == [1, 0, 2, 2, 0]
 
 

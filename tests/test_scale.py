@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tiny import tiny, with_pairs
 
-from pipeline import manifest, pairs, scale
+from pipeline.benchmark import scale
 from pipeline.models import standin
+from pipeline.pairs import manifest, shards
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
-from pipeline.replica import Replica
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_a_set_of_a_stand_in_has_the_shape_of_the_teachers(recipe: Recipe, tmp_p
     rows = Replica(other, known).rows(0, 8)
     assert len({row.tobytes() for row in rows.tokens}) == 3, "one sequence a class"
     assert len(np.unique(rows.tokens)) > 12, "most of the 24 codes"
-    assert pairs.table(known, rows).num_rows == 8
+    assert shards.table(known, rows).num_rows == 8
 
 
 def test_a_stand_in_takes_its_time(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

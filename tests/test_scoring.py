@@ -14,19 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import digits, inception, scoring, storage, summary, tables
-from pipeline.command_line import DEFAULT, parse
+from pipeline import storage
+from pipeline.digits import networks
+from pipeline.evaluation import inception, scoring, summary
+from pipeline.evaluation.summary import Entry, Reference
+from pipeline.evaluation.tally import Seen, Statistics
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import EvaluateSettings
-from pipeline.summary import Entry, Reference
-from pipeline.tally import Seen, Statistics
+from pipeline.report import tables
+from pipeline.workflow.command_line import DEFAULT, parse
 
 
 def test_real_digits_are_recognised() -> None:
     images = scoring.real(EvaluateSettings(), 32)
     assert images is not None
     pixels, labels = images[100:164]
-    assert len(images) == len(digits.images_and_labels()[0])
+    assert len(images) == len(networks.images_and_labels()[0])
     _, logits, _ = scoring.features(EvaluateSettings(), "cpu")(to_uint8(pixels))
     assert labels is not None
     assert (logits.argmax(1).numpy() == labels).sum() >= 62

@@ -18,7 +18,7 @@ import ray
 from faults import said, start, wait
 from tiny import IMAGES, tiny, with_pairs
 
-from pipeline import signals
+from pipeline.host import signals
 from pipeline.recipe import Recipe
 
 
@@ -70,7 +70,7 @@ def test_a_report(ray_cluster: None, tmp_path: Path) -> None:
 
 
 def long_training(folder: Path, workers: int) -> Recipe:
-    from pipeline.generate import generate
+    from pipeline.workflow.generate import generate
 
     recipe = tiny(folder)
     with pytest.MonkeyPatch.context() as patch:

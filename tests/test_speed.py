@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import speed
-from pipeline.speed import Speed
+from pipeline.sampling import speed
+from pipeline.sampling.speed import Speed
 
 
 class Clock:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from pipeline import startup
+from pipeline.host import startup
 
 
 @pytest.fixture(autouse=True)

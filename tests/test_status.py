@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from tiny import tiny, with_pairs
 
-from pipeline import manifest, pairs, storage, training_plan
-from pipeline.distill import distill
-from pipeline.generate import generate
-from pipeline.replica import Replica
+from pipeline import storage
+from pipeline.pairs import manifest, shards
+from pipeline.pairs.replica import Replica
+from pipeline.training import plan
+from pipeline.workflow.distill import distill
+from pipeline.workflow.generate import generate
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_pairs_say_what_is_missing_at_which_rate_and_since_when(tmp_path: Path) 
     manifest.claim(recipe.pairs_uri, known, recipe)
     replica = Replica(recipe, known)
     for number in (0, 1, 3):
-        pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(number, 16)))
+        shards.write_shard(recipe.pairs_uri, known, shards.table(known, replica.rows(number, 16)))
     names = {f"shard-{number:05d}.parquet": age for number, age in ((0, 300.0), (1, 200.0), (3, 100.0))}
     aged(recipe.pairs_uri, names | {"_recipe.json": 400.0})
     text = generate(asked)
@@ -58,7 +60,7 @@ def test_a_student_says_its_steps(tmp_path: Path) -> None:
     assert "distill has not begun one there" in distill(asked)
     folder = Path(recipe.student_uri, "checkpoints")
     folder.mkdir(parents=True)
-    training_plan.claim(training_plan.check(replace(recipe, dry_run=True)), "a run")
+    plan.claim(plan.check(replace(recipe, dry_run=True)), "a run")
     for step, age in ((2, 200.0), (3, 190.0)):
         (folder / f"step-{step:08d}.pt").write_bytes(b"")
         aged(str(folder), {f"step-{step:08d}.pt": age})

@@ -23,9 +23,10 @@ from typing import ClassVar
 import fsspec
 import pytest
 
-from pipeline import hub_cache, storage
+from pipeline import storage
 from pipeline.errors import Missing, Outage, Unfinished
-from pipeline.local_files import TEMPORARY
+from pipeline.files import hub
+from pipeline.files.local import TEMPORARY
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -193,7 +194,7 @@ def test_one_of_several_downloads_and_the_others_wait(tmp_path: Path, monkeypatc
 
 @pytest.mark.faults("cache: two processes at once")
 def test_a_process_waits_for_the_one_that_downloads(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from pipeline.local_files import alone\nwith alone(Path({str(tmp_path)!r})): "
+    code = f"from pathlib import Path; from pipeline.files.local import alone\nwith alone(Path({str(tmp_path)!r})): "
     env = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
     command = [sys.executable, "-c", code + "print('in', flush=True); input()"]
     first = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -368,7 +369,7 @@ def test_a_file_in_the_hubs_own_cache_serves_offline(tmp_path: Path, revision: s
 
 def test_an_outage_of_a_bucket_is_not_papered_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies there is made anew by our own jobs: an old copy could be another student's."""
-    monkeypatch.setattr(hub_cache, "is_offline", lambda: True)
+    monkeypatch.setattr(hub, "is_offline", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     uri = f"memory://bucket-{uuid.uuid4().hex}/student.safetensors"
     storage.write_bytes(uri, b"first")

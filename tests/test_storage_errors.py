@@ -17,7 +17,7 @@ import torch
 
 from pipeline import storage
 from pipeline.errors import Missing, Outage, Refused, Unfinished
-from pipeline.storage_errors import sentence, watched
+from pipeline.files.failures import sentence, watched
 
 URI = "s3://bucket/file"
 

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import summary
-from pipeline.metrics import ClassVariance, InceptionScore, Moments, frechet, frechet_error, kid, precision_recall
-from pipeline.summary import Entry, Reference
-from pipeline.tally import Statistics
+from pipeline.evaluation import summary
+from pipeline.evaluation.metrics import (
+    ClassVariance,
+    InceptionScore,
+    Moments,
+    frechet,
+    frechet_error,
+    kid,
+    precision_recall,
+)
+from pipeline.evaluation.summary import Entry, Reference
+from pipeline.evaluation.tally import Statistics
 
 RNG = np.random.default_rng(0)
 OF_ROWS = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import scoring
-from pipeline.metrics import Moments, pixel_frechet
+from pipeline.evaluation import scoring
+from pipeline.evaluation.metrics import Moments, pixel_frechet
+from pipeline.evaluation.tally import Seen, Statistics, glance, spread, thumbnails
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import EvaluateSettings
-from pipeline.tally import Seen, Statistics, glance, spread, thumbnails
 
 
 def some_images(count: int, seed: int = 0) -> torch.Tensor:

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 
-from pipeline import tracking
 from pipeline.errors import Refused
-from pipeline.mlflow_names import PARAMETERS, fitted, flattened, parameters
 from pipeline.recipe import AblationSettings, Recipe, TeacherSettings, fingerprint
-from pipeline.tracking import MARKER, Run
+from pipeline.services import tracking
+from pipeline.services.mlflow_names import PARAMETERS, fitted, flattened, parameters
+from pipeline.services.tracking import MARKER, Run
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import tiny
 
-from pipeline import training_speed, training_step
-from pipeline.losses import Loss
-from pipeline.training_speed import WHOLE, pieces
+from pipeline.benchmark import steps as training_speed
+from pipeline.benchmark.steps import WHOLE, pieces
+from pipeline.training import step as training_step
+from pipeline.training.losses import Loss
 
 LOSSES = {"decode", "decode of the target", "perceptual"}
 ALWAYS = {"batch", "student", "cross-entropy", "backward", "optimiser and average"}
@@ -64,10 +65,10 @@ def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(kind, name, later)
 
-    from pipeline.digits import Perceptual
+    from pipeline.digits.networks import Perceptual
     from pipeline.models.var.student import Student
     from pipeline.models.var.tokenizer import Tokenizer
-    from pipeline.training_state import TrainingState
+    from pipeline.training.state import TrainingState
 
     slow(Student, "forward", 1)
     slow(Loss, "__call__", 10)

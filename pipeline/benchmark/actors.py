@@ -19,17 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import cluster, evaluate, generate, manifest, storage
+from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.errors import Unfinished
-from pipeline.evaluate import Artist
-from pipeline.manifest import Facts
-from pipeline.plan import ITEM, Draw, Plan, prepare
-from pipeline.progress import Progress
+from pipeline.evaluation.plan import ITEM, Draw, Plan, prepare
+from pipeline.evaluation.tally import Statistics
+from pipeline.host.progress import Progress
+from pipeline.host.stopwatch import Stopwatch
+from pipeline.pairs import manifest
+from pipeline.pairs.manifest import Facts
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
-from pipeline.replica import Replica
-from pipeline.stopwatch import Stopwatch
-from pipeline.tally import Statistics
+from pipeline.services import cluster
+from pipeline.workflow import evaluate, generate
+from pipeline.workflow.evaluate import Artist
 
 SHARDS = 4  # of each replica
 PARTS = 4  # of each artist

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from pipeline.stopwatch import once, warm_up
+from pipeline.host.stopwatch import once, warm_up
 
 MOST = 20  # repetitions of a call
 SIZE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the machine's peak

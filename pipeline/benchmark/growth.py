@@ -16,14 +16,18 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from pipeline import flow, footprint, plots, scale, storage
+from pipeline import storage
+from pipeline.benchmark import scale
 from pipeline.benchmark.clock import turns
 from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Row, Section
-from pipeline.command_line import parse
+from pipeline.flow import matching
 from pipeline.models import checkpoints, standin
 from pipeline.models.base import Condition, Teacher
+from pipeline.numerics import footprint
 from pipeline.recipe import Recipe
+from pipeline.report import plots
+from pipeline.workflow.command_line import parse
 
 BATCHES = (8, 16, 32, 64)
 SIDES = (4, 8, 16)  # of a LlamaGen grid: 16 to 256 tokens
@@ -138,7 +142,7 @@ def _over_codes(device: torch.device, seconds: float) -> Curve:
         codebook = torch.nn.functional.normalize(torch.randn(codes, 8, generator=generator), dim=-1).to(device)
         log_p = torch.randn(256, codes, generator=generator).mul_(2).log_softmax(-1).to(device)
         x = torch.randn(256, 8, generator=generator).to(device)
-        calls[str(codes)] = partial(flow.match, x, log_p, codebook)
+        calls[str(codes)] = partial(matching.match, x, log_p, codebook)
     times = turns(calls, device, seconds)
     points = [(float(v), 1e6 * times[str(v)] / 256) for v in CODES]
     return Curve("flow matching, C 8, no filter", "codes", "microseconds a token", points, 1.0)

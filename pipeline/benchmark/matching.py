@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import flow, flow_oracle, noise
+from pipeline import noise
 from pipeline.benchmark.sheet import Claim, Row, Section
-from pipeline.flow import Solver
+from pipeline.flow import matching, oracle
+from pipeline.flow.matching import Solver
+from pipeline.host.stopwatch import Stopwatch, once, warm_up
 from pipeline.models.base import Condition, Teacher
-from pipeline.stopwatch import Stopwatch, once, warm_up
 
 SOLVERS = (
     Solver("adaptive", tolerance=1e-3),
@@ -79,7 +80,7 @@ def _drawn_twice(
 ) -> tuple[float, float, float]:
     """Seconds of the network, of flow matching (its preparation included) and of multinomial sampling."""
     device, layout = teacher.codebook.device, teacher.layout
-    watches, matchers = (Stopwatch(device), Stopwatch(device)), list[flow.Matcher]()
+    watches, matchers = (Stopwatch(device), Stopwatch(device)), list[matching.Matcher]()
 
     def choose(t: int, log_p: Tensor) -> Tensor:
         """Both ways' codes, one after the other; flow matching's are drawn."""
@@ -96,7 +97,7 @@ def _drawn_twice(
     def generation() -> None:
         """Alg. 1 with the other way beside it."""
         with watches[0]:
-            matchers.append(flow.Matcher(teacher.codebook, solver))
+            matchers.append(matching.Matcher(teacher.codebook, solver))
         teacher.generate(condition, choose)
         teacher.check()
         matchers[0].check()
@@ -131,7 +132,7 @@ def taught(teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
     def choose(t: int, log_p: Tensor) -> Tensor:
         part = x[:, layout.span(t)]
         kept.append((part.flatten(0, 1), log_p.flatten(0, 1)))
-        return flow.match(part, log_p, teacher.codebook)
+        return matching.match(part, log_p, teacher.codebook)
 
     teacher.generate(condition, choose)
     teacher.check()
@@ -151,12 +152,12 @@ def solvers(teacher: Teacher) -> Section:
     device = teacher.codebook.device
     for name, make in cases.items():
         points, log_p, codebook = (tensor.to(device) for tensor in make())
-        truth = flow_oracle.exact(points, log_p, codebook)
+        truth = oracle.exact(points, log_p, codebook)
         for solver in SOLVERS:
-            warm_up(partial(flow.match_counted, points, log_p, codebook, solver))
+            warm_up(partial(matching.match_counted, points, log_p, codebook, solver))
             watch = Stopwatch(device)
             with watch:
-                codes, evaluations = flow.match_counted(points, log_p, codebook, solver)
+                codes, evaluations = matching.match_counted(points, log_p, codebook, solver)
             setting = f"tolerance {solver.tolerance:g}" if solver.name == "adaptive" else f"{solver.evaluations}"
             row: Row = {"codebook": name, "solver": f"{solver.name}, {setting}"}
             row["wrong codes, %"] = 100 * (codes != truth).float().mean().item()

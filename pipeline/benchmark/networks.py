@@ -14,15 +14,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pipeline import footprint, sampler_list, speed
 from pipeline.benchmark.clock import Peaks, turns
 from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
+from pipeline.numerics import footprint
 from pipeline.recipe import Recipe, TeacherSettings
-from pipeline.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
-from pipeline.speed import Speed
+from pipeline.sampling import listed as sampler_list
+from pipeline.sampling import speed
+from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
+from pipeline.sampling.speed import Speed
 
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4

@@ -10,8 +10,8 @@ from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
 from pipeline.benchmark.training import ROWS, STEPS
-from pipeline.plan import ITEM
-from pipeline.progress import duration
+from pipeline.evaluation.plan import ITEM
+from pipeline.host.progress import duration
 from pipeline.recipe import Recipe
 
 

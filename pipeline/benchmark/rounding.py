@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import flow, noise
+from pipeline import noise
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.errors import Refused
+from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
-from pipeline.precision import Precision, products
+from pipeline.numerics.precision import Precision, products
 from pipeline.recipe import Recipe
 
 TOKENS = 10_000
@@ -74,7 +75,7 @@ def _drawn(
 def _batch(teacher: Teacher, recipe: Recipe, ids: np.ndarray, forced: Tensor | None) -> Drawn:
     layout, device = teacher.layout, teacher.codebook.device
     x = torch.from_numpy(noise.gaussian(recipe.pairs.seed, ids, layout.length, layout.code_dim)).float().to(device)
-    matcher = flow.Matcher(teacher.codebook, recipe.pairs.solver)
+    matcher = matching.Matcher(teacher.codebook, recipe.pairs.solver)
     seen, found = [], []
 
     def choose(t: int, log_p: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.report import as_markdown
-from pipeline.tables import Table
+from pipeline.report.markdown import as_markdown
+from pipeline.report.tables import Table
 
 Row = dict[str, str | int | float | None]
 """Heading -> what stands below it; the first row of a section names its columns."""

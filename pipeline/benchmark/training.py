@@ -9,16 +9,19 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import generate, storage, training_data, training_step
+from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.benchmark.steps import WHOLE, pieces
 from pipeline.models import standin
-from pipeline.observer import timed
-from pipeline.pair_stream import Pairs, PairStream
-from pipeline.precision import set_products
+from pipeline.numerics.precision import set_products
+from pipeline.pairs.stream import Pairs, PairStream
 from pipeline.recipe import Recipe
-from pipeline.training_plan import at_once
-from pipeline.training_speed import WHOLE, pieces
-from pipeline.training_state import TrainingState
+from pipeline.training import batches as training_data
+from pipeline.training import step as training_step
+from pipeline.training.observer import timed
+from pipeline.training.plan import at_once
+from pipeline.training.state import TrainingState
+from pipeline.workflow import generate
 
 ROWS = 4_096  # of the sets that are streamed
 STEPS = 40  # optimiser steps whose waiting is counted

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
-from pipeline.precision import full_precision
+from pipeline.numerics.precision import full_precision
 from pipeline.recipe import Filter
 
 Choose = Callable[[int, Tensor], Tensor]

@@ -21,14 +21,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.compilation import compiled
+from pipeline.configuration.fields import check_value, kinds
 from pipeline.errors import Refused
-from pipeline.fields import check_value, kinds
 from pipeline.models import weight_files
 from pipeline.models.base import Student, Teacher, Tokenizer
 from pipeline.models.graphs import Graphs
 from pipeline.models.mismatch import advice
 from pipeline.models.weight_files import CheckpointError
+from pipeline.numerics.compilation import compiled
 from pipeline.recipe import TeacherSettings
 
 PREFIXES = ("module.", "_orig_mod.")

@@ -1,0 +1,187 @@
+"""Who draws the images of a report and looks at them: the models and the scoring network, one unit of work at a time.
+
+``drawn`` and what it calls shape the images, ``looked_at`` their statistics; ``plan`` knows them by name and keeps
+statistics only as long as neither changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import noise
+from pipeline.evaluation import sample_files, scoring
+from pipeline.evaluation.plan import Draw, Plan
+from pipeline.evaluation.real_images import RealImages
+from pipeline.evaluation.scoring import Features
+from pipeline.evaluation.tally import Seen, Statistics
+from pipeline.host.machine import device_name
+from pipeline.host.stopwatch import now, warm_up
+from pipeline.models import checkpoints
+from pipeline.models.base import Student
+from pipeline.numerics.compilation import compiled
+from pipeline.numerics.precision import set_products
+from pipeline.sampling.samplers import Models, Sampler
+from pipeline.services import cluster
+
+VERSIONS = ("torch", "numpy", "scipy", "ray")
+Labelled = tuple[Tensor, np.ndarray | None]  # images [B, 3, H, W] and their labels [B], where they are known
+
+
+class Artist:
+    """A Ray Data actor: the models and the scoring network of a plan, drawing one unit of work at a time.
+
+    ``weights`` refers to the scoring network's arrays, which the actors of a node share; None where it ships.
+    ``working`` is a context around each unit, which tells others of it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        draws: list[Draw],
+        frequencies: np.ndarray | None,
+        weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
+        working: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
+        set_products("fp32")  # of what scores; the models set their own
+        self.plan, self.draws, self.working = plan, draws, working
+        self.models = load(plan, frequencies)
+        arrays = None if weights is None else ray.get(weights)
+        self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
+        self.samples = plan.samples()
+        self.real: RealImages | None = None  # opened by the actor that scores them
+        self.loaded = ""  # the student in self.models
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """{draw [1], item [1]} -> the same with packed statistics."""
+        draw, item = self.draws[batch["draw"][0]], int(batch["item"][0])
+        with self.working(f"part {item + 1} of {draw.name}"):
+            try:
+                statistics = self.statistics(draw, item)
+            except Exception as error:
+                if cluster.device_error(error):
+                    cluster.end_process(error)
+                raise
+        return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
+
+    @torch.no_grad()
+    def statistics(self, draw: Draw, item: int) -> Statistics:
+        """Draw and score the images of one unit of work."""
+        started = time.perf_counter()
+        out = Statistics.empty(self.network, self.plan.layout.classes, self.plan.side, draw.count)
+        places = np.array(draw.places(item))
+        rows = looked_at(out, self.network, draw, places, self.plan.recipe.evaluate.batch, self.images)
+        if draw in self.samples:
+            sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
+        out.seconds = time.perf_counter() - started
+        out.machines = [machine(self.plan.device)]
+        return out
+
+    def images(self, draw: Draw, places: np.ndarray) -> Labelled:
+        """Images at ``places`` of a draw, and their labels where they are known."""
+        if draw.sampler is None:
+            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.side)
+            assert self.real is not None
+            images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
+            return images.to(self.plan.device), labels
+        if draw.student and draw.student != self.loaded:
+            self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
+            self.loaded = draw.student
+        return drawn(self.models, draw.sampler, draw.first + places, self.plan.side)
+
+
+def drawn(models: Models, sampler: Sampler, ids: np.ndarray, side: int) -> Labelled:
+    """The images of the samples ``ids``, resized to ``side`` pixels as LlamaGen's authors do before they round."""
+    images = models.decode(sampler.draw(models, ids), sampler.student)
+    if images.shape[-1] != side:
+        images = F.interpolate(images, size=(side, side), mode="bicubic")
+    return images, noise.labels(ids, models.layout.classes)
+
+
+def looked_at(
+    out: Statistics,
+    network: Features,
+    draw: Draw,
+    places: np.ndarray,
+    batch: int,
+    images: Callable[[Draw, np.ndarray], Labelled],
+) -> Seen:
+    """Take the images at ``places`` of a draw into ``out``, which are made ``batch`` at a time; returns what was seen.
+
+    A part is summed up at once, however it was batched, so that batches change no sum.
+    """
+    seen, labels = [], []
+    for some in _batches(places, batch):
+        pixels, known = images(draw, some)
+        seen.append(Seen.of(pixels, network))
+        labels += [] if known is None else [known]
+    rows, known = Seen.joined(seen), np.concatenate(labels) if labels else None
+    out.add(rows, known, network.names_labels, places, draw.kept(places), draw.images)
+    return rows
+
+
+def _batches(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a part is made on, as far as rounding may depend on it."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {"host": socket.gethostname(), "device": device_name(device)} | versions
+
+
+def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
+    """The teacher of a plan on its device; the student is loaded when a draw needs it."""
+    teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
+    shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
+    recipe = plan.recipe
+    precisions = recipe.teacher.precision, recipe.evaluate.precision
+    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
+
+
+def load_student(plan: Plan, uri: str, models: Models) -> Student:
+    """A student of a plan on its device, compiled if the recipe says so."""
+    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
+    if plan.recipe.evaluate.compile:
+        compiled(student)
+    return student
+
+
+@torch.no_grad()
+def seconds_per_image(plan: Plan, samplers: list[Sampler]) -> dict[Sampler, float]:
+    """Seconds of an image of each sampler in steady state, in batches of the recipe's, decoding included.
+
+    Samplers of token frequencies are left out: they ask no network and a pair set that may be still to come. A student
+    that is not there yet is as fast as one that starts from its teacher.
+    """
+    recipe, batch = plan.recipe, plan.recipe.evaluate.batch
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
+    set_products("fp32")
+    models, asked = load(plan, None), [sampler for sampler in samplers if not sampler.frequencies]
+    if any(sampler.student for sampler in asked):
+        kind = checkpoints.family(recipe.teacher).Student
+        there = plan.students and load_student(plan, plan.student, models)
+        new = there or kind.from_teacher(models.teacher, plan.mask, recipe.train.seed).eval().to(plan.device)
+        models = dataclasses.replace(models, student=new)
+    found = {}
+    for sampler in asked:
+        call = partial(drawn, models, sampler, np.arange(batch), plan.side)
+        warm_up(call)
+        start = now(plan.device)
+        call()
+        found[sampler] = (now(plan.device) - start) / batch
+    return found

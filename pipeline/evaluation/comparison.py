@@ -1,0 +1,128 @@
+"""Scores over the size of the pair set, out of the reports of several runs (the paper's Fig. 8).
+
+A pair set grows without changing what is there, so runs that differ in ``pairs.count`` alone saw nested sets. Nothing
+is drawn or trained here: each run wrote its report, and this one reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import Refused
+from pipeline.evaluation.plan import Plan
+
+OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
+
+
+def read(plan: Plan, title: str) -> list[dict[str, Any]]:
+    """The reports at ``evaluate.compare``, {"uri", "SHA-256", "results"} each, in the recipe's order.
+
+    Raises FileNotFoundError or ValueError, one sentence, for one that is not there or not a report, and for one whose
+    scores this report's cannot stand beside: scored by another network or on other images, a student of another
+    precision or another pair set, or of as many pairs as one before it.
+    """
+    out: list[dict[str, Any]] = []
+    uris = plan.recipe.evaluate.compare
+    if not uris:
+        return out
+    if "pairs_count" not in plan.exported:
+        raise Refused(
+            f"evaluate.compare needs a student that says from how many pairs it was distilled, and {plan.student} does"
+            " not, or no sampler asks for it; leave evaluate.compare out, or distil it again with this version."
+        )
+    own = _facts(json.loads(json.dumps(_own(plan, title))), "this recipe")
+    counts = {own["pairs"]: "this recipe's student"}
+    for uri in uris:
+        results = storage.read_json(uri)
+        found = _facts(results, uri)
+        for key in own.keys() - {"pairs"}:
+            if found[key] != own[key]:
+                raise Refused(
+                    f"evaluate.compare names {uri}, whose {key} is {found[key]} where this recipe's is {own[key]};"
+                    " only reports that differ in pairs.count alone can be compared."
+                )
+        if found["pairs"] in counts:
+            raise Refused(
+                f"evaluate.compare names {uri}, whose student is of {found['pairs']:,} pairs, as many as"
+                f" {counts[found['pairs']]}; leave one of them out."
+            )
+        counts[found["pairs"]] = uri
+        out.append({"uri": uri, "SHA-256": storage.sha256(uri), "results": results})
+    return out
+
+
+def _own(plan: Plan, title: str) -> dict[str, Any]:
+    """The facts of the report to come, where a finished one has them."""
+    settings = plan.recipe.evaluate
+    student = {key: plan.exported.get(key) for key in ("pairs_count", "pairs_fingerprint")}
+    made = {"count": settings.count, "seed": settings.seed, "features SHA-256": plan.facts["features"]}
+    made["reference"] = plan.facts["reference"]
+    return {"title": title, "made": made | {"student": student | {"precision": settings.precision}}}
+
+
+def _facts(results: Any, uri: str) -> dict[str, Any]:
+    """What compared reports must share, and the count of pairs, in which they must differ."""
+    try:
+        made = results["made"]
+        student = made["student"] or {}
+        facts = {"title": results["title"], "count": made["count"], "seed": made["seed"]}
+        facts |= {"scoring network": made["features SHA-256"], "student's precision": student.get("precision")}
+        facts["reference"] = {key: value for key, value in made["reference"].items() if key != "uri"}
+        facts |= {"pair set": student.get("pairs_fingerprint")}
+    except (KeyError, TypeError, AttributeError):
+        raise Refused(
+            f"evaluate.compare names {uri}, which is no report of this package; give the URI of a report.json."
+        ) from None
+    if "pairs_count" not in student:
+        raise Refused(f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}.")
+    return facts | {"pairs": student["pairs_count"]}
+
+
+def pair_sets(results: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The scores of this report and the others over the count of pairs: {count, points, curve, reports}.
+
+    ``results`` needs its rows, curve and made. Rows are those of samplers with a student; another report's row counts
+    where its sampler is the same. The curve holds the students exported along the way, over epochs where every report
+    knows its own, else over optimiser steps.
+    """
+    if not others:
+        return None
+    named = {json.dumps(row["sampler"]): row["name"] for row in results["rows"] if _of_student(row)}
+    points, curves = [], []
+    for found in [results, *(other["results"] for other in others)]:
+        pairs = found["made"]["student"]["pairs_count"]
+        here = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in found["rows"]}
+        points += [
+            {"pairs": pairs, "name": here[row["name"]], "score": row["score"]}
+            for row in found["rows"]
+            if here[row["name"]]
+        ]
+        curves.append((pairs, here, found["curve"]))
+    reports = [
+        {"uri": other["uri"], "SHA-256": other["SHA-256"], "pairs": other["results"]["made"]["student"]["pairs_count"]}
+        for other in others
+    ]
+    return {"count": results["made"]["count"], "points": points, "curve": _curve(curves), "reports": reports}
+
+
+def _of_student(row: dict[str, Any]) -> bool:
+    return row.get("type") in ("DD", "DD + AR")
+
+
+def _curve(curves: list[tuple[int, dict[str, str | None], dict[str, Any] | None]]) -> dict[str, Any] | None:
+    """The students exported along the way of every report, if all have them, of equally many images each."""
+    there = [(pairs, here, curve) for pairs, here, curve in curves if curve]
+    if len(there) < len(curves) or len({curve["count"] for _, _, curve in there}) > 1:
+        return None
+    epochs = all(curve.get("steps_per_epoch") for _, _, curve in there)
+    points = [
+        {"pairs": pairs, "name": here[point["name"]], "score": point["score"]}
+        | {"x": point["step"] / curve["steps_per_epoch"] if epochs else point["step"]}
+        for pairs, here, curve in there
+        for point in curve["points"]
+        if here.get(point["name"])
+    ]
+    axis = "epochs" if epochs else "optimiser step"
+    return {"count": there[0][2]["count"], "axis": axis, "points": points}

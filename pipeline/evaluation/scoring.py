@@ -1,0 +1,201 @@
+"""Which network looks at images for the report, what its distance is called, and what it is compared with.
+
+The digits scorer's Fréchet distance is called FD, that of Inception FID, with the flavour in brackets; that of an
+Inception with random weights is neither and says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.digits import networks
+from pipeline.errors import Missing, Refused
+from pipeline.evaluation import inception, real_images, references
+from pipeline.evaluation.real_images import RealImages
+from pipeline.evaluation.references import References
+from pipeline.recipe import FORMULA, EvaluateSettings, Flavour
+
+DIMENSIONS = {"digits": 64, "inception": inception.FEATURES}
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network with what the report must know of it.
+
+    Called with uint8 images [B, 3, H, W] it returns features [B, dim], logits [B, classes] and, where ``spatial`` is
+    their number, the spatial features of sFID, else None; float32. ``names_labels`` says whether its classes are the
+    teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored.
+    """
+
+    dim: int
+    classes: int
+    spatial: int
+    names_labels: bool
+    network: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+    second: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.network(pixels)
+
+
+def features(
+    settings: EvaluateSettings, device: torch.device | str, weights: dict[str, np.ndarray] | None = None
+) -> Features:
+    """The scoring network of a recipe on ``device``; ``weights`` are those of ``weights``, read here if not given."""
+    if settings.features == "digits":
+        scorer = networks.scorer().to(device)
+        dim = DIMENSIONS["digits"]
+        return Features(dim, networks.CLASSES, 0, True, lambda pixels: (*scorer(pixels.float() / 127.5 - 1), None))
+    arrays = weights or inception.weights(settings.inception or "")
+    network, *others = (inception.Inception(arrays, flavour).to(device) for flavour in settings.flavours)
+    spatial = inception.SPATIAL if settings.flavours[0] == "torch-fidelity" else 0
+    second = (lambda pixels: others[0](pixels)[0]) if others else None
+    return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second)
+
+
+def weights(settings: EvaluateSettings) -> dict[str, np.ndarray] | None:
+    """The Inception network's arrays, once for all who score; None for the digits scorer, which ships."""
+    return None if settings.features == "digits" else inception.weights(settings.inception or "")
+
+
+def title(settings: EvaluateSettings) -> str:
+    """What the distance is called in tables and plots."""
+    if settings.features == "digits":
+        return "FD"
+    if settings.inception == FORMULA:
+        return "FD of a random Inception (not FID)"
+    return f"FID ({settings.flavours[0]})"
+
+
+def second_title(settings: EvaluateSettings) -> str | None:
+    """What the distance in the second flavour is called, where there is one."""
+    if settings.features == "digits" or len(settings.flavours) == 1:
+        return None
+    kind = "FD of a random Inception" if settings.inception == FORMULA else "FID"
+    return f"{kind} ({settings.flavours[1]})"
+
+
+def meaning(settings: EvaluateSettings) -> str:
+    """What the distance is, for a reader of the report."""
+    if settings.features == "digits":
+        return (
+            "Fréchet distance of 64 features of the digits scorer to the 5,000 real digits. It is not FID and"
+            " compares with nothing outside this recipe"
+        )
+    if settings.inception == FORMULA:
+        return (
+            "Fréchet distance of features of an Inception network with random weights, in the flavour"
+            f" {settings.flavours[0]}. It is not FID: a rehearsal, which compares with nothing"
+        )
+    known = {
+        "torch-fidelity": "comparable with ADM, VAR and LlamaGen; the Distilled Decoding paper's are pytorch-fid's",
+        "pytorch-fid": "as in the Distilled Decoding paper; ADM, VAR and LlamaGen report torch-fidelity's",
+    }
+    return (
+        f"Fréchet distance of Inception features to the reference, preprocessed as {settings.flavours[0]} does,"
+        f" {known[settings.flavours[0]]}, which scales and resizes images differently"
+    )
+
+
+def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str, str]:
+    """What identifies the scoring network: SHA-256 of its weights, and the flavour; ValueError, one sentence, where it
+    is missing or cannot serve.
+    """
+    if settings.features == "digits" and settings.images:
+        raise Refused("evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.")
+    if settings.features == "digits":
+        if (image_size, classes) != (32, networks.CLASSES):
+            raise Refused(
+                f"evaluate.features is digits, which scores 32x32 images of {networks.CLASSES} classes, but"
+                f" the teacher makes {image_size}x{image_size} images of {classes}; use evaluate.features"
+                " inception."
+            )
+        return {"scorer": storage.sha256("package://digits/scorer.safetensors")}
+    return {"inception": inception.check(settings.inception or ""), "flavour": settings.flavour}
+
+
+def side(settings: EvaluateSettings, image_size: int) -> int:
+    """Pixels across an image that is scored, of a teacher that makes ``image_size``."""
+    return settings.image_size or (256 if image_size == 384 else image_size)
+
+
+def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, Any]:
+    """What samples are compared with, as facts for fingerprints and report: SHA-256, images, who made the statistics.
+
+    Raises ValueError, one sentence, for a reference that is missing, of another flavour or network, or of no use.
+    """
+    if settings.features == "digits":
+        return {"images": real_images.DIGITS, "statistics": "made here"}
+    uri = settings.reference or ""
+    for name, place in (("reference", uri), ("images", settings.images)):
+        if place and not storage.exists(place):
+            raise Missing(f"evaluate.{name} {place} is not there; check the path, or fetch ADM's.")
+    found, images = statistics(settings), real(settings, image_size)
+    facts: dict[str, Any] = {"SHA-256": real_images.fingerprint(uri), "images": len(images) if images else 0}
+    if settings.images:
+        facts["images SHA-256"] = real_images.fingerprint(settings.images)
+        if not images:
+            raise Refused(f"evaluate.images {settings.images} holds no images; precision, recall and KID need some.")
+    first, *others = settings.flavours
+    if first in found:
+        facts |= {"statistics": "read", "count": found[first].count, "sFID": found[first].spatial is not None}
+    else:
+        facts["statistics"] = "made here"
+    if others:
+        facts["second"] = "read" if others[0] in found else "made here"
+    if "made here" in facts.values():
+        _check_count(settings, facts["images"], list(found))
+    return facts
+
+
+def _check_count(settings: EvaluateSettings, count: int, found: list[Flavour]) -> None:
+    """Refuse images too few for statistics; warn of those whose covariance is singular."""
+    uri = settings.images or settings.reference
+    if found and not count:
+        raise Refused(
+            f"evaluate.flavour is both, and evaluate.reference {uri} holds statistics of {found[0]} alone; give real"
+            " images or ADM's .npz as evaluate.images, or one flavour."
+        )
+    if count < 2:
+        raise Refused(
+            f"evaluate.reference {uri} holds {count} images; a covariance needs 2 or more, and FID tens of thousands."
+        )
+    if count <= DIMENSIONS[settings.features]:
+        print(
+            f"warning: evaluate.reference {uri} holds {count} images for {DIMENSIONS[settings.features]} features, so"
+            " its covariance is singular and a distance to it says little; give tens of thousands.",
+            file=sys.stderr,
+        )
+
+
+def statistics(settings: EvaluateSettings) -> dict[Flavour, References]:
+    """The statistics that a recipe's reference holds, and its file of images, by flavour; empty where all are images.
+
+    Raises ValueError, one sentence, for those of a flavour or a network that the recipe does not score with.
+    """
+    out: dict[Flavour, References] = {}
+    if found := references.read(settings.reference or ""):
+        out[references.check(found, settings)] = found
+    beside = references.read(settings.images) if settings.images else None
+    if (
+        beside
+        and beside.flavour in settings.flavours
+        and (beside.weights == FORMULA) == (settings.inception == FORMULA)
+    ):
+        out.setdefault(beside.flavour, beside)
+    return out
+
+
+def real(settings: EvaluateSettings, image_size: int) -> RealImages | None:
+    """The real images of a recipe, or None where its reference holds statistics alone."""
+    if settings.features == "digits":
+        return real_images.Digits()
+    return real_images.of_file(settings.images or settings.reference or "", image_size)

@@ -1,0 +1,369 @@
+"""From statistics and seconds to the numbers of the report: one JSON value that holds everything it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluation import comparison, metrics, scoring
+from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
+from pipeline.evaluation.plan import Draw, Plan, departures
+from pipeline.evaluation.references import References
+from pipeline.evaluation.tally import SCORE_BLOCK, Glance, Statistics
+from pipeline.host import provenance
+from pipeline.models import checkpoints
+from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
+from pipeline.sampling import listed, speed
+from pipeline.sampling.samplers import Autoregressive
+from pipeline.sampling.speed import Speed
+
+FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
+NEIGHBOURS = 3  # of precision and recall
+MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table before its numbers: a sampler's images and its speed.
+
+    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints;
+    ``rounds`` the round of classes that each kept image belongs to, None where there are no classes; ``departs`` says
+    in what it asks more of its student than that was trained for.
+    """
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    steps: int
+    statistics: Statistics
+    speeds: list[Speed] = field(default_factory=list)
+    type: str = "baseline"
+    parameters: int | None = None
+    paper: dict[str, float] = field(default_factory=dict)
+    rounds: np.ndarray | None = None
+    departs: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
+    the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
+    """
+
+    gaussian: Gaussian
+    real: Statistics | None
+    spatial: Gaussian | None = None
+    second: Gaussian | None = None
+
+
+def summarise(
+    plan: Plan,
+    statistics: Mapping[Draw, Statistics],
+    timing: dict[str, Any],
+    glances: Mapping[Draw, Glance],
+    others: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything the report says, as JSON values; ``glances`` say how the images were made, ``others`` are as
+    ``comparison.read`` found them.
+
+    ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
+    """
+    settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
+    teacher, batch = timing["speeds"].get(Autoregressive(), []), speed.throughput_batch(timing["speeds"].values())
+    entries = _entries(plan, statistics, timing)
+    found: dict[str, Any] = {
+        "name": plan.recipe.name,
+        "title": scoring.title(settings),
+        "second_title": scoring.second_title(settings),
+        "meaning": scoring.meaning(settings),
+        "fingerprint": plan.fingerprint(),
+        "shown": shown(plan, others),
+        "rows": numbers(entries, reference, teacher, batch),
+        # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
+        "speed": {"teacher": [asdict(one) for one in teacher], "throughput_batch": batch},
+        "alike": [],
+        "agreement": _agreement(plan, statistics),
+        "curve": _curve(plan, statistics, reference),
+        "notes": list(plan.notes),
+        "made": _made(plan, timing, glances),
+    }
+    found["alike"] = alike(found["rows"])
+    found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
+    return found | {"pair_sets": comparison.pair_sets(found, others)}
+
+
+def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
+    """Fingerprint of what a report shows beside its own measurements, and of its form."""
+    settings = plan.recipe.evaluate
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.paper(settings.samplers)}
+    return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
+
+
+def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
+    """The rows of the table, one at a time: each holds a sampler's statistics."""
+    counted = checkpoints.parameters(plan.recipe.teacher, plan.mask)
+    names, papers = listed.names(plan.samplers), listed.paper(plan.recipe.evaluate.samplers)
+    for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
+        yield Entry(
+            name=name,
+            kind=type(sampler).__name__,
+            settings=dataclasses.asdict(sampler),
+            steps=sampler.steps_label(plan.layout),
+            statistics=statistics[draw],
+            rounds=draw.rounds(),
+            speeds=timing["speeds"].get(sampler, []),
+            type=sampler.type,
+            parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
+            paper=paper,
+            departs=departures(plan, sampler),
+        )
+
+
+def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
+    """The reference of a recipe, for each flavour: statistics out of its files, or those of the real images."""
+    settings, real = plan.recipe.evaluate, statistics[plan.reference()] if plan.real else None
+    found = {} if settings.features == "digits" else scoring.statistics(settings)
+    first, *others = settings.flavours
+    second = None
+    if others:
+        second = _gaussian(found.get(others[0]), real.second if real else None)
+    if first in found:
+        return Reference(found[first].pooled, real, found[first].spatial, second)
+    assert real is not None
+    return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None, second)
+
+
+def _gaussian(read: References | None, made: Moments | None) -> Gaussian | None:
+    """Statistics that were read, else those that were made here."""
+    return read.pooled if read else made.gaussian() if made else None
+
+
+def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> dict[str, float] | None:
+    second = plan.second()
+    if second is None:
+        return None
+    first = {type(draw.sampler).__name__: draw for draw in plan.table()}
+    return agreement(*(statistics[draw] for draw in (first["FlowMatched"], first["Autoregressive"], second)))
+
+
+def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Reference) -> dict[str, Any] | None:
+    draws = plan.curve()
+    if not draws:
+        return None
+    named = dict(zip(plan.samplers, listed.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
+
+    def point(draw: Draw) -> tuple[str, float]:
+        assert draw.sampler is not None
+        return named[draw.sampler], score(statistics[draw], reference)
+
+    points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
+    return {
+        "count": plan.recipe.evaluate.curve_count,
+        "steps_per_epoch": plan.exported.get("steps_per_epoch"),
+        "teachers": dict(point(draw) for draw in draws[0]),
+        "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
+    }
+
+
+def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) -> dict[str, Any]:
+    """What somebody needs who wants the same numbers."""
+    recipe, settings = plan.recipe, plan.recipe.evaluate
+    inception = settings.features == "inception"
+    kept = [draw.keep for draw in (plan.table()[0], plan.reference())]
+    return {
+        "count": settings.count,
+        "seed": settings.seed,
+        "classes": plan.layout.classes,
+        "samplers": {
+            name: [type(sampler).__name__, dataclasses.asdict(sampler)]
+            for name, sampler in zip(listed.names(plan.samplers), plan.samplers, strict=True)
+        },
+        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
+        | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},
+        "solver": dataclasses.asdict(recipe.pairs.solver),
+        "student": _student(plan) if plan.students else None,
+        "pairs": plan.facts.get("pairs"),
+        "features": settings.features,
+        "flavour": settings.flavour if inception else None,
+        "weights": _weights(settings) if inception else None,
+        "dimensions": plan.facts["dim"],
+        "features SHA-256": plan.facts["features"],
+        "reference": {"uri": settings.reference if inception else "the digits"}
+        | ({"images": settings.images} if settings.images else {})
+        | plan.facts["reference"],
+        "pixels across an image": plan.side,
+        "real images": plan.real,
+        "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids", "weight of a block": "its images"}
+        if inception
+        else None,
+        "KID": {"subsets": metrics.SUBSETS, "images of a subset": min(metrics.SUBSET_SIZE, *kept)}
+        | {"kernel": "(x.y / D + 1)^3", "seed": metrics.SUBSET_SEED}
+        if min(kept)
+        else None,
+        "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
+        if inception and min(kept)
+        else None,
+        "features kept": {"images": kept[0], "real images": kept[1]},
+        "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
+        "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
+        | sampling({draw.name: one.made for draw, one in glances.items()}),
+        "timing": {name: value for name, value in timing.items() if name != "speeds"}
+        | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
+        | {"CUDA graphs of the teacher": recipe.teacher.graphs},
+        "report": provenance.version() | {"written": provenance.now(), "command": shlex.join(["python", *sys.argv])},
+        "fingerprint": plan.fingerprint(),
+    }
+
+
+def sampling(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How images were made, from what their statistics say: once where it was alike for all, else by names of draws."""
+    days = sorted(one["date"] for one in made.values())
+    groups: dict[str, list[str]] = {}
+    for name, one in made.items():
+        facts = {key: value for key, value in one.items() if key not in ("date", "machines", "code")}
+        for key in one["machines"][0]:
+            facts[key] = ", ".join(sorted({machine[key] for machine in one["machines"]}))
+        groups.setdefault(json.dumps(facts), []).append(name)
+    found = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
+    alike = next(iter(found.values())) if len(found) == 1 else found
+    return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in made.items()}}
+
+
+def _weights(settings: EvaluateSettings) -> str:
+    return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
+
+
+def _student(plan: Plan) -> dict[str, Any]:
+    """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
+    files).
+    """
+    own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
+    found = {key: plan.exported[key] for key in own if key in plan.exported}
+    found |= {"registry": plan.registered} if plan.registered else {}
+    here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
+    return here | {"precision": plan.recipe.evaluate.precision} | found
+
+
+def numbers(
+    entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
+) -> list[dict[str, Any]]:
+    """One dictionary per row, real images first; None where a number does not exist.
+
+    The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
+    the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
+    """
+    rows = [_row(entry, reference) | speed.beside_teacher(entry.speeds, ar, batch) for entry in entries]
+    by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
+    teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
+    if reference.real is not None:
+        rows.insert(
+            0, _quality(reference.real) | {"name": "real images", "type": "real", "count": reference.real.moments.n}
+        )
+    for row in rows:
+        for key in ("score", "variance"):
+            mine, theirs = row.get(key), teacher and teacher.get(key)
+            row[f"{key}_over_teacher"] = mine / theirs if mine is not None and theirs else None
+    return rows
+
+
+def alike(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The pairs of rows whose distances are too close to tell one from the other, the nearest first.
+
+    Too close is less than the larger standard error, or than ``MARGIN`` of the distance where that is more: the images
+    are of one seed and one student, and the error knows of neither.
+    """
+    scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
+    found = []
+    for one, other in combinations(scored, 2):
+        apart = other["score"] - one["score"]
+        if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
+            found.append((apart, one["name"], other["name"]))
+    return [(one, other) for _, one, other in sorted(found)]
+
+
+def score(statistics: Statistics, reference: Reference) -> float:
+    """Fréchet distance of a set of images to the reference."""
+    return frechet(statistics.moments.gaussian(), reference.gaussian)
+
+
+def _row(entry: Entry, reference: Reference) -> dict[str, Any]:
+    statistics, real = entry.statistics, reference.real
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "type": entry.type,
+        "departs": entry.departs,
+        "parameters": entry.parameters,
+        "paper": entry.paper,
+        "sampler": {"name": entry.kind} | entry.settings,
+        "steps": entry.steps,
+        "count": statistics.moments.n,
+        "score": score(statistics, reference),
+        "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
+        "sfid": None,
+        "second_score": None,
+        "seconds": statistics.seconds,
+        "speeds": [asdict(one) for one in entry.speeds],
+    }
+    if reference.spatial and statistics.spatial:
+        row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
+    if reference.second and statistics.second:
+        row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
+    return row | _of_rows(statistics, entry.rounds, reference) | _quality(statistics)
+
+
+def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> dict[str, float | None]:
+    """What needs the images' features themselves, not their sums alone.
+
+    Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
+    recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
+    """
+    names = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
+    out: dict[str, float | None] = dict.fromkeys(names)
+    if not statistics.features:
+        return out
+    mine = np.concatenate(statistics.features)
+    rounds = np.arange(len(mine)) if rounds is None else rounds
+    share, total = len(mine) / statistics.moments.n, statistics.moments
+    if share < 1:
+        total = Moments(mine.shape[1])
+        total.add(mine)
+    with ThreadPoolExecutor() as pool:  # most of each runs without Python's lock, on few cores
+        error = pool.submit(metrics.frechet_error, mine, total, reference.gaussian, rounds)
+        if reference.real and reference.real.features:
+            theirs = np.concatenate(reference.real.features)
+            kid = pool.submit(metrics.kid, mine, theirs)
+            if not statistics.labelled and min(len(mine), len(theirs)) > NEIGHBOURS:
+                out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
+            out["kid"], out["kid_std"] = kid.result()
+    if found := error.result():
+        out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
+    return out
+
+
+def _quality(statistics: Statistics) -> dict[str, Any]:
+    """What needs no reference. A network whose classes are the labels, that of the digits, makes no Inception Score."""
+    labelled = statistics.labelled
+    return {
+        "inception_score": None if labelled else statistics.score.value(),
+        "inception_score_std": None if labelled else statistics.score.error(),
+        "accuracy": statistics.right / labelled if labelled else None,
+        "variance": statistics.variance.value(),
+    }
+
+
+def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> dict[str, float]:
+    """Whether flow matching left the teacher's distribution alone: its distance to an AR draw over that of
+    two AR draws.
+    """
+    fm, ar = (frechet(s.moments.gaussian(), first.moments.gaussian()) for s in (flow_matched, second))
+    return {"fm_to_ar": fm, "ar_to_ar": ar, "ratio": fm / ar}

@@ -1,0 +1,239 @@
+"""All that the report needs of one sampler's images, part by part, in a form that travels and merges.
+
+Images are rounded as a PNG would round them before anything looks at them. A part is summed up at once, however it was
+batched, so that batches change no sum.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments
+from pipeline.evaluation.scoring import Features
+from pipeline.models.convnet import to_uint8
+
+SCORE_BLOCK = 5_000  # images of one Inception Score, in the order of their ids, as ADM's evaluator has it
+THUMBNAIL = 32  # pixel statistics are those of grey thumbnails of at most this side
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the networks saw of uint8 images [B, 3, H, W]: arrays with a row per image, float32."""
+
+    pixels: np.ndarray
+    features: np.ndarray
+    logits: np.ndarray
+    spatial: np.ndarray | None
+    thumbnails: np.ndarray
+    second: np.ndarray | None = None  # features in the other flavour
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, images: Tensor, network: Features) -> Seen:
+        """Images [B, 3, H, W] in [-1, 1], rounded."""
+        pixels = to_uint8(images)
+        features, logits, spatial = network(pixels)
+        deep = None if spatial is None else _rows(spatial)
+        second = None if network.second is None else _rows(network.second(pixels))
+        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """The rows of all parts."""
+        columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
+        rows: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
+        return cls(*rows)
+
+
+@dataclass
+class Statistics:
+    """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
+    ids.
+
+    ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
+    is their label, ``labelled`` those that were asked.
+    ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
+    says on what the parts were made, each kind once, ``made`` all else that the images depend on no more than rounding.
+    """
+
+    moments: Moments
+    pixels: Moments
+    variance: ClassVariance
+    score: InceptionScore
+    spatial: Moments | None = None
+    second: Moments | None = None
+    right: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    features: list[np.ndarray] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
+    machines: list[dict[str, str]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, network: Features, classes: int, side: int, count: int) -> Statistics:
+        """For ``count`` images of ``side`` pixels and ``classes`` labels."""
+        pixels = min(side, THUMBNAIL) ** 2
+        blocks = math.ceil(count / SCORE_BLOCK)
+        return cls(
+            Moments(network.dim),
+            Moments(pixels),
+            ClassVariance(classes, pixels),
+            InceptionScore(blocks, network.classes),
+            Moments(network.spatial) if network.spatial else None,
+            Moments(network.dim) if network.second else None,
+        )
+
+    def merge(self, other: Statistics) -> None:
+        """Add the part that follows this one."""
+        self.moments.merge(other.moments)
+        self.pixels.merge(other.pixels)
+        self.variance.merge(other.variance)
+        self.score.merge(other.score)
+        if self.spatial and other.spatial:
+            self.spatial.merge(other.spatial)
+        if self.second and other.second:
+            self.second.merge(other.second)
+        self.right += other.right
+        self.labelled += other.labelled
+        self.seconds += other.seconds
+        self.features += other.features
+        self.images += other.images
+        self.machines += [machine for machine in other.machines if machine not in self.machines]
+
+    def pack(self) -> bytes:
+        """As an npz file; nothing in it is pickled."""
+        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial", "second")}
+        for moments in (self.moments, self.pixels, self.spatial, self.second):
+            if moments:
+                moments.flush()
+        arrays: dict[str, Any] = {
+            f"{name}.{key}": _packed(value) if isinstance(sum_, Moments) and key == "m2" else value
+            for name, sum_ in sums.items()
+            if sum_
+            for key, value in vars(sum_).items()
+            if not key.startswith("_")
+        }
+        arrays["made"] = np.array(json.dumps(self.made | {"machines": self.machines}))
+        arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
+        for key in ("features", "images"):
+            if getattr(self, key):
+                arrays[key] = np.concatenate(getattr(self, key))
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Statistics:
+        """The inverse of ``pack``."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        dim, pixels = len(arrays["moments.mean"]), len(arrays["pixels.mean"])
+        out = cls(
+            Moments(dim),
+            Moments(pixels),
+            ClassVariance(len(arrays["variance.n"]), pixels),
+            InceptionScore(*arrays["score.p"].shape),
+            Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
+            Moments(dim) if "second.mean" in arrays else None,
+        )
+        for key, value in arrays.items():
+            if "." in key:
+                name, attribute = key.split(".")
+                sum_ = getattr(out, name)
+                if isinstance(sum_, Moments) and attribute == "m2":
+                    value = _unpacked(value, len(sum_.mean))
+                setattr(sum_, attribute, int(value) if value.ndim == 0 else value)
+        out.right, out.labelled = int(arrays["counts"][0]), int(arrays["counts"][1])
+        out.seconds = float(arrays["counts"][2])
+        out.features = [arrays["features"]] if "features" in arrays else []
+        out.images = [arrays["images"]] if "images" in arrays else []
+        out.made = json.loads(str(arrays["made"]))
+        out.machines = out.made.pop("machines")
+        return out
+
+    def add(
+        self,
+        seen: Seen,
+        labels: np.ndarray | None,
+        names_labels: bool,
+        place: np.ndarray,
+        keep: np.ndarray,
+        images: int,
+    ) -> None:
+        """Take in rows of images; ``place`` [B] counts the sampler's images from 0.
+
+        Labels may be unknown (None); ``names_labels`` says whether the network's classes are labels. Features are kept
+        of the rows in ``keep`` [B], and the first ``images`` of all are.
+        """
+        self.moments.add(seen.features)
+        self.pixels.add(seen.thumbnails)
+        self.score.add(seen.logits, place // SCORE_BLOCK)
+        if self.spatial and seen.spatial is not None:
+            self.spatial.add(seen.spatial)
+        if self.second and seen.second is not None:
+            self.second.add(seen.second)
+        if labels is not None:
+            self.variance.add(seen.thumbnails, labels)
+            if names_labels:
+                self.right += int((seen.logits.argmax(1) == labels).sum())
+                self.labelled += len(labels)
+        if keep.any():
+            self.features.append(seen.features[keep])
+        if (place < images).any():
+            self.images.append(seen.pixels[place < images])
+
+
+def _rows(out: Tensor) -> np.ndarray:
+    return out.float().cpu().numpy()
+
+
+class Glance(NamedTuple):
+    """What is read of packed statistics without the rest: seconds, images of the grid, how they were made."""
+
+    seconds: float
+    images: np.ndarray | None
+    made: dict[str, Any]
+
+
+def glance(file: IO[bytes]) -> Glance:
+    """The small parts of packed statistics."""
+    with np.load(file, allow_pickle=False) as arrays:
+        images = arrays["images"] if "images" in arrays.files else None
+        return Glance(float(arrays["counts"][2]), images, json.loads(str(arrays["made"])))
+
+
+def _packed(m2: np.ndarray) -> np.ndarray:
+    """One half of a symmetric matrix [D, D], [D (D + 1) / 2]: a part of 2048 features with sFID has 90 MB without."""
+    return m2[np.triu_indices(len(m2))]
+
+
+def _unpacked(half: np.ndarray, dim: int) -> np.ndarray:
+    """The inverse of ``_packed``."""
+    out = np.zeros((dim, dim))
+    out[np.triu_indices(dim)] = half
+    return out + np.triu(out, 1).T
+
+
+def spread(place: np.ndarray, keep: int, count: int) -> np.ndarray:
+    """Which of the images at ``place`` [B] are among ``keep`` out of ``count``, evenly spread over all."""
+    return (place + 1) * keep // count > place * keep // count
+
+
+def thumbnails(pixels: Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] -> grey float32 [B, P] in [-1, 1], P = 32 x 32 or the image's own size if
+    smaller.
+    """
+    grey = (pixels.float() / 127.5 - 1).mean(1, keepdim=True)
+    side = min(grey.shape[-1], THUMBNAIL)
+    return F.adaptive_avg_pool2d(grey, side).flatten(1).cpu().numpy()

@@ -1,0 +1,97 @@
+"""The times of a report: measured once under a key of their own, and kept beside it in timing.json.
+
+They depend on more than images do: the device and its cores, threads, precision, compiling, graphs, batches and the
+code that measures. Where one of these is another, speed is measured again and nothing is drawn again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.evaluation.plan import Plan
+from pipeline.host import machine, provenance
+from pipeline.recipe import fingerprint
+from pipeline.sampling.samplers import Autoregressive, Sampler
+from pipeline.sampling.speed import Speed
+
+NOTHING: dict[str, Any] = {"key": None, "speeds": {}, "device": None, "threads": None}
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """All that shapes the times and is known before Ray is joined."""
+    recipe, settings, cluster = plan.recipe, plan.recipe.evaluate, plan.recipe.cluster
+    found = {
+        "batches": sorted({1, *settings.timing_batches}),
+        "samplers": list(map(_named, plan.samplers)),
+        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision", "teacher")},
+        "student": {"SHA-256": plan.students.get(plan.student), "mask": plan.mask, "precision": settings.precision},
+        "solver": dataclasses.asdict(recipe.pairs.solver),
+        "compile": [recipe.teacher.compile, settings.compile],
+        "graphs": recipe.teacher.graphs,
+        "runs on": plan.device,
+        "gpus": cluster.gpus,
+        "cpus": cluster.cpus if cluster.gpus else cluster.cpus * settings.actors,
+        "torch": importlib.metadata.version("torch"),
+        "code": plan.facts["code"] | {"measuring": provenance.digest("pipeline.sampling.speed:measure")},
+    }
+    return json.loads(json.dumps(found))
+
+
+def recalled(plan: Plan) -> dict[str, Any] | None:
+    """The times of this plan on the machine that would measure them now; ``NOTHING`` where the recipe names no batch.
+
+    None says that they must be measured. A job that joins a cluster cannot know which of its nodes will measure: there
+    the resources that the recipe asks for decide.
+    """
+    if not plan.recipe.evaluate.timing_batches:
+        return NOTHING
+    wanted, here = facts(plan), _here(plan)
+    for entry in reversed(_entries(plan)):
+        if entry["facts"] == wanted and (here is None or here.items() <= entry["machine"].items()):
+            listed = {json.dumps(_named(sampler)): sampler for sampler in [*plan.samplers, Autoregressive()]}
+            speeds = {listed[json.dumps(name)]: [_speed(one) for one in found] for name, found in entry["speeds"]}
+            return entry["machine"] | {"key": entry["key"], "speeds": speeds, "load": entry["load"]}
+    return None
+
+
+def keep(plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
+    """Write down what ``evaluate.time_samplers`` found, in the place of what it replaces; returns it with its key."""
+    wanted, where = facts(plan), {name: found[name] for name in ("device", "cores", "threads", "measured", "calls")}
+    key = fingerprint({"facts": wanted, "machine": {name: where[name] for name in ("device", "cores", "threads")}})
+    speeds = [[_named(sampler), [dataclasses.asdict(one) for one in of]] for sampler, of in found["speeds"].items()]
+    entry = {"key": key, "facts": wanted, "machine": where, "load": found["load"], "speeds": speeds}
+    kept = [*(other for other in _entries(plan) if other["key"] != key), entry]
+    storage.write_json(_place(plan), kept)
+    return found | {"key": key}
+
+
+def _here(plan: Plan) -> dict[str, Any] | None:
+    """What this machine is, where it will be the one that measures."""
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return None
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        return {"device": "no GPU"}
+    return machine.described(plan.device)
+
+
+def _place(plan: Plan) -> str:
+    return storage.join(plan.recipe.report_uri, "timing.json")
+
+
+def _entries(plan: Plan) -> list[dict[str, Any]]:
+    return storage.read_json(_place(plan)) if storage.exists(_place(plan)) else []
+
+
+def _named(sampler: Sampler) -> list[Any]:
+    return json.loads(json.dumps([type(sampler).__name__, dataclasses.asdict(sampler)]))
+
+
+def _speed(found: dict[str, Any]) -> Speed:
+    return Speed(**found | {"rounds": tuple(found["rounds"])})

@@ -1,0 +1,299 @@
+"""The rows of a pair set: Parquet shards and their checks.
+
+``manifest`` owns the folder around them, ``pair_stream`` reads them for training. The columns are sample_id uint64,
+label int32, noise [n * C], float16 unless ``pairs.dtype`` says float32 (left out and derived again when ``pairs.noise``
+is derived), and tokens uint16 [n]: lists of a fixed length, which pandas, DuckDB, polars and datasets read, with the
+shape in the field's metadata. Shards of earlier versions have Arrow's tensor type instead and are read as well. b is
+rows, n the tokens of an image, C the dimension of a code, V the vocabulary.
+
+A shard holds a CRC-32 of its own bytes, so that a single flipped bit is noticed wherever it is, and one of every page,
+for readers of single columns. Shards of earlier versions have neither: only the manifest's SHA-256 finds such a bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import noise, storage
+from pipeline.errors import Refused
+from pipeline.pairs import manifest
+from pipeline.pairs.manifest import Facts, Shard
+
+FREQUENCIES = 2 << 30  # bytes of the largest table of token frequencies
+CHECKERS = 8  # threads that read shards: reading, SHA-256 and Parquet release the GIL
+SEAL = b"CRC-32 of all other bytes: "  # in the footer's metadata, before eight hexadecimal digits
+UNSEALED = b"00000000"  # in their place while the shard is written
+
+
+class Rows(NamedTuple):
+    """Rows as stored: ids and labels int64 [b], noise [b, n, C] or None if derived, tokens uint16 [b, n]."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    noise: np.ndarray | None
+    tokens: np.ndarray
+
+    def take(self, index: np.ndarray | slice | list[int]) -> Rows:
+        """The rows at ``index``."""
+        return Rows(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def join(parts: list[Rows]) -> Rows:
+        """One after the other."""
+        columns = zip(*parts, strict=True)
+        return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
+
+
+# ---- one shard
+
+
+def schema(known: Facts) -> pa.Schema:
+    """The columns of a shard; noise only where it is stored."""
+    length, dim = manifest.noise_shape(known)
+    columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
+    if known["noise"] == "stored":
+        columns.append(_lists("noise", pa.from_numpy_dtype(manifest.noise_dtype(known)), [length, dim]))
+    return pa.schema([*columns, _lists("tokens", pa.uint16(), [length])])
+
+
+def _lists(name: str, kind: pa.DataType, shape: list[int]) -> pa.Field:
+    """A column of one array a row, flat; Arrow's own tensor type is refused by datasets."""
+    return pa.field(name, pa.list_(kind, int(np.prod(shape))), metadata={"shape": json.dumps(shape)})
+
+
+def _earlier_schema(known: Facts) -> pa.Schema:
+    """The columns of the shards of earlier versions."""
+    tensors = {
+        field.name: pa.fixed_shape_tensor(field.type.value_type, json.loads(field.metadata[b"shape"]))
+        for field in schema(known)
+        if field.metadata
+    }
+    return pa.schema([field.with_type(tensors.get(field.name, field.type)) for field in schema(known)])
+
+
+def row_bytes(known: Facts) -> int:
+    """Bytes of a row in memory, and at most about as many on disk."""
+    length, dim = manifest.noise_shape(known)
+    size = np.dtype(manifest.noise_dtype(known)).itemsize
+    return 12 + 2 * length + (size * length * dim if known["noise"] == "stored" else 0)
+
+
+def table(known: Facts, rows: Rows) -> pa.Table:
+    """Rows -> an Arrow table with the columns of a shard; ValueError for codes that the vocabulary lacks."""
+    vocabulary = known["layout"]["vocabulary"]
+    low, high = int(rows.tokens.min()), int(rows.tokens.max())
+    if not 0 <= low <= high < vocabulary:
+        raise Refused(f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}.")
+    arrays = {
+        "sample_id": pa.array(rows.ids.astype(np.uint64)),
+        "label": pa.array(rows.labels.astype(np.int32)),
+        "noise": None if rows.noise is None else _flat(rows.noise),
+        "tokens": _flat(rows.tokens.astype(np.uint16)),
+    }
+    wanted = schema(known)
+    return pa.table([arrays[name] for name in wanted.names], schema=wanted)
+
+
+def write_shard(uri: str, known: Facts, made: pa.Table, host: str = "") -> Shard:
+    """Commit the table of one shard atomically; the same rows give the same bytes under one version of pyarrow.
+
+    ``host`` is the machine that made the rows.
+    """
+    made = made.select(schema(known).names).combine_chunks()
+    number = made["sample_id"][0].as_py() // known["shard_rows"]
+    name = manifest.shard_name(number, made.num_rows, known["shard_rows"])
+    data = _sealed(_encoded(made))
+    storage.write_bytes(storage.join(uri, name), data)
+    return Shard(name, number, made.num_rows, len(data), hashlib.sha256(data).hexdigest(), host)
+
+
+def _encoded(table: pa.Table) -> bytes:
+    """The table as Parquet, with a place for the seal."""
+    buffer = pa.BufferOutputStream()
+    # A dictionary suits tokens (12 bits instead of 32); noise is written twice as fast without.
+    with pq.ParquetWriter(
+        buffer,
+        table.schema,
+        use_dictionary=["tokens.list.element"],
+        compression="zstd",
+        compression_level=1,
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_table(table, row_group_size=table.num_rows)
+        writer.add_key_value_metadata({"seal": (SEAL + UNSEALED).decode()})
+    return buffer.getvalue().to_pybytes()
+
+
+def _sealed(data: bytes) -> bytes:
+    """The same file with the CRC-32 of its other bytes in the place of ``UNSEALED``."""
+    at = data.rindex(SEAL) + len(SEAL)
+    return data[:at] + _checksum(data, at) + data[at + len(UNSEALED) :]
+
+
+def _checksum(data: bytes, at: int) -> bytes:
+    """CRC-32, in hexadecimal, of all bytes but the eight from ``at`` on; no change of a single bit leaves it alike."""
+    view = memoryview(data)
+    return b"%08x" % zlib.crc32(view[at + len(UNSEALED) :], zlib.crc32(view[:at]))
+
+
+def _seal_fits(data: bytes) -> bool | None:
+    """Whether the file's bytes are those that were sealed; None for one without a seal."""
+    at = data.rfind(SEAL) + len(SEAL)
+    if at < len(SEAL):
+        return None
+    return data[at : at + len(UNSEALED)] == _checksum(data, at)
+
+
+def load_shard(uri: str, known: Facts, name: str) -> Rows:
+    """The rows of a shard as they are stored; ValueError naming the file for one that is damaged."""
+    return _decode(storage.read_bytes(storage.join(uri, name)), uri, known, name)
+
+
+def read_shard(uri: str, known: Facts, name: str) -> Rows:
+    """The rows of a shard with their noise, stored or derived."""
+    rows = load_shard(uri, known, name)
+    return rows._replace(noise=noise_of(known, rows))
+
+
+def inspect_shard(uri: str, known: Facts, name: str, sha256: str | None = None) -> Shard:
+    """Read a committed shard whole and check it; ValueError naming the file and what to do."""
+    data = storage.read_bytes(storage.join(uri, name))
+    found = hashlib.sha256(data).hexdigest()
+    rows = _decode(data, uri, known, name)
+    if sha256 is not None and found != sha256:
+        raise _damaged(uri, name, "its bytes are not those that the manifest lists")
+    return Shard(name, rows.ids[0].item() // known["shard_rows"], len(rows.ids), len(data), found)
+
+
+def _decode(data: bytes, uri: str, known: Facts, name: str) -> Rows:
+    """Parquet bytes -> rows, after every check that the content alone allows."""
+    whole = _seal_fits(data)
+    if whole is False:  # nothing of it is given to the parser
+        raise _damaged(uri, name, "its bytes do not fit the CRC-32 in it")
+    try:
+        read = pq.read_table(pa.BufferReader(data), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(uri, name, str(error).strip().splitlines()[0]) from None
+    if not read.schema.equals(schema(known) if whole else _earlier_schema(known)):
+        seal = "" if whole else " or it lost its CRC-32"
+        raise _damaged(uri, name, f"its columns are {', '.join(read.schema.names)} of other names or types{seal}")
+    ids = read["sample_id"].to_numpy().astype(np.int64)
+    labels = read["label"].to_numpy().astype(np.int64)
+    if not np.array_equal(ids, manifest.ids_of(name, known)):
+        first, last = manifest.ids_of(name, known)[[0, -1]]
+        raise _damaged(uri, name, f"its {len(ids)} rows are not the ids from {first} to {last}")
+    if not np.array_equal(labels, noise.labels(ids, known["layout"]["classes"])):
+        raise _damaged(uri, name, "its labels are not those of its ids")
+    length, dim = manifest.noise_shape(known)
+    tokens = _checked(_array(read["tokens"], (length,)), uri, known, name)
+    return Rows(ids, labels, _array(read["noise"], (length, dim)) if "noise" in read.column_names else None, tokens)
+
+
+def _checked(tokens: np.ndarray, uri: str, known: Facts, name: str) -> np.ndarray:
+    """The same tokens; ValueError for a code that the vocabulary lacks."""
+    if tokens.max() >= known["layout"]["vocabulary"]:
+        raise _damaged(uri, name, f"it holds the code {tokens.max()}, outside the vocabulary")
+    return tokens
+
+
+def _damaged(uri: str, name: str, why: str) -> Refused:
+    return Refused(
+        f"{storage.join(uri, name)} is damaged ({why}); delete it and run generate_pairs again with the same recipe,"
+        " which makes it anew."
+    )
+
+
+def _flat(array: np.ndarray) -> pa.FixedSizeListArray:
+    """[b, ...] -> one flat list a row."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size)
+
+
+def _array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """One list, or one of Arrow's tensors, a row -> [b, *shape]."""
+    rows = column.combine_chunks()
+    rows = rows.storage if isinstance(rows, pa.ExtensionArray) else rows
+    return rows.flatten().to_numpy().reshape(-1, *shape)
+
+
+def noise_of(known: Facts, rows: Rows) -> np.ndarray:
+    """Stored noise, or noise made again from the ids: [b, n, C] of the set's dtype."""
+    return manifest.gaussian(known, rows.ids) if rows.noise is None else rows.noise
+
+
+# ---- a whole set
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """Check schema, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
+    found = manifest.read(uri)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        args = [(uri, found["facts"], shard["name"], shard["sha256"]) for shard in found["shards"]]
+        for _ in pool.map(inspect_shard, *zip(*args, strict=True)):
+            pass
+    return found
+
+
+def first_tokens(uri: str, count: int) -> np.ndarray:
+    """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
+    found = manifest.read(uri)
+    size = found["facts"]["shard_rows"]
+    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
+    return np.concatenate(list(_tokens(uri, found["facts"], names)))[:count]
+
+
+def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
+    """How often each code stands at each position: int64 [n, V], or with ``by_class`` [classes, n, V].
+
+    Raises ValueError where the table by class would be too large (1,000 classes x 680 tokens x 4,096 codes are 22 GB).
+    """
+    found = manifest.read(uri)
+    known, layout = found["facts"], found["facts"]["layout"]
+    length, vocabulary = sum(layout["groups"]), layout["vocabulary"]
+    groups = layout["classes"] if by_class else 1
+    size = groups * length * vocabulary
+    if 8 * size > FREQUENCIES:
+        raise Refused(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
+    counts = np.zeros(size, dtype=np.int64)
+    names = [shard["name"] for shard in found["shards"]]
+    for name, tokens in zip(names, _tokens(uri, known, names), strict=True):
+        group = noise.labels(manifest.ids_of(name, known), groups)
+        cell = (group[:, None] * length + np.arange(length)) * vocabulary + tokens
+        counts += np.bincount(cell.ravel(), minlength=size)
+    shape = (length, vocabulary)
+    return counts.reshape((groups, *shape) if by_class else shape)
+
+
+def _tokens(uri: str, known: Facts, names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The tokens of each shard, uint16 [b, n], in order; nothing else is read, and ``CHECKERS`` shards at once."""
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        reading: deque[Future[np.ndarray]] = deque()
+        for name in names:
+            reading.append(pool.submit(_tokens_of, uri, known, name))
+            if len(reading) == CHECKERS:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+
+
+def _tokens_of(uri: str, known: Facts, name: str) -> np.ndarray:
+    """The tokens of one shard, uint16 [b, n], by the pages that hold them; their own CRC-32 is checked."""
+    with storage.reading(storage.join(uri, name)) as file:
+        try:
+            read = pq.ParquetFile(file, page_checksum_verification=True).read(["tokens"], use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(uri, name, str(error).strip().splitlines()[0]) from None
+    length, _ = manifest.noise_shape(known)
+    tokens, rows = _array(read["tokens"], (length,)), len(manifest.ids_of(name, known))
+    if len(tokens) != rows:
+        raise _damaged(uri, name, f"it has {len(tokens)} rows of {rows}")
+    return _checked(tokens, uri, known, name)

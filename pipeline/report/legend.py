@@ -1,0 +1,218 @@
+"""The sentences of a report: what its rows and columns are and how each number was made, from its own results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.report.tables import (
+    DEPARTS,
+    beside_paper,
+    columns,
+    further_columns,
+    kernel_distance,
+    ms,
+    short_title,
+    throughput_batch,
+)
+
+
+def introduction(results: dict[str, Any]) -> str:
+    """What was drawn, for whom it was drawn alike."""
+    made = results["made"]
+    return (
+        f"{made['count']:,} images per sampler, sample ids from 0, seed {made['seed']}; the same id gives"
+        " every sampler the same label and the same noise."
+    )
+
+
+ROWS = {
+    "Autoregressive": ("teacher, AR", "the teacher as it is sampled without us: every token drawn from p."),
+    "FlowMatched": (
+        "teacher, FM",
+        "the teacher through flow matching (Alg. 1): every token is the code that its noise flows to. What the student"
+        " imitates.",
+    ),
+    "FewStep": (
+        "DD n steps",
+        "the student jumps from noise to all tokens (Alg. 3), and again from each AR step in brackets, keeping what is"
+        " before it.",
+    ),
+    "WithTeacher": (
+        "DD pre-trained-n-m",
+        "the student jumps, the teacher draws AR steps n to m - 1 anew, the student jumps again from step m (Alg. 4);"
+        " jumps of which nothing would be kept are left out.",
+    ),
+    "Skip": (
+        "skip-n",
+        "the teacher without its last n AR steps. The paper does not say what stands in their places; here it is the"
+        " zero vector of the code space: a VAR residual that adds nothing (but its convolution's bias), the centre of"
+        " LlamaGen's unit sphere.",
+    ),
+    "OneStepStar": (
+        "onestep*",
+        "every position on its own, from the token frequencies of the pair set there; given the class, from those of"
+        " the pairs of that class. No network is asked, and the time is that of drawing and decoding.",
+    ),
+}
+
+
+def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, how it draws) of the samplers in the table."""
+    there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
+    departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
+    out = [text for kind, text in ROWS.items() if kind in there]
+    if departing:
+        out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
+    return out + [("note", note) for note in results.get("notes", [])]
+
+
+def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(heading, how its numbers were made) of the columns in the table."""
+    title, made, short = results["title"], results["made"], short_title(results)
+    there = {column.heading for column in [*columns(results), *further_columns(results)]}
+    distance, batch = results["meaning"], throughput_batch(results)
+    if any(row.get("score_std") is not None for row in results["rows"]):
+        distance += "; behind ± its standard error"
+    texts = {
+        "type": "as in the paper's tables: AR is the teacher, DD ours, DD + AR ours with the teacher in the loop,"
+        " baseline what the paper compares with.",
+        title: f"{distance}.",
+        str(results.get("second_title")): "the same distance of the same images, in the flavour of the paper's FID.",
+        f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
+        f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
+        " larger.",
+        "sFID": "the same distance of features that still know where in the image they are (Nash et al. 2021).",
+        kernel_distance(results): "Kernel Inception Distance (Bińkowski et al. 2018)"
+        + ("" if short == "FID" else " of these features, which are not Inception's")
+        + ", the mean over subsets.",
+        "IS": "Inception Score by the classes of the same network, the mean over blocks of 5,000 images in the order of"
+        " their ids, a shorter last one weighing less; behind ± the standard error of that mean, from five blocks on.",
+        "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
+        " classifier forgives.",
+        "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
+        "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
+        " diverse than the teacher.",
+        "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
+        + ("" if made.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
+        "#parameters": _about_parameters(results),
+        "#Step": "network evaluations per image, guidance not counted twice.",
+        "ms/image, batch 1": _about_time(results),
+        "speed-up, batch 1": "how many times as fast as the AR teacher at the same batch"
+        + _teachers_time(results)
+        + "; behind ± its standard error, from drawing the rounds of calls anew (bootstrap of the ratio of medians).",
+        f"images/s, batch {batch}": "the same calls' pace at the largest batch at which all of these samplers were"
+        " timed: what a device makes that always has enough to do.",
+        f"speed-up, batch {batch}": f"over the AR teacher at batch {batch} too. At batch 1 the teacher's many small"
+        " steps leave much of a device idle, which a student does not; a full batch leaves less to save. No ratio here"
+        " is of two batch sizes.",
+    }
+    out = [(heading, text) for heading, text in texts.items() if heading in there]
+    if not made["timing"]["device"]:
+        out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
+    if beside_paper(results):
+        out.append(("paper", ABOUT_PAPER))
+    if pairs := results.get("alike"):
+        text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
+        out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
+    if 0 < made.get("real images", 0) <= made["dimensions"] and made["reference"]["statistics"] == "made here":
+        few = f"Only {made['real images']} real images for {made['dimensions']} features"
+        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
+    if 0 < (kept := made.get("features kept", {}).get("images", 0)) < made["count"]:
+        text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
+        out.append(("precision, recall, KID, limits and standard errors", text))
+    if made["count"] <= made["dimensions"]:
+        warning = f"Only {made['count']} images for {made['dimensions']} features"
+        why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."
+        out.append((warning, why))
+    return out
+
+
+ABOUT_PAPER = (
+    "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px. FID of"
+    " the authors' own rows (teachers, DD, skip-n, onestep*) is by their copy of pytorch-fid; rows that the paper marks"
+    " with a dagger are the VAR paper's, by ADM's evaluator, whose flavour is torch-fidelity. No code was released for"
+    " IS, precision and recall, which ADM's evaluator most likely gave. Milliseconds per image are in steady state on"
+    " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
+    " student alone, as here."
+)
+
+
+def _about_parameters(results: dict[str, Any]) -> str:
+    text = (
+        "of the transformer that draws, without the tokenizer, which decodes for all: the teacher's, or the student's"
+    )
+    kinds = {row.get("type") for row in results["rows"]}
+    return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
+
+
+def _about_time(results: dict[str, Any]) -> str:
+    made = results["made"]
+    at = made["timing"]
+    if not at["device"]:
+        return ""
+    used = [
+        f"{who} in {made[who]['precision']}" for who in ("teacher", "student") if (made.get(who) or {}).get("precision")
+    ]
+    return (
+        f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
+        + "".join(f", {text}" for text in used)
+        + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call, the GPU waited for."
+        f" {about_load(at)}."
+    )
+
+
+def _teachers_time(results: dict[str, Any]) -> str:
+    """The AR teacher's own time at batch 1, where it was measured."""
+    found = [one["ms"] for one in (results.get("speed") or {}).get("teacher", []) if one["batch"] == 1]
+    return f", {ms(found[0])} ms" if found else ""
+
+
+def about_load(timing: dict[str, Any]) -> str:
+    """How busy others kept the machine meanwhile, without a full stop; whether that was too much."""
+    load, cores = timing["load"], timing["cores"]
+    if load["during"] is None:
+        found = f"This system does not say what other processes did; its load average was {load['average']:.1f}"
+    else:
+        found = (
+            f"Meanwhile others kept {load['during']:.2f} of the machine's {cores} cores busy, and {load['before']:.2f}"
+            " in the second before"
+        )
+    found += f"; the GPU was at {load['gpu']:.0f} % before" if load["gpu"] is not None else ""
+    return found + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
+
+
+def about_agreement(results: dict[str, Any]) -> str:
+    """How near flow matching is to plain sampling."""
+    found, title = results["agreement"], results["title"]
+    return (
+        f"FM teacher against AR teacher: {title} {found['fm_to_ar']:.4f} between the two;"
+        f" {found['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
+        f" {results['made']['count']:,}); ratio {found['ratio']:.2f}. Near 1, flow matching keeps the"
+        " teacher's distribution as well as this many images can tell."
+    )
+
+
+def about_speeds(results: dict[str, Any]) -> str:
+    """What the table of all batch sizes holds."""
+    return (
+        "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
+        f" did not fit into the device's memory. {about_load(results['made']['timing'])}."
+    )
+
+
+def about_training(results: dict[str, Any]) -> str:
+    """What the curve over training was drawn with."""
+    curve = results["curve"]
+    teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
+    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
+
+
+def about_pairs(results: dict[str, Any]) -> str:
+    """Which runs the scores over the count of pairs are from."""
+    found = results["pair_sets"]
+    own = results["made"]["student"]["pairs_count"]
+    others = "; ".join(f"{one['pairs']:,} pairs: {one['uri']}" for one in found["reports"])
+    return (
+        f"{results['title']} of {found['count']:,} images, of students that were distilled from the first pairs of one"
+        f" set ({own:,} pairs: this run; {others})."
+    )

@@ -1,0 +1,117 @@
+"""A report as Markdown, and its numbers for MLflow.
+
+``summary`` computes, the others only format what it found, so report.json holds everything that report.md and
+report.html say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.report import legend, tables
+from pipeline.report.protocol import protocol
+from pipeline.report.tables import Table
+
+
+def headlines(results: dict[str, Any]) -> dict[str, float]:
+    """The few numbers that MLflow draws: {"DD_1_step/FD": 5.2, "DD_1_step/speed-up_at_batch_1": 40.1, ...}.
+
+    The distance of the AR teacher and of each few-step sampler, and the latter's speed-ups over the former at batch 1
+    and at the throughput batch. All others are in ``scores``.
+    """
+    batch, out = results["speed"]["throughput_batch"], {}
+    for row in results["rows"]:
+        kind, name = row.get("sampler", {}).get("name"), metric_name(row["name"])
+        if kind in ("Autoregressive", "FewStep"):
+            out[f"{name}/{metric_name(results['title'])}"] = row["score"]
+        for key, size in (("speedup", 1), ("throughput_speedup", batch)):
+            if kind == "FewStep" and row.get(key) is not None:
+                out[f"{name}/speed-up_at_batch_{size}"] = row[key]
+    return out
+
+
+def headline(results: dict[str, Any]) -> str:
+    """A report in a few words: "demo, DD 1 step FD 27.10", by its first few-step sampler."""
+    rows = [row for row in results["rows"] if "sampler" in row]
+    first = next((row for row in rows if row["sampler"]["name"] == "FewStep"), rows[0])
+    return f"{results['name']}, {first['name']} {results['title']} {first['score']:.2f}"
+
+
+def scores(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows): every number that the report has of every sampler."""
+    keys = dict.fromkeys(key for row in results["rows"] for key, v in row.items() if isinstance(v, int | float))
+    return ["name", *keys], [[row["name"], *(row.get(key) for key in keys)] for row in results["rows"]]
+
+
+def metric_name(name: str) -> str:
+    """A sampler's name in MLflow's alphabet: "DD 2 steps (1, 6)" -> "DD_2_steps_1_6"."""
+    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in name.replace("*", "-star"))
+    return "_".join(filter(None, plain.split("_")))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The main table as Markdown."""
+    return as_markdown(tables.main(results))
+
+
+def as_markdown(content: Table) -> str:
+    """A Markdown table whose source lines up: words to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(content.headings, *content.cells, strict=True)]
+
+    def line(row: list[str]) -> str:
+        texts = (
+            text.ljust(width) if i < content.text else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join(texts) + " |"
+
+    rules = (f":{'-' * (w + 1)}" if i < content.text else f"{'-' * (w + 1)}:" for i, w in enumerate(widths))
+    return "\n".join([line(content.headings), "|" + "|".join(rules) + "|", *map(line, content.cells)])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole report."""
+    parts = [
+        f"# {results['name']}: report",
+        legend.introduction(results),
+        "![one column per noise, one row per sampler](samples.png)",
+        table(results),
+        _legend(legend.about_columns(results)),
+    ]
+    if rows := legend.about_rows(results):
+        parts += ["The samplers:", _legend(rows)]
+    if len(tables.timed(results)) > 1:
+        parts += ["## Quality against time", "![distance over milliseconds per image](tradeoff.png)"]
+    if others := tables.further(results):
+        parts += ["## Other distances", as_markdown(others)]
+    if both := tables.beside_paper(results):
+        parts += ["## Beside the paper's figures", as_markdown(both)]
+    if results["agreement"]:
+        parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
+    if results["made"]["timing"]["device"]:
+        parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
+    if results["curve"]:
+        curve = as_markdown(tables.over_training(results["curve"]))
+        parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]
+    if results.get("pair_sets"):
+        sizes = as_markdown(tables.over_pairs(results["pair_sets"]))
+        parts += ["## Over the size of the pair set", "![distance over pairs](pairs.png)"]
+        parts += [legend.about_pairs(results), sizes]
+    parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
+    parts += ["## How these numbers were made", _nested(results["made"], 0)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _legend(entries: list[tuple[str, str]]) -> str:
+    return "\n".join(f"* **{term}**: {text}" for term, text in entries)
+
+
+def _nested(tree: dict[str, Any], indent: int) -> str:
+    """Nested settings as an indented list."""
+    lines = []
+    for key, value in tree.items():
+        inside = isinstance(value, dict) and value
+        lines.append(f"{'  ' * indent}* {key}:" + ("" if inside else f" {value}"))
+        if inside:
+            lines.append(_nested(value, indent + 1))
+    return "\n".join(lines)

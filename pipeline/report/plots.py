@@ -1,0 +1,296 @@
+"""The pictures of a report as PNG: the sample grid and the charts, all from numbers that report.json holds.
+
+No chart needs its colours: what they tell apart differs in marker or line style too.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread, imsave
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from pipeline.report.tables import count, throughput_batch, timed
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
+MARKERS = "oDs^vP"
+LINES = ("-", "--", "-.", ":")
+TYPES = {  # of a sampler: marker, colour, size
+    "AR": ("s", "#333333", 8.0),
+    "DD": ("o", "#0072B2", 9.0),
+    "DD + AR": ("D", "#D55E00", 7.5),
+    "baseline": ("^", "#888888", 8.0),
+}
+OTHER = ("X", "#009E73", 8.0)
+GREY = "#333333"
+GAP = 4  # white pixels between the images of the grid
+LEAST_CELL = 72  # small images are enlarged by a whole factor to about this many pixels
+LARGEST = 4096  # pixels of the grid's longer side; a larger one shows its images smaller
+SHOWN = 1100  # pixels that a report gives a picture; larger ones have larger letters
+WIDE = 10.0  # a score's range, as a ratio, from which its axis is logarithmic
+
+
+# ---- the sample grid
+
+
+def mosaic(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [columns, 3, H, W] per row -> one uint8 [H', W', 3] picture.
+
+    Small images are enlarged pixel by pixel; where the picture would pass LARGEST, blocks of pixels are averaged.
+    """
+    cells = np.stack(images)  # [rows, columns, 3, h, w]
+    side, most = cells.shape[-1], LARGEST // max(cells.shape[:2])
+    factor = max(1, min(round(LEAST_CELL / side), most // side))
+    cells = cells.repeat(factor, axis=-1).repeat(factor, axis=-2)
+    if side > most:
+        cells = _smaller(cells, -(-side // most))
+    framed = np.pad(cells, ((0, 0), (0, 0), (0, 0), (0, GAP), (0, GAP)), constant_values=255)
+    rows, columns, _, h, w = framed.shape
+    return framed.transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)[:-GAP, :-GAP]
+
+
+def _smaller(cells: np.ndarray, factor: int) -> np.ndarray:
+    """Means of factor x factor pixels; what is left of a side is cut off."""
+    h, w = (size // factor * factor for size in cells.shape[-2:])
+    blocks = cells[..., :h, :w].reshape(*cells.shape[:-2], h // factor, factor, w // factor, factor)
+    return blocks.mean((-3, -1)).round().astype(np.uint8)
+
+
+def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: np.ndarray) -> bytes:
+    """The sample grid: a labelled row per sampler, a column per noise with its class on top."""
+    picture = mosaic(images)
+    height, width = picture.shape[:2]
+    scale = max(1.0, width / SHOWN)  # of the letters, which shrink with the picture where it is shown
+    left, right, top, bottom = round(scale * (30 + 8 * max(map(len, names)))), 12, round(34 * scale), 12  # margins
+    figure = Figure(figsize=((left + width + right) / 100, (top + height + bottom) / 100), dpi=100)
+    full_width, full_height = left + width + right, top + height + bottom
+    axes = figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    rows, columns = len(names), len(labels)
+    places = [(i + 0.5) * (height + GAP) / rows - GAP / 2 for i in range(rows)]
+    axes.set_yticks(places, list(names), fontsize=11 * scale)
+    places = [(i + 0.5) * (width + GAP) / columns - GAP / 2 for i in range(columns)]
+    axes.set_xticks(places, list(map(str, labels)), fontsize=10 * scale)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, pad=8 * scale, colors=GREY)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return png(figure)
+
+
+def compressed(png: bytes) -> bytes:
+    """The same picture as JPEG, for pages that carry photographs."""
+    buffer = io.BytesIO()
+    imsave(buffer, imread(io.BytesIO(png))[..., :3], format="jpg", pil_kwargs={"quality": 88})
+    return buffer.getvalue()
+
+
+# ---- the charts
+
+
+def charts(results: dict[str, Any]) -> dict[str, bytes]:
+    """The charts that these results have numbers for, by file name."""
+    drawn = {"tradeoff.png": tradeoff, "curve.png": curve, "pairs.png": pairs}
+    there = {
+        "tradeoff.png": len(timed(results)) > 1,
+        "curve.png": results["curve"],
+        "pairs.png": results.get("pair_sets"),
+    }
+    return {name: drawn[name](results) for name in drawn if there[name]}
+
+
+def tradeoff(results: dict[str, Any]) -> bytes:
+    """Quality against time, as the paper's Fig. 3: a named point per sampler, DD's joined by a line.
+
+    A panel for batch 1 and one for the throughput batch, where there is one: in each, all are timed at the same batch.
+    """
+    rows, batch = timed(results), throughput_batch(results)
+    panels = [(1, [(row, row["ms"]) for row in rows])]
+    if batch and (found := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
+        panels.append((batch, found))
+    figure = Figure(figsize=(8.2 if len(panels) == 1 else 13.0, 5.0), dpi=130, layout="constrained")
+    panes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axes, (size, found) in zip(panes, panels, strict=True):
+        plain(axes)
+        _points(axes, [(row["type"], at, row["score"]) for row, at in found])
+        axes.set_xlabel(f"milliseconds per image at batch {size}, decoding included")
+        axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
+        _from_zero_or_log(axes, [row["score"] for row, _ in found])
+        _plain_numbers(axes)
+    _fix_layout(figure)
+    for axes, (_, found) in zip(panes, panels, strict=True):
+        order = sorted(range(len(found)), key=lambda i: (not found[i][0]["type"].startswith("DD"), found[i][1]))
+        _name_points(figure, axes, [(at, row["score"]) for row, at in found], [row["name"] for row, _ in found], order)
+    return png(figure)
+
+
+def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """(type, milliseconds, score) of every sampler, marked by its type, DD's joined."""
+    ours = sorted((at, score) for kind, at, score in points if kind.startswith("DD"))
+    if len(ours) > 1:
+        axes.plot(*zip(*ours, strict=True), color=COLOURS[0], linewidth=1.2, alpha=0.45, zorder=1)
+    for kind in dict.fromkeys([*TYPES, *(kind for kind, _, _ in points)]):
+        marker, colour, size = TYPES.get(kind, OTHER)
+        of_kind = [(at, score) for one, at, score in points if one == kind]
+        if of_kind:
+            style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size}
+            axes.plot(*zip(*of_kind, strict=True), linestyle="", label=kind, zorder=2, **style)
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.legend(frameon=False)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """1, 2, 5, 10 at the ticks of logarithmic axes, never powers of ten."""
+    for axis in (axes.xaxis, axes.yaxis)[: 1 + (axes.get_yscale() == "log")]:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def curve(results: dict[str, Any]) -> bytes:
+    """Distance over training, as the paper's Fig. 7: a line per few-step sampler, dashed ones for the teacher at the
+    same count.
+    """
+    data = results["curve"]
+    figure, axes = _chart(7.2, 4.2)
+    names = list(dict.fromkeys(point["name"] for point in data["points"]))
+    for i, name in enumerate(names):
+        points = sorted((point["step"], point["score"]) for point in data["points"] if point["name"] == name)
+        axes.plot(*zip(*points, strict=True), **line(i), label=name)
+    for (name, value), style in zip(data["teachers"].items(), ("--", ":"), strict=False):
+        axes.axhline(value, linestyle=style, linewidth=1.5, color="#555555", label=name)
+    axes.set_xlabel("optimiser step")
+    if each := data.get("steps_per_epoch"):
+        above = axes.secondary_xaxis("top", functions=(lambda step: step / each, lambda epoch: epoch * each))
+        above.set_xlabel("epochs")
+    axes.set_ylabel(f"{results['title']}, {data['count']:,} images")
+    axes.set_ylim(0, 1.08 * max([*(point["score"] for point in data["points"]), *data["teachers"].values()]))
+    axes.legend(frameon=False)
+    return png(figure)
+
+
+def pairs(results: dict[str, Any]) -> bytes:
+    """Distance over the size of the pair set and, as the paper's Fig. 8, over the epochs on each of its sizes."""
+    data = results["pair_sets"]
+    panels = list(dict.fromkeys(point["name"] for point in data["curve"]["points"])) if data["curve"] else []
+    figure = Figure(figsize=(4.8 * (1 + len(panels)), 4.2), dpi=130, layout="constrained")
+    first, *others = np.atleast_1d(figure.subplots(1, 1 + len(panels)))
+    for i, name in enumerate(dict.fromkeys(point["name"] for point in data["points"])):
+        points = sorted((point["pairs"], point["score"]) for point in data["points"] if point["name"] == name)
+        first.plot(*zip(*points, strict=True), **line(i), label=name)
+    sizes = sorted({point["pairs"] for point in data["points"]})
+    first.set_xlim(0, 1.1 * sizes[-1])
+    first.xaxis.set_major_locator(MaxNLocator(5))
+    first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    first.set_xlabel("pairs")
+    first.set_ylabel(f"{results['title']}, {data['count']:,} images")
+    for axes, name in zip(others, panels, strict=True):
+        for i, size in enumerate(sizes):
+            here = [p for p in data["curve"]["points"] if (p["name"], p["pairs"]) == (name, size)]
+            points = sorted((point["x"], point["score"]) for point in here)
+            if points:
+                axes.plot(*zip(*points, strict=True), **line(i), label=f"{size:,} pairs")
+        axes.set_title(name, fontsize=11, color=GREY)
+        axes.set_xlabel(data["curve"]["axis"])
+        axes.set_ylabel(f"{results['title']}, {data['curve']['count']:,} images")
+    for axes in (first, *others):
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        plain(axes)
+    return png(figure)
+
+
+def line(i: int) -> dict[str, Any]:
+    """How the i-th line of a chart looks: keywords of ``Axes.plot``."""
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    return {"color": colour, "marker": marker, "linestyle": LINES[i % len(LINES)], "markersize": 5, "linewidth": 2}
+
+
+def _chart(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _from_zero_or_log(axes: Axes, values: Sequence[float]) -> None:
+    """A score's axis: from 0, or logarithmic where the scores differ too much to be seen on one scale."""
+    if max(values) > WIDE * min(values):
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.6, max(values) * 1.6)
+    else:
+        axes.set_ylim(0, 1.15 * max(values))
+
+
+def _fix_layout(figure: Figure) -> None:
+    """Lay a figure out for good, so that what is written next can be placed by pixels."""
+    FigureCanvasAgg(figure).draw()
+    figure.set_layout_engine("none")
+
+
+def _name_points(
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], order: Sequence[int]
+) -> None:
+    """Write each name beside its point, in this order, where it covers least of points, lines, names and legend."""
+    canvas = FigureCanvasAgg(figure)
+    renderer, frame = canvas.get_renderer(), axes.get_window_extent()
+    dots = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
+    taken = dots + [box for line in axes.lines if line.get_linestyle() == "-" for box in _beads(line)]
+    if legend := axes.get_legend():
+        taken.append(legend.get_window_extent(renderer))
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    for i in order:
+        tried: list[tuple[float, int, dict[str, Any], Bbox]] = []  # hidden pixels, place, style, box
+        for distance, (right, up) in itertools.product((8, 16, 26, 38), sides):
+            style: dict[str, Any] = {"xytext": (right * distance, up * distance), "fontsize": 9, "color": GREY}
+            style |= {"ha": ("center", "left", "right")[right], "va": ("center", "bottom", "top")[up]}
+            if distance > 8:  # away from its point: a line leads there
+                style |= {"arrowprops": {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkB": 4}}
+            text = axes.annotate(names[i], points[i], textcoords="offset points", **style)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the leading line
+            hidden = sum(_overlap(box, other) for other in taken if other is not dots[i])
+            hidden += box.width * box.height - _overlap(box, frame)
+            tried.append((hidden + distance / 4, len(tried), style, box))
+            text.remove()
+        _, _, style, box = min(tried, key=lambda one: one[:2])
+        axes.annotate(names[i], points[i], textcoords="offset points", **style)
+        taken.append(box)
+
+
+def _beads(line: Line2D) -> list[Bbox]:
+    """A drawn line as small boxes along it, in pixels."""
+    ends = line.get_transform().transform(line.get_xydata())
+    between = np.linspace(0, 1, 40)[:, None]
+    spots = np.concatenate([a + (b - a) * between for a, b in itertools.pairwise(ends)])
+    return [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in spots]
+
+
+def _overlap(a: Bbox, b: Bbox) -> float:
+    """Square pixels that two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a file's bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

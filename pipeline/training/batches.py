@@ -1,0 +1,107 @@
+"""What a step of distillation sees (Alg. 2): pairs in an order that is arithmetic, t, and X_t.
+
+The last rows of a pair set are held out: no step trains on them, and the loss on them is logged along the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import noise
+from pipeline.models.base import Condition, Layout
+from pipeline.pairs import manifest
+from pipeline.pairs.shards import Rows, read_shard
+from pipeline.pairs.stream import WINDOW, Pairs, PairStream
+from pipeline.recipe import TrainSettings
+from pipeline.training.plan import Plan
+
+
+class Batch(NamedTuple):
+    """On the training device: X_t [B, n, C], t [B] int64, the teacher's tokens [B, n] int64, and the condition."""
+
+    x_t: Tensor
+    t: Tensor
+    tokens: Tensor
+    condition: Condition
+
+    def parts(self, size: int) -> list[Batch]:
+        """The batch in pieces of ``size`` samples, the last one maybe smaller; 0 leaves it whole."""
+        if not size:
+            return [self]
+        return [Batch(*part) for part in zip(*(field.split(size) for field in self), strict=True)]
+
+
+def stream(plan: Plan) -> PairStream:
+    """The rows that steps train on; those held out, and those beyond pairs.count of a grown set, are left out."""
+    found = manifest.read(plan.recipe.pairs_uri, plan.pairs_fingerprint)
+    size = found["facts"]["shard_rows"]
+    shards = [
+        shard | {"rows": min(shard["rows"], plan.rows - shard["number"] * size)}
+        for shard in found["shards"]
+        if shard["number"] * size < plan.rows
+    ]
+    return PairStream(plan.recipe.pairs_uri, found | {"count": plan.rows, "shards": shards}, WINDOW)
+
+
+def held_out(plan: Plan) -> Rows:
+    """The rows that no step trains on, with their noise."""
+    uri, count = plan.recipe.pairs_uri, plan.recipe.pairs.count
+    found = manifest.read(uri, plan.pairs_fingerprint)
+    size = found["facts"]["shard_rows"]
+    numbers = range(plan.rows // size, (count - 1) // size + 1)
+    names = [shard["name"] for shard in found["shards"] if shard["number"] in numbers]
+    rows = Rows.join([read_shard(uri, found["facts"], name) for name in names])
+    return rows.take((rows.ids >= plan.rows) & (rows.ids < count))
+
+
+def batches(plan: Plan, pairs: PairStream, done: int, rank: int, world: int) -> Iterator[tuple[int, Pairs]]:
+    """(epoch, this worker's share) of every global batch after the first ``done``."""
+    settings = plan.recipe.train
+    epochs = range(done // plan.per_epoch, settings.epochs)
+    return pairs.epochs(epochs, settings.seed, settings.batch, done % plan.per_epoch, rank, world)
+
+
+def as_pairs(rows: Rows) -> Pairs:
+    """Rows with their noise -> a batch for training."""
+    gaussian = torch.from_numpy(rows.noise).float()
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
+    return Pairs(torch.from_numpy(rows.ids), torch.from_numpy(rows.labels), gaussian, tokens)
+
+
+def made_up(layout: Layout, count: int) -> Pairs:
+    """Pairs of the right shape and no meaning, to measure speed with."""
+    ids = np.arange(count)
+    gaussian = noise.gaussian(0, ids, layout.length, layout.code_dim)
+    tokens = np.zeros((count, layout.length), dtype=np.uint16)
+    return as_pairs(Rows(ids, noise.labels(ids, layout.classes), gaussian, tokens))
+
+
+def hollow(layout: Layout, count: int) -> Batch:
+    """A batch of zeros, for work that only looks at shapes."""
+    tokens = torch.zeros(count, layout.length, dtype=torch.long)
+    x_t, ones = torch.zeros(count, layout.length, layout.code_dim), torch.ones(count, dtype=torch.long)
+    return Batch(x_t, ones, tokens, Condition(tokens[:, 0]))
+
+
+def noised(pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, codebook: Tensor) -> Batch:
+    """X_t of Alg. 2: the codes of the tokens before AR step t, noise from there on; on the codebook's device.
+
+    t is drawn evenly from ``start_steps`` by (seed, sample id, ``draw``), the epoch.
+    """
+    starts = np.array(settings.start_steps)
+    t = starts[noise.choice(settings.seed, pairs.ids.numpy(), draw, len(starts))]
+    before = np.array([layout.before(step) for step in range(1, layout.steps + 1)])[t - 1]
+    is_data = torch.from_numpy(np.arange(layout.length) < before[:, None])
+    host = (is_data, pairs.noise, torch.from_numpy(t), pairs.tokens, pairs.labels)
+    mask, gaussian, steps, tokens, labels = (_on(codebook.device, tensor) for tensor in host)
+    return Batch(torch.where(mask[..., None], codebook[tokens], gaussian), steps, tokens, Condition(labels))
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device, without waiting for the copy to a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

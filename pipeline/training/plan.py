@@ -1,0 +1,187 @@
+"""What a distillation run will do: the cheap checks, its facts and fingerprint, the claim on the student's folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.errors import Refused
+from pipeline.models import checkpoints
+from pipeline.models.base import Layout
+from pipeline.numerics import compilation
+from pipeline.pairs import manifest
+from pipeline.recipe import Recipe, TrainSettings, fingerprint, leaves
+from pipeline.training import losses
+
+# Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
+SPEED = ("workers", "micro_batch", "compile", "recompute")
+NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that passed the cheap checks, with what they found."""
+
+    recipe: Recipe
+    layout: Layout
+    teacher: dict[str, str]
+    pairs_fingerprint: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that the student depends on, float rounding aside."""
+        train = {k: v for k, v in self.recipe.resolved()["train"].items() if k not in NOT_FACTS}
+        count = self.recipe.pairs.count
+        return {"pairs": {"fingerprint": self.pairs_fingerprint, "count": count}, "train": train}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.facts)
+
+    @property
+    def held_out(self) -> int:
+        """Rows at the end of the set that no step trains on: 2 %, from 8 to 512."""
+        return min(512, max(8, self.recipe.pairs.count // 50))
+
+    @property
+    def rows(self) -> int:
+        """Rows at the beginning of the set that steps train on."""
+        return self.recipe.pairs.count - self.held_out
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimiser steps of an epoch; a last batch that would not be full is dropped."""
+        return self.rows // self.recipe.train.batch
+
+    @property
+    def total(self) -> int:
+        return self.per_epoch * self.recipe.train.epochs
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        wanted = self.recipe.train.snapshots
+        return [round(self.total * k / wanted) for k in range(1, wanted + 1)]
+
+    @property
+    def result(self) -> str:
+        return self.at("student.safetensors")
+
+    @property
+    def released(self) -> str:
+        """The student as the authors' scripts read it, with ``train.export`` released."""
+        return self.at("student.pth")
+
+    def at(self, *names: str) -> str:
+        """A place in the student's folder."""
+        return storage.join(self.recipe.student_uri, *names)
+
+    def metadata(self, step: int, mlflow_run: str) -> dict[str, Any]:
+        """What an exported student says of itself."""
+        recipe = self.recipe
+        return {
+            "family": recipe.teacher.family,
+            "config": recipe.resolved()["teacher"]["config"],
+            "mask": recipe.train.mask,
+            "split": recipe.train.split,
+            "start_steps": list(recipe.train.start_steps),
+            "step": step,
+            "steps_per_epoch": self.per_epoch,
+            "pairs_count": recipe.pairs.count,
+            "pairs_fingerprint": self.pairs_fingerprint,
+            "teacher": self.teacher,
+            "mlflow_run": mlflow_run,
+            "recipe_fingerprint": self.fingerprint,
+        }
+
+
+def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
+    """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
+
+    A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
+    """
+    losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
+    known = known or manifest.facts_of(recipe)
+    manifest.check_claim(recipe.pairs_uri, known)
+    plan = Plan(
+        recipe=recipe,
+        layout=checkpoints.config(recipe.teacher).layout,
+        teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
+        pairs_fingerprint=fingerprint(known),
+    )
+    if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
+        raise Refused(
+            f"train.export is released, but nobody released students of {recipe.teacher.family}, whose layout the file"
+            " could have; use safetensors."
+        )
+    if recipe.cluster.runs_on == "cuda" and not recipe.train.workers and not torch.cuda.is_available():
+        raise Refused(
+            f"cluster.gpus is {recipe.cluster.gpus:g} and train.workers 0, but this machine has no GPU; set"
+            " cluster.gpus to 0, or train.workers to the number of GPUs of the cluster."
+        )
+    if recipe.train.compile:
+        compilation.check("train.compile", recipe.cluster.runs_on)
+    claimed(plan)
+    if not recipe.dry_run:  # a set may be begun small and grow
+        check_batch(plan)
+        there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
+        if there < recipe.pairs.count:
+            raise Refused(
+                f"{recipe.pairs_uri} holds {there} pairs and pairs.count is {recipe.pairs.count}; run"
+                f" generate_pairs with this recipe, or set pairs.count to {there}."
+            )
+    return plan
+
+
+def check_batch(plan: Plan) -> None:
+    """ValueError for a set without a single whole batch."""
+    recipe = plan.recipe
+    if plan.per_epoch < 1:
+        raise Refused(
+            f"pairs.count {recipe.pairs.count} leaves {max(0, plan.rows)} pairs to train on beside the"
+            f" {plan.held_out} held out, fewer than train.batch {recipe.train.batch}; generate more pairs or"
+            " make the batch smaller."
+        )
+
+
+def at_once(settings: TrainSettings) -> int:
+    """Samples that a worker takes through the networks together."""
+    share = math.ceil(settings.batch / max(1, settings.workers))
+    return min(settings.micro_batch or share, share)
+
+
+def claimed(plan: Plan) -> dict[str, Any] | None:
+    """What an earlier call wrote into the student's folder, or None; ValueError if that was another recipe's."""
+    place = plan.at("recipe.json")
+    if not storage.exists(place):
+        if storage.exists(plan.result):
+            raise Refused(
+                f"{plan.at()} holds a student.safetensors but no recipe.json to say whose; set train.uri (or run) to"
+                " another folder."
+            )
+        return None
+    there = storage.read_json(place)
+    if not (isinstance(there, dict) and {"fingerprint", "facts"} <= there.keys()):
+        raise Refused(f"{place} is not what distill wrote; set train.uri (or run) to another folder, or restore it.")
+    if there["fingerprint"] == plan.fingerprint:
+        return there
+    old, new = leaves(there["facts"]), leaves(plan.facts)
+    name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
+    raise Refused(
+        f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"
+        " here; set train.uri or run to another folder, or go back to the recipe that it was made with."
+    )
+
+
+def claim(plan: Plan, mlflow_run: str) -> None:
+    """Write recipe.json into the student's folder: whose it is, and which MLflow run a resumed job continues.
+
+    What killed writers left there is swept: a checkpoint cut short can be gigabytes.
+    """
+    storage.sweep(plan.at())
+    storage.sweep(plan.at("checkpoints"))
+    content = {"fingerprint": plan.fingerprint, "facts": plan.facts, "mlflow_run": mlflow_run}
+    storage.write_json(plan.at("recipe.json"), content | {"recipe": plan.recipe.resolved()})

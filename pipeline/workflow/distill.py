@@ -1,0 +1,311 @@
+"""Distillation (Alg. 2) at scale: a Ray Train loop that turns noise-token pairs into a few-step student.
+
+The driver makes every cheap check, claims the student's folder, starts the MLflow run and hands over to ``train``,
+which runs in each DDP worker, or in the driver's own process when ``train.workers`` is 0. What a run computes is a
+function of its facts: batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id), so neither the number of
+workers nor an interruption changes it beyond float rounding. Running the same command again goes on from the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import RayError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import nn
+
+from pipeline import storage
+from pipeline.errors import Unfinished
+from pipeline.host import signals
+from pipeline.host.progress import Progress, duration
+from pipeline.models import checkpoints
+from pipeline.models.base import Student
+from pipeline.recipe import Recipe, TrainSettings
+from pipeline.services import cluster, tracking
+from pipeline.training import batches
+from pipeline.training import plan as training_plan
+from pipeline.training import state as training_state
+from pipeline.training.observer import Message, Observer, Report, Window, timed
+from pipeline.training.plan import Plan
+from pipeline.training.state import TrainingState
+from pipeline.training.step import build, device_of, prepare, step
+from pipeline.workflow import costs, preflight, status
+
+FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
+SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
+WAITING = 0.02  # share of the time from which waiting for data is shown there, too
+
+
+def distill(recipe: Recipe) -> str:
+    """Train the recipe's student, or what is left of it, and export it; returns a summary.
+
+    Raises ValueError or FileNotFoundError, one sentence, for a recipe, pair set, folder or weight file that does not
+    fit, before anything expensive starts.
+    """
+    recipe = cluster.portable(recipe)
+    if recipe.status:
+        return status.of_training(recipe)
+    if recipe.dry_run:
+        return costs.described(recipe)
+    preflight.check(recipe, "distill")
+    plan = training_plan.check(recipe)
+    if storage.exists(plan.result):
+        tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
+        if added := _release(plan):
+            return added
+        return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
+    storage.check_writable(plan.at())
+    if workers := plan.recipe.train.workers:
+        with cluster.session(plan.recipe, workers, "training workers"):
+            preflight.check_workers(plan.recipe, "distill", plan.at())
+    earlier = training_plan.claimed(plan) or {}
+    start = time.monotonic()
+    with tracking.Run.start(plan.recipe, "distill", earlier.get("mlflow_run")) as run:
+        training_plan.claim(plan, run.id)
+        run.mark(plan.at())
+        _log_origin(run, plan)
+        fit(plan, run)
+        _log(run, plan)
+        _release(plan)
+    took = duration(time.monotonic() - start)
+    return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
+
+
+def _log_origin(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow from which pairs the student is made."""
+    run.tag("pairs_fingerprint", plan.pairs_fingerprint)
+    run.link("pairs", pairs_fingerprint=plan.pairs_fingerprint)
+    run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
+
+
+def _log(run: tracking.Run, plan: Plan) -> None:
+    """Tell MLflow of a finished student."""
+    _log_origin(run, plan)
+    run.tag("student", storage.sha256(plan.result)[:12])
+    steps = ", ".join(map(str, plan.recipe.train.start_steps))
+    text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
+    run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
+
+
+def _release(plan: Plan) -> str:
+    """Write the authors' layout beside a finished student if the recipe asks for it and it is not there."""
+    if plan.recipe.train.export != "released" or storage.exists(plan.released):
+        return ""
+    checkpoints.release(plan.recipe.teacher, plan.result, plan.released)
+    return f"{plan.released} holds the student as the authors' scripts read it."
+
+
+def fit(plan: Plan, run: tracking.Run) -> None:
+    """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
+    recipe = plan.recipe
+    done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
+    with Progress(plan.total, "steps", done=done) as progress:
+
+        def receive(message: Message) -> None:
+            """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            if message.line:
+                print(message.line, flush=True)
+                return
+            progress.update(message.step - progress.done, noteworthy(message.metrics))
+            run.metrics(message.metrics, message.step)
+            if message.grid:
+                from pipeline.report.plots import mosaic  # loads matplotlib, which no worker needs
+
+                run.image("samples", mosaic(message.grid), message.step)
+
+        config = {"plan": plan, "mlflow_run": run.id}
+        if not recipe.train.workers:
+            _fit(recipe, config | {"report": receive})
+            return
+        with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
+            _fit(recipe, config | {"report": report})
+
+
+def noteworthy(metrics: dict[str, float]) -> str:
+    """What the progress line says of them."""
+    waits = metrics.get("data_wait", 0.0) > WAITING
+    shown = (*SHOWN, "data_wait") if waits else SHOWN
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in shown)
+
+
+@contextmanager
+def _relay(receive: Report) -> Iterator[Report]:
+    """A function that any process of the cluster may call to have ``receive`` called in this one.
+
+    So MLflow and the progress line live in the driver alone, whose store no worker has to reach.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+    failed: list[Exception] = []
+
+    def follow() -> None:
+        """Until the end is said, or until the queue is gone because the work was ended."""
+        try:
+            with suppress(RayError):
+                while (message := queue.get()) is not None:
+                    receive(message)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield queue.put
+        queue.put(None)
+        thread.join()
+    finally:
+        queue.shutdown(force=True)
+    if failed:
+        raise failed[0]
+
+
+def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
+    """``train`` here or on the workers, who are replaced as long as the checkpoints advance; Unfinished where not.
+
+    A worker's own Refused or Unfinished is the last word: it would be raised again.
+    """
+    folder, total = config["plan"].at("checkpoints"), config["plan"].total
+    lost, done = 0, training_state.steps_done(folder)
+    while True:
+        try:
+            _fit_once(recipe, config)
+            return
+        except Exception as error:
+            if not cluster.is_ray(error):
+                raise
+            found = cluster.translation(error)
+        if found.__class__ is not cluster.Lost:
+            raise found
+        before, done = done, training_state.steps_done(folder)
+        lost = 1 if done > before else lost + 1
+        if lost > FAILURES:
+            break
+        print(f"Lost workers ({found.reason}); going on from the checkpoint of step {done:,}.", flush=True)
+    raise Unfinished(
+        f"training stopped ({found.reason}) after step {done:,} of {total:,}; what was learnt until then is in"
+        f" {folder}, and the same command goes on from there."
+    )
+
+
+def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Ray Train around ``train``: places the workers and joins them for DDP.
+
+    It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
+    ``training_state``). Nor does Ray count failures: it knows neither which are final nor whether steps were made.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
+    scaling = ScalingConfig(
+        num_workers=recipe.train.workers,
+        use_gpu=bool(gpu),
+        resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
+    )
+    backend = TorchConfig(backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo")
+    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            train,
+            train_loop_config=config,
+            torch_config=backend,
+            scaling_config=scaling,
+            run_config=RunConfig(name="train", storage_path=scratch),
+        )
+        if recipe.train.workers:
+            signals.interruptible(trainer.fit)  # in this thread, Ray would take Ctrl-C for itself
+        else:
+            trainer.fit()
+
+
+# ---- every worker
+
+
+def train(config: dict[str, Any]) -> None:
+    """Alg. 2 on one worker of many, or on the only one."""
+    plan: Plan = config["plan"]
+    settings = plan.recipe.train
+
+    # 1. This worker's share and device.
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
+
+    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
+    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
+    folder = plan.at("checkpoints")
+    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
+    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
+    state = TrainingState(student, settings)
+    if newest and rank == 0:
+        resume(plan, state, newest, config["report"])
+
+    # 3. The workers become one.
+    if world > 1:
+        state.share(broadcast_from_rank_zero)
+    prepare(student, loss)
+    network = _distributed(student, settings, device)
+
+    # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
+    observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
+
+    # 5. Optimiser steps. Nothing waits for the device between two log lines.
+    pairs = batches.stream(plan)
+    window = Window(settings, device)
+    with training_state.Writer(folder, settings.keep) as writer:
+        for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
+            window.waited += waited
+            batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            window.add(*step(network, loss, state, batch, plan.total))
+
+            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+            looking = state.step in plan.snapshot_steps
+            if saving or looking or state.step % settings.log_every == 0:
+                state.check()
+                metrics = window.close()
+                if observer:
+                    observer.log(metrics)
+                if observer and looking:
+                    observer.snapshot()
+                    window.begin()
+                if observer and saving:
+                    writer.write(state)
+
+    # 6. The result comes last: whoever finds it knows that nothing is missing.
+    if observer:
+        observer.export(plan.result)
+
+
+def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
+    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
+    folder = plan.at("checkpoints")
+
+    def say(line: str) -> None:
+        report(Message(state.step, {}, [], line))
+
+    names = [name for name in training_state.saved(folder) if name <= newest]
+    name = state.restore(folder, names, say)
+    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
+    training_state.drop_after(folder, name)
+
+
+def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
+    options = {
+        "find_unused_parameters": not (settings.cross_entropy and settings.lpips),
+        "broadcast_buffers": False,  # they are constants
+        "gradient_as_bucket_view": True,
+    }
+    return ray.train.torch.prepare_model(student, move_to_device=device, parallel_strategy_kwargs=options)

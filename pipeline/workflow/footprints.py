@@ -1,0 +1,78 @@
+"""What generation and training need of memory, traced by running the very code of the jobs without memory.
+
+``footprint`` knows how to trace; this module knows what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.models import checkpoints
+from pipeline.models.base import Condition
+from pipeline.numerics import footprint
+from pipeline.numerics.compilation import blocks
+from pipeline.numerics.footprint import Footprint
+from pipeline.numerics.recomputation import recomputed
+from pipeline.recipe import Recipe
+from pipeline.training import batches, losses
+from pipeline.training.losses import Loss
+from pipeline.training.state import TrainingState
+from pipeline.training.step import step
+
+TRACED = 16  # AR steps of a raster sequence that are traced
+
+
+def of_generation(recipe: Recipe) -> Footprint:
+    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities.
+
+    Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
+    sequence only the first steps are traced; each later one adds the same to the cache.
+    """
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
+
+    def upto(steps: int) -> Footprint:
+        """What the first ``steps`` AR steps need."""
+
+        def choose(step: int, log_p: Tensor) -> Tensor:
+            return torch.zeros(log_p.shape[:-1], dtype=torch.long)
+
+        def work(samples: int) -> None:
+            condition = Condition(torch.zeros(samples, dtype=torch.long))
+            footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
+
+        return footprint.trace(work)
+
+    steps = config.layout.steps
+    if steps <= TRACED or len(set(config.layout.groups)) > 1:
+        return upto(steps)
+    short, longer = upto(TRACED // 2), upto(TRACED)
+    per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
+    return replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step))
+
+
+def of_training(recipe: Recipe) -> Footprint:
+    """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
+    settings = replace(recipe.train, micro_batch=0)  # what is traced is taken at once
+    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    with torch.device("meta"):
+        tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
+        student = family.Student(config, tokenizer.codebook, settings.mask).train()
+    network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
+    if settings.recompute:
+        recomputed([*blocks(student), *losses.layers(tokenizer, network)])
+
+    def work(samples: int) -> None:
+        """Two optimiser steps on so many samples."""
+        for module in filter(None, (tokenizer, student, network)):
+            footprint.hollow(module)
+        loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
+        batch = batches.hollow(config.layout, samples)
+        for _ in range(2):  # from the second on, the optimiser has its moments
+            step(student, loss, state, batch, total=2)
+
+    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)

@@ -1,0 +1,129 @@
+"""How a run of one of the three jobs stands, read from its folders alone: ``--status true``, without Ray.
+
+A driver may be alive on another machine or dead since yesterday; a folder does not say. It does say when each piece was
+finished, so this names the rate, the last activity, and whether a piece is overdue at that rate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline import storage
+from pipeline.evaluation.plan import Plan
+from pipeline.host.progress import duration
+from pipeline.pairs import manifest
+from pipeline.recipe import Recipe
+from pipeline.training import state
+from pipeline.training.plan import check
+
+RECENT = 20  # newest pieces whose times give the rate
+OVERDUE = 3  # times its usual interval after which a piece is late
+SHORTEST = 60.0  # seconds within which nothing is called late
+
+
+def of_pairs(recipe: Recipe) -> str:
+    """Shards and rows that are there and missing, with rate and last activity."""
+    uri, size, written = recipe.pairs_uri, recipe.pairs.shard_rows, storage.modified(recipe.pairs_uri)
+    if not manifest.begun(uri):
+        return f"pairs: {uri} holds no pair set; generate_pairs has not begun one there."
+    complete = manifest.complete(uri)
+    count = max(recipe.pairs.count, complete["count"] if complete else 0)
+    sizes = manifest.committed(uri)
+    shards = manifest.present(sizes, count, size)
+    names = [name for name in shards.values() if name]
+    rows = sum(manifest.number_and_rows(name, size)[1] for name in names)
+    megabytes = sum(sizes[name] for name in names) / 1e6
+    lines = [
+        f"pairs: {uri}",
+        f"there        {len(names):,} of {len(shards):,} shards, {rows:,} of {count:,} rows, {megabytes:,.1f} MB",
+    ]
+    if complete and complete["count"] == count and len(names) == len(shards):
+        return "\n".join([*lines, f"state        complete; the last file was written {_ago(written)} ago"])
+    missing = [number for number, name in shards.items() if not name]
+    lines.append(f"missing      {_numbers(missing)}" if missing else "missing      the manifest alone")
+    each = rows / max(1, len(names))
+    times = [written[name] for name in names if name in written]
+    return "\n".join([*lines, *_pace(times, each, "rows", len(missing), written)])
+
+
+def of_training(recipe: Recipe) -> str:
+    """Optimiser steps that are done and left, with rate and last activity."""
+    plan = check(replace(recipe, dry_run=True))
+    written = storage.modified(plan.at())
+    if "recipe.json" not in written:
+        return f"student: {plan.at()} holds no student; distill has not begun one there."
+    exported = [step for step in plan.snapshot_steps if f"step-{step:06d}.safetensors" in written]
+    lines = [f"student: {plan.at()}"]
+    if storage.exists(plan.result):
+        return "\n".join([*lines, f"state        complete after {plan.total:,} steps; written {_ago(written)} ago"])
+    folder = plan.at("checkpoints")
+    saved = {name: when for name, when in storage.modified(folder).items() if name.endswith(state.SUFFIX)}
+    steps = sorted(map(_step, saved))
+    done = steps[-1] if steps else 0
+    lines += [
+        f"there        step {done:,} of {plan.total:,} in the newest checkpoint",
+        f"exported     {len(exported)} of {len(plan.snapshot_steps)} students along the way",
+    ]
+    each = (done - steps[0]) / (len(steps) - 1) if len(steps) > 1 else recipe.train.checkpoint_every
+    return "\n".join([*lines, *_pace(list(saved.values()), each, "steps", (plan.total - done) / each, written | saved)])
+
+
+def of_evaluation(plan: Plan) -> str:
+    """Sets of images that are scored and that are left, with the last activity."""
+    recipe = plan.recipe
+    draws, there = plan.draws(), storage.modified(plan.shelf)
+    done = [draw for draw in draws if plan.cache(draw).rpartition("/")[2] in there]
+    lines = [f"report: {recipe.report_uri}", f"there        {len(done)} of {len(draws)} sets of images are scored"]
+    if left := [f"{draw.count:,} x {draw.name}" for draw in draws if draw not in done]:
+        lines.append(f"missing      {'; '.join(left)}")
+    written = storage.modified(recipe.report_uri)
+    if not left and "report.html" in written:
+        return "\n".join([*lines, f"state        written {_ago({'': written['report.html']})} ago"])
+    times = [there[plan.cache(draw).rpartition("/")[2]] for draw in done]
+    return "\n".join([*lines, *_pace(times, 1, "sets", len(left), there | written)])
+
+
+def _pace(times: Sequence[float], each: float, unit: str, left: float, written: dict[str, float]) -> list[str]:
+    """Rate of the newest pieces, what is left at that rate, and the last activity; a late piece is named.
+
+    ``times`` are those of the finished pieces, ``each`` what a piece holds, ``left`` the pieces to come, ``written``
+    when anything in the folder was.
+    """
+    if not written:
+        return ["activity     none"]
+    lines, recent = [], sorted(times)[-RECENT:]
+    interval = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 0.0
+    if interval > 0:
+        lines.append(f"rate         {each / interval:,.3g} {unit}/s over the last {len(recent)} pieces")
+        lines.append(f"time         about {duration(left * interval)} left at that rate")
+    said = f"activity     the last file was written {_ago(written)} ago"
+    if 0 < OVERDUE * interval < _silence(written) and _silence(written) > SHORTEST:
+        said += f"; a piece took {duration(interval)}, so the run has stopped or hangs: the same command goes on"
+    return [*lines, said]
+
+
+def _numbers(numbers: list[int]) -> str:
+    """[0, 1, 2, 7] -> "4 shards: 0-2, 7", the first five runs of them."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    shown = ", ".join("-".join(map(str, run)) for run in runs[:5])
+    return f"{len(numbers):,} shards: {shown}" + (f", and {len(runs) - 5} more gaps" if len(runs) > 5 else "")
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-").removesuffix(state.SUFFIX))
+
+
+def _silence(written: dict[str, float]) -> float:
+    """Seconds since anything was written."""
+    return max(0.0, time.time() - max(written.values()))
+
+
+def _ago(written: dict[str, float]) -> str:
+    return duration(_silence(written))
