@@ -1,8 +1,7 @@
 """One way to name and touch files: a local path, s3://, gs://, hf://, or package://x, which is pipeline/assets/x.
 
-fsspec does the work. Endpoints and credentials come from the environment as each backend reads it (AWS_ENDPOINT_URL,
-AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never from a URI. A write is atomic: whoever lists a
-folder sees a whole file or none. Trouble is one sentence with the URI: ``Missing`` for a file that is not there,
+fsspec does the work, ``files.places`` says where. A write is atomic: whoever lists a folder sees a whole file or none.
+Trouble is one sentence with the URI: ``Missing`` for a file that is not there,
 ``Outage`` for what may pass (nobody answers, overloaded, a disk that fails), Unfinished for a full disk, ``Refused``
 for the rest. What is busy or breaks off is first tried again by the backends: on S3, AWS_MAX_ATTEMPTS times (5) by
 botocore, and five times that by s3fs where the server says SlowDown or a connection breaks. Errors of a caller that has
@@ -15,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -27,18 +25,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from pipeline.errors import Missing, Outage, Refused
 from pipeline.files import hub
 from pipeline.files import local as local_files
 from pipeline.files.failures import sentences, watched
 from pipeline.files.local import TEMPORARY
+from pipeline.files.places import filesystem, is_remote, join, resolve
 
-ASSETS = Path(__file__).parent / "assets"
-EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it
-JOB_FOLDER = "runtime_resources/working_dir_files"  # where `ray job submit --working-dir` unpacks the code
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
 TYPES = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "json": "application/json"}
@@ -46,73 +39,6 @@ TYPES |= {"png": "image/png"}
 # A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
 # need not ask for the size first. Uploads go in parts, each of which is tried again.
 DOWNLOADS: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
-# The part before the first slash has a colon that begins no port, and an @ follows; a secret may hold slashes, too.
-USER_INFO = re.compile(r"://(?!arn:)[^/@:]+:(?!\d+/).*@")
-
-
-def resolve(uri: str) -> str:
-    """A URI that no longer depends on the current folder: a local path made absolute, a remote one as it is."""
-    if uri.startswith("package://"):
-        return str(ASSETS / uri.removeprefix("package://"))
-    if "://" in uri and not uri.startswith("file://"):
-        return uri.rstrip("/")
-    path = Path(uri.removeprefix("file://"))
-    if path.parts[:1] == ("~",):
-        path = local_files.user().joinpath(*path.parts[1:])
-    return str(path if path.is_absolute() else _base(os.getcwd()) / path)
-
-
-@lru_cache
-def _base(folder: str) -> Path:
-    """What relative paths start from: the current folder, unless it is one that Ray deletes after the job."""
-    if JOB_FOLDER not in folder:
-        return Path(folder)
-    print(
-        f"Relative paths are taken from {home()}: the job's working directory is deleted when it ends.",
-        flush=True,
-    )
-    return home()
-
-
-def home() -> Path:
-    """Where files go that need a local folder and were given none that lasts."""
-    return local_files.user() / "distilled-decoding"
-
-
-def check_no_credentials(uri: str, name: str) -> None:
-    """ValueError, which does not repeat them, if a URI carries user and password; ``name`` says whose URI it is."""
-    if USER_INFO.search(uri):
-        raise Refused(
-            f"{name} carries a user and a password; take them out of the URI and set them in the environment (for S3:"
-            " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
-        )
-
-
-def is_remote(uri: str) -> bool:
-    return "://" in resolve(uri)
-
-
-def join(uri: str, *names: str) -> str:
-    return "/".join([uri.rstrip("/"), *names])
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the fsspec filesystem, the path inside it) of a URI; it knows nothing from before, because others write too."""
-    check_no_credentials(uri, f"the URI ...@{uri.rpartition('@')[2]}")
-    if not is_remote(uri):  # as it is: fsspec would take "::" and a leading "local:" for its own signs
-        return LocalFileSystem(), resolve(uri)
-    protocol = resolve(uri).partition("://")[0]
-    try:
-        fs, path = fsspec.core.url_to_fs(resolve(uri))
-    except ImportError as error:
-        extra = f"[{EXTRAS[protocol]}]" if protocol in EXTRAS else ""
-        raise Refused(
-            f"{uri} needs a package that is not installed ({error}); pip install 'distilled-decoding{extra}'."
-        ) from None
-    except ValueError as error:
-        raise Refused(f"{uri} cannot be opened ({error}); use a path, s3://, gs://, hf:// or package://.") from None
-    fs.invalidate_cache()
-    return fs, path
 
 
 def _sentences(uri: str, doing: str) -> AbstractContextManager[None]:
@@ -298,7 +224,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def local(uri: str) -> Path:
-    """A local file with the URI's content: the file itself, or a download kept in ``local_files.cache()``.
+    """A local file with the URI's content: the file itself, or a download kept in ``files.local.cache()``.
 
     A remote file that changes gets another place in the cache. Of the processes of a machine that want one at once, one
     fetches it. Where the Hub cannot be asked, the last download serves, one in the Hub's own cache too, and that is

@@ -22,11 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: many 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A local Ray of four logical CPUs, which ``pipeline.services.cluster.connect`` finds; yields its folder, logs and all."""
+    """A local Ray of four logical CPUs, which ``cluster.connect`` finds; yields its folder, logs and all."""
     import ray
 
     tests = os.path.dirname(__file__)  # so that workers can import ``faulty``, and this checkout's package
-    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.path.dirname(tests)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([f"{tests}/support", os.path.dirname(tests)])
     folder = tempfile.mkdtemp(prefix="dd-", dir="/tmp")  # short: a unix socket's path has at most 107 bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", f"{folder}/cache")  # the workers' downloads

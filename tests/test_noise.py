@@ -1,4 +1,4 @@
-"""pytest tests/test_noise.py: the stream that everything random starts from must never change."""
+"""The stream that everything random starts from must never change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest tests/test_recipe.py: command line and YAML in, a checked Recipe or one sentence out."""
+"""Command line and YAML in, a checked Recipe or one sentence out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from pipeline.errors import Refused, Unfinished
 from pipeline.evaluation import metrics
 from pipeline.flow.matching import Solver
 from pipeline.models import checkpoints
-from pipeline.recipe import Filter, PairSettings, Recipe, fingerprint
+from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import listed, samplers
 from pipeline.services import cluster
+from pipeline.settings.pairs import PairSettings
+from pipeline.settings.teacher import Filter
 from pipeline.workflow.command_line import DEFAULT, Output, main, parse, with_settings
 
 SETTINGS = """

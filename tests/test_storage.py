@@ -1,4 +1,4 @@
-"""pytest tests/test_storage.py: a local disk, and fsspec's in-memory filesystem in the place of a bucket."""
+"""A local disk, and fsspec's in-memory filesystem in the place of a bucket."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import Missing, Outage, Unfinished
-from pipeline.files import hub
+from pipeline.files import hub, places
 from pipeline.files.local import TEMPORARY
 
 
@@ -254,7 +254,7 @@ def test_a_borrowed_file_is_given_back(folder: str, tmp_path: Path, monkeypatch:
 
 
 def test_package_files_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert storage.local("package://digits/scorer.safetensors") == storage.ASSETS / "digits/scorer.safetensors"
+    assert storage.local("package://digits/scorer.safetensors") == places.ASSETS / "digits/scorer.safetensors"
     monkeypatch.chdir(tmp_path)
     assert storage.resolve("runs/a") == str(tmp_path / "runs/a")
     assert storage.resolve("/runs/a") == "/runs/a"
@@ -267,7 +267,7 @@ def test_package_files_and_relative_paths(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_relative_path_outlives_a_submitted_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inside = tmp_path / storage.JOB_FOLDER / "_ray_pkg_0123"
+    inside = tmp_path / places.JOB_FOLDER / "_ray_pkg_0123"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -25,9 +25,10 @@ from pipeline.evaluation import scoring
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs.manifest import Facts
-from pipeline.recipe import EvaluateSettings, Recipe, fingerprint, leaves
+from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.sampling import listed as sampler_list
 from pipeline.sampling.samplers import FewStep
+from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.training import plan as training_plan
 from pipeline.workflow.command_line import with_settings
 

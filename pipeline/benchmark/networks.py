@@ -20,11 +20,12 @@ from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.numerics import footprint
-from pipeline.recipe import Recipe, TeacherSettings
+from pipeline.recipe import Recipe
 from pipeline.sampling import listed as sampler_list
 from pipeline.sampling import speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
 from pipeline.sampling.speed import Speed
+from pipeline.settings.teacher import TeacherSettings
 
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4

@@ -1,4 +1,4 @@
-"""Where the time of an optimiser step goes, for the benchmark: the very functions of ``training_step``, one by one."""
+"""Where the time of an optimiser step goes, for the benchmark: the very functions of ``training.step``, one by one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
 def _apart(
     clock: Clock, batch: Callable[[], Batch], student: Student, loss: Loss, state: TrainingState, total: int
 ) -> None:
-    """``training_step.step`` on one part of a batch, with the clock between the functions that it calls."""
+    """``training.step.step`` on one part of a batch, with the clock between the functions that it calls."""
     made: Batch = clock.time("batch", batch)
     within = Clock(clock.device)
     watched = _watched(loss, within)

@@ -142,6 +142,12 @@ def named(section: Any, name: str = "") -> Iterator[tuple[str, Kind]]:
 # ---- checking
 
 
+def require(good: bool, sentence: str) -> None:
+    """Refused with the sentence where something is not ``good``."""
+    if not good:
+        raise Refused(sentence)
+
+
 def check(section: Any, name: str) -> None:
     """Refuses the first field of a dataclass whose value is not what its type says; ``name`` is the section's."""
     for key, wanted in kinds(section).items():

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.digits import networks
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher, Tokenizer, nearest
-from pipeline.recipe import TeacherSettings
+from pipeline.settings.teacher import TeacherSettings
 
 PLACES = 10  # of every digit in the training set of a teacher
 Report = Callable[[str], None]

@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.errors import Refused
 from pipeline.evaluation import inception
 from pipeline.evaluation.metrics import Gaussian
-from pipeline.recipe import FORMULA, EvaluateSettings, Flavour
+from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.errors import Missing, Refused
 from pipeline.evaluation import inception, real_images, references
 from pipeline.evaluation.real_images import RealImages
 from pipeline.evaluation.references import References
-from pipeline.recipe import FORMULA, EvaluateSettings, Flavour
+from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
 DIMENSIONS = {"digits": 64, "inception": inception.FEATURES}
 

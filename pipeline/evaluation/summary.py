@@ -22,10 +22,11 @@ from pipeline.evaluation.references import References
 from pipeline.evaluation.tally import SCORE_BLOCK, Glance, Statistics
 from pipeline.host import provenance
 from pipeline.models import checkpoints
-from pipeline.recipe import FORMULA, EvaluateSettings, fingerprint
+from pipeline.recipe import fingerprint
 from pipeline.sampling import listed, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
+from pipeline.settings.evaluate import FORMULA, EvaluateSettings
 
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall

@@ -153,6 +153,7 @@ class Watched(io.RawIOBase):
         return int(self.file.fileno())
 
     def close(self) -> None:
+        """Close the file, which may be when its last bytes are sent; again is no error."""
         if not self.closed:
             try:
                 with self._watching("written" if self.writing else "read"):

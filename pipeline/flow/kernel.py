@@ -155,6 +155,14 @@ def _norm(x):
     return tl.sqrt(tl.sum(x * x, 0))
 
 
+@triton.jit
+def _flag(flags, lost, kept, broken):
+    """Say what is wrong with a token; every program that sets a flag writes the same 1."""
+    tl.store(flags, 1, mask=lost != 0)
+    tl.store(flags + 1, 1, mask=(kept == 0) & (broken == 0))
+    tl.store(flags + 2, 1, mask=broken != 0)
+
+
 # fmt: off
 @triton.jit(do_not_specialize=["dimension", "steps"])
 def _follow(
@@ -164,7 +172,7 @@ def _follow(
     LIST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):
     # fmt: on
-    """flow_solvers.adaptive for the token of this program; names and formulas are that function's."""
+    """``solvers.adaptive`` for the token of this program; names and formulas are that function's."""
     row = tl.program_id(0).to(tl.int64)  # row V passes 2^31
     log_p += row * stride
     places += row * vocabulary
@@ -173,10 +181,7 @@ def _follow(
     y = tl.load(noise + row * dimension + column, mask=column < dimension, other=0.0)
     kept, log_total, broken = _survivors(log_p, places, levels, vocabulary, cut, LIST)
     lost = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 0)
-    # Every program that sets a flag writes the same 1.
-    tl.store(flags, 1, mask=lost != 0)
-    tl.store(flags + 1, 1, mask=(kept == 0) & (broken == 0))
-    tl.store(flags + 2, 1, mask=broken != 0)
+    _flag(flags, lost, kept, broken)
     kept = tl.where((lost != 0) | (broken != 0), 0, kept)
 
     value, slope, scale = _prior(codes, places, levels, kept, log_total, y, dimension, BLOCK, WIDTH)
@@ -209,8 +214,7 @@ def _follow(
         weight = h * ((2 - a) * (2 - c) + 2)
         y += weight * defect / 12
         growth = aim / tl.sqrt(tl.sqrt(tl.maximum(weight * _norm(defect), 1e-30)))
-        growth = tl.minimum(tl.maximum(growth, 0.25), 2.5)
-        growth = tl.minimum(growth, max_step / h)
+        growth = tl.minimum(tl.minimum(tl.maximum(growth, 0.25), 2.5), max_step / h)
         ga = growth * a
         value = latest
         line = growth * change

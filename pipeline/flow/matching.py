@@ -100,7 +100,7 @@ def match_counted(noise: Tensor, log_p: Tensor, codebook: Tensor, solver: Solver
 class Matcher:
     """`match` for all AR steps of a generation: the codebook is prepared once, and on a GPU no step waits for another.
 
-    Where `has_kernel` says so, a step is one launch of flow_triton's kernel; elsewhere it is torch, which asks the
+    Where `has_kernel` says so, a step is one launch of ``kernel``'s; elsewhere it is torch, which asks the
     device now and then how many tokens are open. Both follow the same method, in float32, but add in another order,
     and a token that lies on the border of two codes may go to either: no code in 1,000 or fewer. A token with numbers
     that `match` refuses is refused at once by torch, while the kernel gives it code 0 and goes on until `check`.

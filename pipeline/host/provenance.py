@@ -25,7 +25,7 @@ from pathlib import Path
 
 PACKAGE = "distilled-decoding"
 # They carry bytes, weights that are known by their SHA-256, and sentences: no number depends on how.
-CARRIERS = {f"pipeline.{name}" for name in ("errors", "models.mismatch", "progress", "report", "storage")}
+CARRIERS = {f"pipeline.{name}" for name in ("errors", "host.progress", "models.mismatch", "report.markdown", "storage")}
 WHOLE, ALWAYS = "*", ""  # of a module: all of it; what stands outside definitions
 Symbol = tuple[str, str]  # (module, name at its top level)
 
@@ -274,14 +274,14 @@ def now() -> str:
 @cache
 def _of_checkout() -> tuple[str, bool] | None:
     """(commit, whether tracked files differ from it) of the repository that holds this file, not one around it."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]  # the package, not this room
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
-        git("ls-files", "--error-unmatch", Path(__file__).name)
+        git("ls-files", "--error-unmatch", str(Path(__file__).relative_to(folder)))
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "."))
     return None
 

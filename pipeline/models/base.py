@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
 from pipeline.numerics.precision import full_precision
-from pipeline.recipe import Filter
+from pipeline.settings.teacher import Filter
 
 Choose = Callable[[int, Tensor], Tensor]
 """(AR step from 1, log-probabilities [B, g, V] float32 with -inf where p is 0) -> codes [B, g] int64."""

@@ -29,7 +29,7 @@ from pipeline.models.graphs import Graphs
 from pipeline.models.mismatch import advice
 from pipeline.models.weight_files import CheckpointError
 from pipeline.numerics.compilation import compiled
-from pipeline.recipe import TeacherSettings
+from pipeline.settings.teacher import TeacherSettings
 
 PREFIXES = ("module.", "_orig_mod.")
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes

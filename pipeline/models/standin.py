@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.models import base, checkpoints
 from pipeline.models.base import Choose, Condition, Layout
-from pipeline.recipe import Filter, Recipe, TeacherSettings
+from pipeline.recipe import Recipe
+from pipeline.settings.teacher import Filter, TeacherSettings
 
 FACTORS = (2654435761, 40503, 1 << 12)  # of the codes' formula: Knuth's hash, another odd number, the shift
 

@@ -1,6 +1,6 @@
 """The rows of a pair set: Parquet shards and their checks.
 
-``manifest`` owns the folder around them, ``pair_stream`` reads them for training. The columns are sample_id uint64,
+``manifest`` owns the folder around them, ``stream`` reads them for training. The columns are sample_id uint64,
 label int32, noise [n * C], float16 unless ``pairs.dtype`` says float32 (left out and derived again when ``pairs.noise``
 is derived), and tokens uint16 [n]: lists of a fixed length, which pandas, DuckDB, polars and datasets read, with the
 shape in the field's metadata. Shards of earlier versions have Arrow's tensor type instead and are read as well. b is

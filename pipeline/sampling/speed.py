@@ -91,6 +91,7 @@ class _Turn:
         self.decodes: list[float] = []
 
     def call(self) -> None:
+        """Draw and decode the batch once, and note the seconds of either."""
         device = self.models.device
         start = now(device)
         embeddings = self.sampler.sample(self.models, self.inputs)

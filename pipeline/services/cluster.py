@@ -25,7 +25,7 @@ from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
 from pipeline.errors import Outage, Refused
 from pipeline.host import signals
-from pipeline.recipe import FORMULA, Recipe
+from pipeline.recipe import Recipe
 from pipeline.services.heartbeat import Heartbeat as Heartbeat
 from pipeline.services.ray_address import LOCAL, address, make_token, use_token
 from pipeline.services.ray_address import check_address as check_address
@@ -35,6 +35,7 @@ from pipeline.services.ray_errors import end_process as end_process
 from pipeline.services.ray_errors import is_ray as is_ray
 from pipeline.services.ray_errors import translated
 from pipeline.services.ray_errors import translation as translation
+from pipeline.settings.evaluate import FORMULA
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
 

@@ -1,7 +1,8 @@
 """Where MLflow keeps the runs of a recipe: a server that the environment names, or SQLite in the run's folder.
 
 A SQLite store is made under another name and appears when it is whole, so a job that is killed meanwhile leaves nothing
-in the way of the next. ``python -m pipeline.services.mlflow_store RUN`` says where the runs of a folder are shown (``make ui``).
+in the way of the next. ``python -m pipeline.services.mlflow_store RUN`` says where the runs of a folder are shown
+(``make ui``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline import storage
 from pipeline.errors import Refused, Unfinished
+from pipeline.files import places
 from pipeline.recipe import Recipe
 
 SETTINGS = {
@@ -88,7 +90,7 @@ def of(recipe: Recipe) -> Store:
     check(recipe)
     folder = storage.resolve(recipe.run)
     if storage.is_remote(folder):
-        folder = str(storage.home())
+        folder = str(places.home())
         print(
             f"run is {recipe.run}, where MLflow's SQLite store cannot live: it is {folder}/mlflow.db on this machine;"
             " set MLFLOW_TRACKING_URI for a server.",

@@ -17,7 +17,7 @@ from pipeline.models.base import Condition, Layout
 from pipeline.pairs import manifest
 from pipeline.pairs.shards import Rows, read_shard
 from pipeline.pairs.stream import WINDOW, Pairs, PairStream
-from pipeline.recipe import TrainSettings
+from pipeline.settings.train import TrainSettings
 from pipeline.training.plan import Plan
 
 

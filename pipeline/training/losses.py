@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.errors import Refused
 from pipeline.models import convnet
 from pipeline.models.base import Layout, Prediction, Tokenizer
-from pipeline.recipe import TrainSettings
+from pipeline.settings.train import TrainSettings
 
 # torchvision's weight files; a name ends with the beginning of the file's SHA-256
 TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}

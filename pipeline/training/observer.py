@@ -14,7 +14,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.models.convnet import to_uint8
 from pipeline.numerics.precision import autocast
-from pipeline.recipe import TrainSettings
+from pipeline.settings.train import TrainSettings
 from pipeline.training import batches, losses
 from pipeline.training.losses import Loss
 from pipeline.training.plan import Plan, at_once

@@ -14,7 +14,8 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
-from pipeline.recipe import Recipe, TrainSettings, fingerprint, leaves
+from pipeline.recipe import Recipe, fingerprint, leaves
+from pipeline.settings.train import TrainSettings
 from pipeline.training import losses
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.

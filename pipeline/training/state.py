@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import Refused, Unfinished
 from pipeline.models.base import Student
-from pipeline.recipe import TrainSettings
+from pipeline.settings.train import TrainSettings
 
 SUFFIX = ".pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter

@@ -21,7 +21,7 @@ from pipeline.errors import Refused, Unfinished
 from pipeline.host import signals
 from pipeline.recipe import Recipe
 
-DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
+DEFAULT = Path(__file__).parents[2] / "jobs" / "recipes" / "digits-llamagen.yaml"
 CONFIG, PRINT = "--config", "--print_config"
 OTHERS = {"-c": CONFIG, "--recipe": CONFIG, "--file": CONFIG, "--print": PRINT}  # what else people try
 RECIPE = fields.kind(Recipe)

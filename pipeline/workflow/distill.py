@@ -35,8 +35,9 @@ from pipeline.host import signals
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
-from pipeline.recipe import Recipe, TrainSettings
+from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
+from pipeline.settings.train import TrainSettings
 from pipeline.training import batches
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
@@ -207,7 +208,7 @@ def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
     """Ray Train around ``train``: places the workers and joins them for DDP.
 
     It asks for a folder of its own; ours is empty and soon gone, because checkpoints are not Ray's (see
-    ``training_state``). Nor does Ray count failures: it knows neither which are final nor whether steps were made.
+    ``training.state``). Nor does Ray count failures: it knows neither which are final nor whether steps were made.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}

@@ -15,7 +15,7 @@ from pipeline.models.graphs import eagerly
 from pipeline.models.var.config import Config
 from pipeline.models.var.tokenizer import Tokenizer
 from pipeline.models.var.transformer import Transformer, initialise, modulated
-from pipeline.recipe import Filter
+from pipeline.settings.teacher import Filter
 
 
 class Network(Transformer):

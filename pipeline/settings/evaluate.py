@@ -1,0 +1,110 @@
+"""What a recipe draws and scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pipeline.configuration import fields
+from pipeline.configuration.addresses import Address
+from pipeline.configuration.fields import Name, Pool, Range, Seed, Size, SizeOrOff, Uri
+from pipeline.numerics.precision import Precision
+
+Flavour = Literal["torch-fidelity", "pytorch-fid"]
+FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Sampling and scoring.
+
+    Attributes:
+        uri: folder of the report; default <run>/report.
+        cache: folder in which the statistics of finished samplers are kept, under fingerprints of all that shaped them;
+            reports may share one. Default <report>/cache.
+        count: samples per sampler.
+        seed: of the evaluation's noise; never the pairs'.
+        samplers: rows of the report, each {name: FewStep, ...fields of that sampler}. Figures that the paper prints for
+            one may stand beside them, ``paper: {fid: 9.94, is: 193.6, precision: 0.8, recall: 0.37, parameters:
+            327_000_000, seconds: 0.021, speedup: 6.3}``, and are shown beside ours.
+        student: URI of the student's weights, or models:/NAME@best or models:/NAME/3 out of MLflow's model registry;
+            default <run>/student/student.safetensors.
+        register: name in MLflow's model registry under which the student becomes a version once its report is written.
+            The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
+            that holds it, at the same count, features, reference and number of steps.
+        features: which network scores: digits, or inception (FID).
+        flavour: how Inception sees images: torch-fidelity (as ADM, VAR and LlamaGen score), pytorch-fid (as the paper's
+            FID), or both, two distances of the same images. Their numbers do not compare.
+        inception: URI of the Inception weights, or formula: random ones, for rehearsals without the file (features:
+            inception).
+        reference: what samples are compared with (features: inception). URI of statistics: ADM's .npz, pytorch-fid's
+            .npz, the authors' statistic.pth, or the reference.npz of an earlier report. Or of real images, whose
+            statistics are then made here: a folder of them, Parquet with a column image, an .npz with arr_0 alone.
+        images: URI of real images beside a reference of statistics alone, for precision, recall and KID: a folder,
+            Parquet, or an .npz with arr_0, such as ADM's. What they lack as statistics of a flavour is made of them.
+        image_size: side that images are resized to before they are scored, bicubically, as LlamaGen's authors do; 0
+            takes the teacher's, but 256 of one that makes 384, for which nobody has a reference.
+        reference_flavour: the flavour of statistics that do not say it themselves.
+        npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
+        precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
+            draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
+        compile: torch.compile the student's blocks. Changes float rounding only.
+        batch: samples that an actor draws at once.
+        actors: sampling actors.
+        grid: columns of the sample grid, one noise each.
+        curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
+        timing_batches: batch sizes whose speed is measured, 1 always among them: every sampler at every size, however
+            long it takes, since speed-ups are over the teacher at the same size. None are with an empty list.
+        compare: URIs of report.json files of runs that differ in pairs.count alone, for scores over its size.
+    """
+
+    uri: Uri | None = None
+    cache: Uri | None = None
+    count: Annotated[int, Range(2, 10**12, "2 or more, which a covariance needs, and at most 10^12")] = 5_000
+    seed: Seed = 2
+    samplers: list[dict[str, Any]] = field(default_factory=list)
+    student: Annotated[str, Address(model=True)] | None = None
+    register: Name | None = None
+    features: Literal["digits", "inception"] = "digits"
+    flavour: Literal["torch-fidelity", "pytorch-fid", "both"] = "torch-fidelity"
+    inception: Uri | None = None
+    reference: Uri | None = None
+    images: Uri | None = None
+    image_size: SizeOrOff = 0
+    reference_flavour: Flavour | None = None
+    npz: bool = False
+    precision: Precision = "fp32"
+    compile: bool = False
+    batch: Size = 250
+    actors: Pool = 2
+    grid: Pool = 12
+    curve_count: Annotated[int, Range(0, 10**12, "0, or 2 or more, and at most 10^12")] = 1_000
+    timing_batches: tuple[Annotated[int, Range(1, 1 << 16, "1 or more, and at most 65,536")], ...] = (1, 4, 16, 64, 256)
+    compare: tuple[Uri, ...] = ()
+
+    def __post_init__(self) -> None:
+        fields.check(self, "evaluate")
+        fields.require(
+            self.curve_count != 1,
+            "evaluate.curve_count is 1, and a covariance needs 2 samples or more; give 2 or more, or 0 for no curve.",
+        )
+        if self.register is not None:
+            fields.require(
+                not set(self.register) & set("/:@'"),
+                f"evaluate.register is {self.register!r}; give a name without slash, colon, @ and quote.",
+            )
+        fields.require(
+            self.precision != "fp16",
+            "evaluate.precision is fp16, which only teachers know (teacher.precision); use bf16, tf32 or fp32.",
+        )
+        if self.features == "inception":
+            for name in ("inception", "reference"):
+                fields.require(
+                    bool(getattr(self, name)),
+                    f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
+                )
+
+    @property
+    def flavours(self) -> tuple[Flavour, ...]:
+        """Those that are scored, the one of the main column first."""
+        return ("torch-fidelity", "pytorch-fid") if self.flavour == "both" else (self.flavour,)

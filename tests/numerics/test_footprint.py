@@ -1,0 +1,118 @@
+"""What a plan says of memory, against tensors that are really there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import Family, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.models import checkpoints
+from pipeline.models.base import Condition
+from pipeline.numerics import footprint
+from pipeline.numerics.footprint import Footprint, Meter
+from pipeline.recipe import Recipe
+from pipeline.training import batches
+from pipeline.training import step as training_step
+from pipeline.training.state import TrainingState
+from pipeline.workflow import footprints
+
+FAMILIES: list[Family] = ["var", "llamagen"]
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+def test_the_meter_counts_what_is_alive(mode: Callable[[], AbstractContextManager[object]]) -> None:
+    with mode(), Meter() as meter:
+        x = torch.zeros(1000)
+        view = x.view(10, 100)
+        assert meter.live == 4000, "a view adds nothing"
+        del x
+        assert meter.live == 4000, "the view keeps it"
+        y = view + 1
+        del view
+        assert (meter.live, meter.peak) == (4000, 8000)
+        weight = torch.zeros(10, 100, requires_grad=True)
+        out = (weight * 2).exp().sum()
+        assert meter.live == 12_004, "the exponential is kept for the backward pass, the product is not"
+        out.backward()
+        del y, out, weight
+        assert meter.live == 0
+
+
+def test_attention_matrices_can_be_left_out() -> None:
+    with Meter(square=7) as meter:
+        kept, left = torch.zeros(2, 7, 8), torch.zeros(2, 7, 7)
+    assert (meter.live, left.numel()) == (kept.numel() * 4, 98)
+
+
+@pytest.mark.parametrize(("family", "recompute"), [("var", False), ("var", True), ("llamagen", False)])
+def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family, recompute: bool) -> None:
+    recipe = tiny(tmp_path, family)
+    recipe = replace(recipe, train=replace(recipe.train, recompute=recompute))
+    planned = footprints.of_training(recipe)
+    layout, samples = checkpoints.config(recipe.teacher).layout, 20
+    with Meter() as meter:
+        student, loss = training_step.build(recipe, torch.device("cpu"))
+        rows = batches.made_up(layout, samples)
+        batch = batches.noised(rows, 0, recipe.train, layout, loss.tokenizer.codebook)
+        meter.peak = 0  # of a network as small as this, the making takes more than the training
+        state = TrainingState(student, recipe.train)
+        training_step.prepare(student, loss)
+        for _ in range(2):
+            training_step.step(student, loss, state, batch, total=2)
+    expected = planned.fixed + samples * planned.sample
+    assert meter.peak == pytest.approx(expected, rel=0.03)
+    assert planned.fixed > 20 * sum(p.numel() for p in student.parameters())
+
+
+def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, micro_batch=1))
+    again = replace(recipe, train=replace(recipe.train, recompute=True))
+    plain, less = footprints.of_training(recipe), footprints.of_training(again)
+    assert less.sample < 0.7 * plain.sample
+    assert less.fixed == pytest.approx(plain.fixed, rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
+    recipe = tiny(tmp_path, family)
+    planned, samples = footprints.of_generation(recipe), 500
+    teacher = checkpoints.teacher(recipe.teacher)
+    with Meter() as meter, torch.no_grad():
+        teacher = copy.deepcopy(teacher)  # so that its weights count
+        condition = Condition(torch.zeros(samples, dtype=torch.long))
+        teacher.generate(condition, lambda step, log_p: torch.zeros(log_p.shape[:-1], dtype=torch.long))
+    assert meter.peak == pytest.approx(planned.fixed + samples * planned.sample, rel=0.03)
+
+
+def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(tmp_path, "llamagen")
+    whole = footprints.of_generation(recipe)
+    monkeypatch.setattr(footprints, "TRACED", 4)
+    assert footprints.of_generation(recipe).sample == pytest.approx(whole.sample, rel=0.02)
+
+
+def test_a_gpu_holds_no_attention_matrices(tmp_path: Path) -> None:
+    recipe = with_precision(tiny(tmp_path), "bf16")  # whose backward pass keeps them on a CPU
+    on_gpu = replace(recipe, cluster=replace(recipe.cluster, gpus=1), train=replace(recipe.train, workers=1))
+    assert footprints.of_training(on_gpu).sample < footprints.of_training(recipe).sample
+
+
+def with_precision(recipe: Recipe, precision: str) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, precision=precision))
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    cost = Footprint(fixed=6_560_000_000, sample=1_480_000_000)
+    for card in footprint.CARDS:
+        most = cost.largest(card)
+        assert cost.bytes(most) <= card * 1e9 < cost.bytes(most + 1)
+    assert Footprint(fixed=30_000_000_000, sample=1).largest(24) == 0
+    assert "0 on 24 GB" in Footprint(30_000_000_000, 10**9).lines(64, "train.micro_batch", gpu=True)[1]

@@ -1,0 +1,165 @@
+"""Replicas that lose their device, hang or cannot start; storages that do not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import faulty
+import pytest
+from tiny import tiny, with_pairs
+
+from pipeline.errors import Outage, Refused
+from pipeline.host.progress import Progress
+from pipeline.pairs import manifest, passes, shards
+from pipeline.pairs.passes import Outcome, Verdicts
+from pipeline.recipe import Recipe
+from pipeline.services import cluster, heartbeat
+
+
+class Noted(Progress):
+    """Keeps the lines that are said."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, "shards")
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def run(recipe: Recipe, progress: Progress, **more: Any) -> list[Outcome]:
+    """Make all shards of the recipe's set on the session's Ray."""
+    known = manifest.facts_of(recipe)
+    manifest.claim(recipe.pairs_uri, known, recipe)
+    with cluster.session(recipe, recipe.pairs.actors):
+        todo = list(range(progress.total))
+        outcomes = []
+        for outcome in passes.commits(recipe, known, recipe.pairs.count, todo, progress, **more):
+            outcomes.append(outcome)
+            progress.update()
+        return outcomes
+
+
+@pytest.mark.faults("pairs: a device that is lost for ever", "pairs: no CPU beside the replicas")
+def test_one_ill_replica_costs_no_shard(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its process is replaced and fails again, for ever; and the replicas have taken all CPUs there are."""
+    monkeypatch.setattr(passes, "DEATHS", 1)
+    monkeypatch.setattr(heartbeat, "LOOK", 0.1)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=12, shard_rows=1, batch=1, actors=2)
+    recipe = replace(recipe, cluster=replace(recipe.cluster, cpus=2))  # of four
+    outcomes = run(recipe, Noted(12), replica=faulty.Poisoned, folder=str(tmp_path))
+    assert sorted(outcome.number for outcome in outcomes if outcome.shard) == list(range(12))
+    assert manifest.committed(recipe.pairs_uri).keys() == {f"shard-{k:05d}.parquet" for k in range(12)}
+    assert capfd.readouterr().err.count("lost its device and gets a new process") == 1, "it is named once"
+    assert all(outcome.shard.host for outcome in outcomes if outcome.shard)
+
+
+@pytest.mark.faults("pairs: a replica that hangs", "pairs: a replica that cannot start at first")
+def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What hangs is named, with its node, and taken away when it is over the limit."""
+    monkeypatch.setattr(heartbeat, "LOOK", 0.1)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=2)
+    recipe = replace(recipe, cluster=replace(recipe.cluster, heartbeat_minutes=0.02, stall_minutes=0.2))
+    outcomes = run(recipe, Noted(4), replica=faulty.Hangs, folder=str(tmp_path))
+    assert sorted(outcome.number for outcome in outcomes if outcome.shard) == [0, 1, 2, 3]
+    said = capfd.readouterr().err
+    assert "429: too many requests" in said
+    assert "/4 shards; shard 1 in work since" in said
+    assert "another process gets it" in said
+    assert shards.load_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet").ids.tolist() == [1]
+
+
+@pytest.mark.faults("pairs: another recipe takes the folder")
+def test_a_folder_that_is_lost_ends_the_work_at_once(ray_cluster: str, tmp_path: Path) -> None:
+    """And with it whatever else the storage says that waiting does not change."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=1)
+    other = with_pairs(recipe, seed=5)
+    known = manifest.facts_of(recipe)
+    with pytest.raises(Refused, match=r"is another one's now: seed is 5 there and 1 here; somebody else works in it"):
+        manifest.claim(recipe.pairs_uri, manifest.facts_of(other), other)
+        with cluster.session(recipe, 1):
+            list(passes.commits(recipe, known, 4, [0, 1, 2, 3], Noted(4)))
+    assert not manifest.committed(recipe.pairs_uri)
+
+
+# ---- without Ray
+
+
+@pytest.mark.faults("pairs: storage does not answer for longer than it is waited for")
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(passes.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(passes.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def write() -> str:
+        if clock[0] < 1800:
+            raise Outage("s3://b/x could not be written.")
+        return "written"
+
+    assert passes.patiently(write, 1.0, said.append) == "written"
+    assert said[0].startswith("s3://b/x could not be written. It is tried again until it answers, for 1 h 0 min")
+    clock[0] = 0.0
+    with pytest.raises(Outage):
+        passes.patiently(write, 0.25, said.append)
+
+
+def test_a_shard_fails_when_another_replica_has_failed_it() -> None:
+    verdicts = Verdicts([0, 1, 2])
+    assert verdicts.after({0}, {1: "ArithmeticError"}, whole=True) == []
+    assert verdicts.left == [1, 2]
+    assert verdicts.after({2}, {1: "ArithmeticError"}, whole=True) == [Outcome(1, error="ArithmeticError")]
+    assert verdicts.left == []
+
+
+def test_a_shard_whose_processes_die_is_left_as_long_as_others_are_made() -> None:
+    verdicts = Verdicts([0, 1, 2])
+    assert verdicts.after(set(), {}, whole=True) == [], "new processes may do better"
+    assert verdicts.after({0}, {}, whole=True) == []
+    assert verdicts.after({1}, {}, whole=True) == []
+    assert verdicts.after(set(), {}, whole=True) == []
+    assert verdicts.after(set(), {}, whole=True) == [
+        Outcome(2, error="its process or its node died 6 times in each of 5 passes")
+    ]
+
+
+def test_a_pass_that_ended_early_gives_nothing_up_that_nobody_tried() -> None:
+    verdicts = Verdicts([0, 1, 2], passes=1)
+    assert verdicts.after(set(), {0: "odd"}, whole=False) == []
+    assert verdicts.left == [0, 1, 2]
+
+
+def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ill process fails as fast as it is given work; the next pass has new ones."""
+    recipe = with_pairs(tiny(tmp_path), count=16 * 40, actors=1)
+    asked = list[list[int]]()
+
+    def rows(*args: Any, **more: Any) -> Iterator[dict[str, Any]]:
+        numbers = args[-1]
+        asked.append(list(numbers))
+        for number in numbers:
+            shard = manifest.Shard(f"shard-{number:05d}.parquet", number, 16, 1, "")
+            row = passes._row(number, error="ill") if len(asked) == 1 else passes._row(number, shard)
+            yield {key: value[0] for key, value in row.items()}
+
+    class Beat(heartbeat.Heartbeat):
+        def __enter__(self) -> Beat:
+            return self
+
+        def __exit__(self, *args: Any) -> None: ...
+
+    monkeypatch.setattr(passes, "_rows", rows)
+    monkeypatch.setattr(passes, "Heartbeat", Beat)
+    progress = Noted(40)
+    outcomes = list(passes.commits(recipe, manifest.facts_of(recipe), 640, list(range(40)), progress))
+    assert [outcome.number for outcome in outcomes if outcome.shard] == list(range(40))
+    assert [len(numbers) for numbers in asked] == [40, 40]
+    assert progress.lines == ["shard 0 failed with one replica (ill); another one tries it."]

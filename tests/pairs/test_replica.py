@@ -1,0 +1,169 @@
+"""Alg. 1 for one shard, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import Family, tiny, with_pairs
+
+from pipeline import noise
+from pipeline.errors import Refused
+from pipeline.flow import matching, oracle
+from pipeline.models.base import Condition
+from pipeline.pairs import manifest
+from pipeline.pairs.replica import Failure, Replica
+from pipeline.pairs.shards import Rows
+from pipeline.recipe import Recipe
+
+
+def replica(recipe: Recipe) -> Replica:
+    return Replica(recipe, manifest.facts_of(recipe))
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> None:
+    """Alg. 1 one sample at a time, with flow matching in float64."""
+    made = replica(tiny(tmp_path, family))
+    teacher, rows = made.teacher, made.rows(1, 8)
+    layout = teacher.layout
+    assert rows.ids.tolist() == list(range(16, 24))
+    assert len(np.unique(rows.tokens)) > 5, "the tiny teacher is no constant"
+    same = []
+    for i, tokens in zip(rows.ids, rows.tokens, strict=True):
+        x = torch.from_numpy(noise.gaussian(1, [i], layout.length, layout.code_dim).astype(np.float64))
+
+        def choose(step: int, log_p: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
+            return oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
+
+        with torch.no_grad():
+            slow = teacher.generate(Condition(torch.tensor([i % layout.classes])), choose)
+        same.append(np.array_equal(slow[0].numpy(), tokens))
+    assert np.mean(same) >= 7 / 8, "the solver's tolerance may flip a near tie"
+    assert rows.labels.tolist() == [i % layout.classes for i in range(16, 24)]
+    assert rows.noise is not None
+    assert np.array_equal(rows.noise, noise.gaussian(1, range(16, 24), layout.length, layout.code_dim))
+
+
+def test_the_teacher_sees_the_noise_that_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = replica(with_pairs(tiny(tmp_path), dtype="float32")), []
+    match = matching.Matcher.__call__
+    monkeypatch.setattr(matching.Matcher, "__call__", lambda own, x, log_p: seen.append(x) or match(own, x, log_p))
+    rows = made.rows(0, 6)
+    assert rows.noise is not None
+    assert rows.noise.dtype == np.float32
+    assert torch.equal(torch.cat(seen, dim=1), torch.from_numpy(rows.noise)), "not rounded to float16 on the way"
+    assert made.agreement(rows) == 1.0
+
+
+def test_a_short_shard_holds_the_first_rows_of_the_whole_one(tmp_path: Path) -> None:
+    made = replica(tiny(tmp_path))
+    whole, short = made.rows(2, 16), made.rows(2, 8)
+    for a, b in zip(whole, short, strict=True):
+        assert a is not None
+        assert np.array_equal(a[:8], b)
+
+
+def test_batches_are_cut_at_fixed_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = replica(tiny(tmp_path)), []
+    make = made.make
+    monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(ids.tolist()) or make(ids, drawn))
+    made.rows(1, 8)
+    assert asked == [list(range(16, 22)), list(range(22, 28))], "the batch that row 8 lies in is made whole"
+    asked.clear()
+    made.rows(1, 16)
+    assert [len(ids) for ids in asked] == [6, 6, 4]
+
+
+def test_derived_noise_is_not_handed_on(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    stored, derived = replica(recipe).rows(0, 16), replica(with_pairs(recipe, noise="derived")).rows(0, 16)
+    assert derived.noise is None
+    assert np.array_equal(stored.tokens, derived.tokens)
+
+
+def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replica(tiny(tmp_path))
+    rows = made.rows(0, 16)
+    assert made.agreement(rows) == 1.0
+    assert made.agreement(rows.take(np.array([3, 11]))) == 1.0, "in any company"
+    asked, generate = [], made._generate
+    monkeypatch.setattr(made, "_generate", lambda labels, *rest: asked.append(len(labels)) or generate(labels, *rest))
+    assert made.agreements([rows, rows.take([1])]) == [1.0, 1.0]
+    assert asked == [6, 6, 4, 1], "no more at once than pairs.batch"
+    swapped = rows._replace(tokens=rows.tokens[::-1].copy())
+    assert made.agreement(swapped) < 0.9
+    one = rows.tokens.copy()
+    one[4, 0] = (one[4, 0] + 1) % 24
+    assert 0.9 < made.agreement(rows._replace(tokens=one)) < 1.0, "one wrong code does not drag the later ones along"
+
+
+def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
+    monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
+    assert made.measure() > 0
+    assert asked == [16, 16, 16], "no batch is larger than a shard; the second may be recorded as graphs"
+
+
+def attempted(made: Replica, *errors: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
+    """What becomes of a shard whose making raises these errors, one after the other."""
+    left, rows = list(errors), made.rows
+
+    def failing(number: int, count: int) -> Rows:
+        error = left.pop(0) if left else None
+        if error:
+            raise error
+        return rows(number, count)
+
+    monkeypatch.setattr(made, "rows", failing)
+    failure, table = made.attempt(0, 8)
+    assert (table is None) == (failure is not None)
+    assert not left, "as many attempts as there are errors"
+    return failure
+
+
+def test_a_failure_names_the_error_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = attempted(replica(tiny(tmp_path)), ZeroDivisionError("by zero"), monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.text.startswith("ZeroDivisionError: by zero (test_replica.py:")
+    assert not failure.device_lost
+
+
+def test_what_the_recipe_is_to_blame_for_is_told_from_other_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = attempted(replica(tiny(tmp_path)), Refused("teacher.precision is fp16"), monkeypatch=monkeypatch)
+    assert failure == Failure("teacher.precision is fp16", refused=True)
+
+
+@pytest.mark.faults("pairs: a device that is lost")
+def test_a_lost_device_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    failure = attempted(replica(tiny(tmp_path)), error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.device_lost
+
+
+@pytest.mark.faults("pairs: out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        MemoryError("Unable to allocate 9.00 GiB for an array"),
+    ],
+    ids=["torch", "driver", "torch on a CPU", "numpy"],
+)
+def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = replica(tiny(tmp_path))
+    assert attempted(made, error, monkeypatch=monkeypatch) is None, "a neighbour may have gone"
+    failure = attempted(made, error, error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert "pairs.batch is 6, for which the memory does not suffice" in failure.text
+    assert "GB are free" in failure.text
+    assert not failure.device_lost

@@ -1,0 +1,190 @@
+"""Nodes that die and come back: pytest -m slow tests/workflow/test_nodes.py; also part of `make test-faults`.
+
+A Ray of several nodes on this machine, each with a raylet and workers of its own, which the tests kill: the raylet
+alone, the whole node at once, or with the notice that a spot node gets.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faulty
+import pytest
+import torch
+from faults import finish, kill, said, scores, shards, start, wait
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+from tiny import IMAGES, tiny, with_pairs
+
+from pipeline import storage
+from pipeline.pairs import manifest
+from pipeline.pairs import shards as pairs
+from pipeline.recipe import Recipe
+from pipeline.training import state
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+STORE = 100 << 20  # bytes of a node's object store
+LIVELY = {  # a dead node is noticed after two seconds instead of half a minute
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+KINDS = ("raylet", "node", "spot")
+
+
+class Nodes:
+    """A head without CPUs, where drivers live, and ``size`` nodes of two CPUs that may be lost."""
+
+    def __init__(self, folder: str, size: int = 2) -> None:
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE, "temp_dir": folder}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": LIVELY})
+        self.size = size
+        self.fill()
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def fill(self) -> None:
+        """As many nodes as there were at first."""
+        for _ in range(self.size - len(self.cluster.worker_nodes)):
+            self.cluster.add_node(num_cpus=2, object_store_memory=STORE)
+
+    def lose(self, kind: str, chance: random.Random) -> None:
+        """Take some node away: kill its raylet, kill all of it, or have it end what it can, as a spot node does."""
+        node = chance.choice(sorted(self.cluster.worker_nodes, key=id))
+        if kind == "raylet":
+            (raylet,) = node.all_processes["raylet"]
+            kill(raylet.process.pid)
+            raylet.process.wait()
+        with suppress(AssertionError):  # a raylet that is dead already
+            self.cluster.remove_node(node, allow_graceful=kind == "spot")
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    import tempfile
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="dd-", dir="/tmp") as folder:
+        tests = Path(__file__).parents[1]
+        patch.setenv("PYTHONPATH", f"{tests}/support:{tests.parent}")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        made = Nodes(folder)
+        yield made
+        made.cluster.shutdown()
+
+
+@pytest.fixture
+def full(nodes: Nodes) -> Nodes:
+    nodes.fill()
+    return nodes
+
+
+def committed(recipe: Recipe) -> int:
+    return len(manifest.committed(recipe.pairs_uri))
+
+
+def disturb(
+    job: subprocess.Popen[str], nodes: Nodes, chance: random.Random, count: Callable[[], int], stride: int, losses: int
+) -> Counter[str]:
+    """Lose a node of some kind whenever ``count()`` has grown by up to ``stride``, and get another a moment later."""
+    done: Counter[str] = Counter()
+    while done.total() < losses:
+        wait(job, count, count() + chance.randrange(1, stride))
+        time.sleep(chance.random() * 0.3)
+        if job.poll() is not None:
+            break
+        kind = KINDS[done.total() % len(KINDS)]
+        nodes.lose(kind, chance)
+        done[kind] += 1
+        time.sleep(chance.random() * 2)
+        nodes.fill()
+    return done
+
+
+@pytest.mark.faults("pairs: raylet killed", "pairs: node lost", "pairs: spot node taken away")
+def test_pairs_survive_the_loss_of_nodes(
+    full: Nodes, tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=319, shard_rows=4, batch=4, actors=2)
+    recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
+    finish(start("generate_pairs", with_pairs(recipe, uri=str(tmp_path / "straight")), tmp_path, full.address))
+    expected = shards(with_pairs(recipe, uri=str(tmp_path / "straight")))
+    assert len(expected) == 80
+    faulty.SLOW.touch()  # there must be time to lose something in
+    try:
+        job = start("generate_pairs", recipe, tmp_path, full.address)
+        lost = disturb(job, full, random.Random(1), partial(committed, recipe), 6, losses=9)
+        out = finish(job)
+    finally:
+        faulty.SLOW.unlink()
+    print(out)
+    record_property("kills", lost.total())
+    assert min(lost[kind] for kind in KINDS) >= 2
+    assert shards(recipe) == expected
+    assert pairs.verify(recipe.pairs_uri)["count"] == 319
+    assert not [name for name in storage.listing(recipe.pairs_uri) if name.startswith(storage.TEMPORARY)]
+
+
+def steps(recipe: Recipe) -> int:
+    names = state.saved(f"{recipe.student_uri}/checkpoints")
+    return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else 0
+
+
+def trained(recipe: Recipe, **changes: Any) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, **changes))
+
+
+@pytest.mark.faults("student: nodes of workers lost", "student: another number of workers")
+def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
+    full: Nodes, tmp_path: Path, record_property: Callable[[str, int], None]
+) -> None:
+    """Two workers lose nodes and the driver is killed, one goes on and loses its node, the driver alone ends it."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
+    finish(start("generate_pairs", recipe, tmp_path, full.address))
+    recipe = trained(recipe, epochs=150, checkpoint_every=4, log_every=1, lpips=0.0, split=9)
+    finish(start("distill", trained(recipe, uri=str(tmp_path / "straight"), workers=0), tmp_path, full.address))
+    chance, told, lost = random.Random(2), "", Counter[str]()
+    for workers_, losses in ((2, 2), (1, 1), (0, 0)):
+        job = start("distill", trained(recipe, workers=workers_), tmp_path, full.address)
+        lost += disturb(job, full, chance, partial(steps, recipe), 40, losses)
+        if workers_:
+            wait(job, partial(steps, recipe), steps(recipe) + 8)
+            kill(job.pid)
+            told += said(job)
+    told += finish(job)
+    print(told)
+    record_property("kills", lost.total() + 2)
+    assert lost.total() == 3
+    assert told.count("Resuming") == 2
+    expected, found = (
+        load_file(f"{place}/student.safetensors") for place in (tmp_path / "straight", recipe.student_uri)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.faults("report: node lost")
+def test_a_report_survives_the_loss_of_a_node(full: Nodes, tmp_path: Path) -> None:
+    listed = [{"name": "Autoregressive"}, {"name": "FlowMatched"}]
+    recipe = tiny(tmp_path, "var", **IMAGES)
+    settings = replace(recipe.evaluate, samplers=listed, count=6000, batch=250, actors=2)
+    recipe = replace(recipe, evaluate=settings)
+    straight = replace(recipe, evaluate=replace(settings, uri=str(tmp_path / "straight")))
+    finish(start("evaluate", straight, tmp_path, full.address))
+    job = start("evaluate", recipe, tmp_path, full.address)
+    wait(job, lambda: len(storage.listing(f"{recipe.report_uri}/cache")), 1)
+    full.lose("node", random.Random(3))
+    full.fill()
+    finish(job)
+    assert scores(recipe) == scores(straight)
