@@ -6,6 +6,6 @@ if __name__ == "__main__":
     startup.begin()  # the imports take seconds, in which a job may be stopped, too
 
     from pipeline.benchmark.benchmark import benchmark
-    from pipeline.workflow.command_line import main
+    from pipeline.command_line import main
 
     main(__doc__, benchmark)

@@ -4,9 +4,9 @@ import argparse
 import multiprocessing
 from pathlib import Path
 
+from pipeline.command_line import parse
 from pipeline.digits.pretrain import Plan, make_card, make_classifier, make_family
 from pipeline.host import signals, startup
-from pipeline.workflow.command_line import parse
 
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {

@@ -25,12 +25,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import Missing, Outage, Refused
 from pipeline.files import hub
 from pipeline.files import local as local_files
 from pipeline.files.failures import sentences, watched
 from pipeline.files.local import TEMPORARY
 from pipeline.files.places import filesystem, is_remote, join, resolve
+from pipeline.host.errors import Missing, Outage, Refused
 
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20

@@ -24,9 +24,9 @@ import fsspec
 import pytest
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage, Unfinished
 from pipeline.files import hub, places
 from pipeline.files.local import TEMPORARY
+from pipeline.host.errors import Missing, Outage, Unfinished
 
 
 @pytest.fixture(params=["disk", "bucket"])

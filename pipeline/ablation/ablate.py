@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report
 from pipeline.ablation.plan import TEACHER, Plan, Trial
-from pipeline.errors import Unfinished
+from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
 from pipeline import storage
-from pipeline.errors import Refused
+from pipeline.command_line import with_settings
 from pipeline.evaluation import scoring
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs.manifest import Facts
@@ -30,7 +31,6 @@ from pipeline.sampling import listed as sampler_list
 from pipeline.sampling.samplers import FewStep
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.training import plan as training_plan
-from pipeline.workflow.command_line import with_settings
 
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training
 SECTIONS = ("teacher.", "pairs.", "train.")

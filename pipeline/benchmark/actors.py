@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
-from pipeline.errors import Unfinished
 from pipeline.evaluation.plan import ITEM, Draw, Plan, prepare
 from pipeline.evaluation.tally import Statistics
+from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
 from pipeline.host.stopwatch import Stopwatch
 from pipeline.pairs import manifest

@@ -22,8 +22,8 @@ from pipeline import storage
 from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
-from pipeline.errors import Refused
 from pipeline.host import machine
+from pipeline.host.errors import Refused
 from pipeline.host.machine import device_name
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher

@@ -21,13 +21,13 @@ from pipeline.benchmark import scale
 from pipeline.benchmark.clock import turns
 from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Row, Section
+from pipeline.command_line import parse
 from pipeline.flow import matching
 from pipeline.models import checkpoints, standin
 from pipeline.models.base import Condition, Teacher
 from pipeline.numerics import footprint
 from pipeline.recipe import Recipe
 from pipeline.report import plots
-from pipeline.workflow.command_line import parse
 
 BATCHES = (8, 16, 32, 64)
 SIDES = (4, 8, 16)  # of a LlamaGen grid: 16 to 256 tokens

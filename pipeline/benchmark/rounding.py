@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline import noise
 from pipeline.benchmark.sheet import Claim, Row, Section
-from pipeline.errors import Refused
 from pipeline.flow import matching
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.numerics.precision import Precision, products

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints, standin
 from pipeline.pairs import manifest

@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 PLACEHOLDER = "CHANGE"  # how a value begins that a recipe leaves to its user
 SCHEMES = ("s3", "s3a", "gs", "gcs", "hf", "package", "file", "memory")  # the last is fsspec's, for tests

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline.configuration.addresses import Address, check_printable
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 LARGEST = sys.float_info.max  # finite, unlike infinity
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import Missing, Refused
+from pipeline.host.errors import Missing, Refused
 
 MERGE = "tag:yaml.org,2002:merge"
 MOST = 100_000  # values of a file: with anchors, a few lines can stand for billions

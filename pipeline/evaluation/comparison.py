@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import Refused
 from pipeline.evaluation.plan import Plan
+from pipeline.host.errors import Refused
 
 OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
 

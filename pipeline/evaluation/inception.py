@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.errors import Missing, Refused
+from pipeline.host.errors import Missing, Refused
 from pipeline.settings.evaluate import FORMULA, Flavour
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

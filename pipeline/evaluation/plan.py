@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.errors import Missing, Refused
 from pipeline.evaluation import sample_files, scoring, tally
 from pipeline.host import provenance
+from pipeline.host.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.digits import networks
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 
 DIGITS = 5_000  # real digits, all of them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -14,8 +14,8 @@ import zipfile
 import numpy as np
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
 from pipeline.evaluation.real_images import header
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.report.markdown import metric_name
 
 BLOCK = 4 << 20

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.digits import networks
-from pipeline.errors import Missing, Refused
 from pipeline.evaluation import inception, real_images, references
 from pipeline.evaluation.real_images import RealImages
 from pipeline.evaluation.references import References
+from pipeline.host.errors import Missing, Refused
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
 DIMENSIONS = {"digits": 64, "inception": inception.FEATURES}

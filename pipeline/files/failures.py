@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from pipeline.errors import Missing, Outage, Refused, Unfinished
+from pipeline.host.errors import Missing, Outage, Refused, Unfinished
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BUSY = (errno.EBUSY, errno.EAGAIN)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 TEMPORARY = ".tmp-"  # files being written; a killed process leaves one behind
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import Refused
 from pipeline.files import local
+from pipeline.host.errors import Refused
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "hf": "hf"}  # protocol -> the extra of this package that brings it

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from pipeline.configuration import fields
 from pipeline.configuration.fields import Range
-from pipeline.errors import Refused
 from pipeline.flow.posterior import Block, augment, blocks, pad_columns, standardise
 from pipeline.flow.solvers import GRIDS, adaptive, fixed, paper
+from pipeline.host.errors import Refused
 from pipeline.numerics.precision import full_precision
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.configuration.fields import check_value, kinds
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import weight_files
 from pipeline.models.base import Student, Teacher, Tokenizer
 from pipeline.models.graphs import Graphs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 
 class Float16(nn.Module):

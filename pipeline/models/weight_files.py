@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 NESTED = ("ema", "ema_parameters", "trainer", "model", "var_wo_ddp", "module", "state_dict")
 HEAD = 512  # bytes that tell what a file is

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 # Kinds of input that blocks of one class may meet in a process. A teacher makes 8 at most, a student 3, and LlamaGen's
 # two share a class; torch's own limit is 8. Beyond it torch raises: nothing becomes slow without a word.

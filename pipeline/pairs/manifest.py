@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import noise, storage
-from pipeline.errors import Missing, Refused, Unfinished
+from pipeline.host.errors import Missing, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe, fingerprint, leaves

@@ -24,8 +24,8 @@ import pyarrow as pa
 import ray.data
 from ray.data import DataContext, TaskPoolStrategy
 
-from pipeline import errors
-from pipeline.errors import Outage, Refused, Unfinished
+from pipeline.host import errors
+from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.pairs import manifest, shards
 from pipeline.pairs.manifest import Facts, Shard

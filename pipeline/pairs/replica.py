@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.errors import Refused, Unfinished
 from pipeline.flow import matching
 from pipeline.host.ahead import ahead
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition

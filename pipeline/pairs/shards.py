@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import noise, storage
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.pairs import manifest
 from pipeline.pairs.manifest import Facts, Shard
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from pipeline.configuration.fields import check_value, kinds
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models.base import Layout
 from pipeline.sampling.samplers import SAMPLERS, Sampler
 

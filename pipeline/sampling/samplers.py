@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.errors import Refused
 from pipeline.flow import matching
+from pipeline.host.errors import Refused
 from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
 from pipeline.numerics.precision import Precision, autocast, products, tuned_convolutions
 

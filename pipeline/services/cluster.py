@@ -23,8 +23,8 @@ from tqdm import tqdm
 from pipeline import storage
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
-from pipeline.errors import Outage, Refused
 from pipeline.host import signals
+from pipeline.host.errors import Outage, Refused
 from pipeline.recipe import Recipe
 from pipeline.services.heartbeat import Heartbeat as Heartbeat
 from pipeline.services.ray_address import LOCAL, address, make_token, use_token

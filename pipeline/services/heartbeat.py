@@ -23,8 +23,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from pipeline.errors import Unfinished
 from pipeline.host import signals
+from pipeline.host.errors import Unfinished
 from pipeline.host.progress import duration
 
 if TYPE_CHECKING:  # the board's process needs neither recipes nor torch, which take seconds to import

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
 from pipeline.files import places
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
 SETTINGS = {

@@ -10,8 +10,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import Outage, Refused
 from pipeline.host import signals
+from pipeline.host.errors import Outage, Refused
 
 LOCAL = "local"
 PATIENCE = 10  # seconds that a head may take to answer

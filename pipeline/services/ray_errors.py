@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 
 OURS = (Refused, Unfinished)
 FROM_RAY = ("RayError", "RayTrainError", "ExecutionTimeoutError")  # families without a common ancestor

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import markdown
 from pipeline.services import mlflow_store, tracking

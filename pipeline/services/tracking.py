@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.signals import Stopped, held
 from pipeline.recipe import Recipe
 from pipeline.services import mlflow_store

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import convnet
 from pipeline.models.base import Layout, Prediction, Tokenizer
 from pipeline.settings.train import TrainSettings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
 

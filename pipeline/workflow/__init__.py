@@ -1,4 +1,4 @@
 """The three jobs from start to end, and what is known before them: what is missing, the costs, the state.
 
-In comes the command line; out go pair sets, students and reports. Algorithms, numbers and pages are other rooms'.
+In comes a recipe; out go pair sets, students and reports. Algorithms, numbers and pages are other rooms'.
 """

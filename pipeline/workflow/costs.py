@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import yaml
 
 from pipeline import storage
-from pipeline.errors import Outage, Refused
 from pipeline.evaluation import artist
 from pipeline.evaluation import plan as evaluation
+from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import duration
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest

@@ -30,8 +30,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from pipeline import storage
-from pipeline.errors import Unfinished
 from pipeline.host import signals
+from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints
 from pipeline.models.base import Student

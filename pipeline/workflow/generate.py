@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs

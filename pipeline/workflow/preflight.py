@@ -19,9 +19,9 @@ from typing import Literal, get_args
 import torch
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage, Refused
 from pipeline.evaluation import plan
 from pipeline.files.local import TEMPORARY
+from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest

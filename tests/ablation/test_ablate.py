@@ -18,13 +18,13 @@ from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report as ablation_report
 from pipeline.ablation.ablate import ablate
 from pipeline.ablation.report import differing
-from pipeline.errors import Unfinished
+from pipeline.command_line import DEFAULT, parse, with_settings
+from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.settings.studies import AblationSettings
-from pipeline.workflow.command_line import DEFAULT, parse, with_settings
 
 LISTED: list[dict[str, Any]] = [
     {"name": "Autoregressive"},

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from pipeline.command_line import with_settings
 from pipeline.configuration import fields
 from pipeline.configuration.fields import Kind
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.studies import AblationSettings
 from pipeline.settings.teacher import TeacherSettings
-from pipeline.workflow.command_line import with_settings
 
 LEAVES = {name: kind for name, kind in fields.named(Recipe) if not is_dataclass(kind.of)}
 NUMBERS = {name: kind for name, kind in LEAVES.items() if kind.of in (int, float)}

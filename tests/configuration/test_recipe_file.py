@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.configuration import recipe_file
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,7 @@ def test_a_recipe_is_utf8_in_any_locale_and_prints_in_any(tmp_path: Path) -> Non
     (tmp_path / "a.yaml").write_text("name: größer\nteacher: {config: {depth: 2}}", encoding="utf-8")
     bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     code = (
-        "import sys; from pipeline.workflow.command_line import main\n"
+        "import sys; from pipeline.command_line import main\n"
         "main(None, lambda recipe: recipe.name + ' 1 \\xb1 2')\n"
         "sys.argv.append('--print_config')\n"
         "main(None, print)"

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from pipeline import noise
+from pipeline.command_line import parse
 from pipeline.digits import networks, pretrain
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import inverse_cdf
-from pipeline.workflow.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ["digits-var", "digits-llamagen"]

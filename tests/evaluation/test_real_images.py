@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.errors import Refused
 from pipeline.evaluation import real_images
+from pipeline.host.errors import Refused
 from pipeline.models.convnet import to_uint8
 
 RNG = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline import storage
+from pipeline.command_line import DEFAULT, parse
 from pipeline.digits import networks
 from pipeline.evaluation import inception, scoring, summary
 from pipeline.evaluation.summary import Entry, Reference
@@ -19,7 +20,6 @@ from pipeline.evaluation.tally import Seen, Statistics
 from pipeline.models.convnet import to_uint8
 from pipeline.report import tables
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.workflow.command_line import DEFAULT, parse
 
 
 def test_real_digits_are_recognised() -> None:

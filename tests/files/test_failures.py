@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.errors import Missing, Outage, Refused, Unfinished
 from pipeline.files.failures import sentence, watched
+from pipeline.host.errors import Missing, Outage, Refused, Unfinished
 
 URI = "s3://bucket/file"
 

@@ -16,8 +16,8 @@ from tape import Tapes
 from tiny import CONFIG, Family, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pipeline.errors import Refused
 from pipeline.flow import matching
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher, nearest
 from pipeline.models.float16 import Float16

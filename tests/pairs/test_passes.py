@@ -11,7 +11,7 @@ import faulty
 import pytest
 from tiny import tiny, with_pairs
 
-from pipeline.errors import Outage, Refused
+from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
 from pipeline.pairs import manifest, passes, shards
 from pipeline.pairs.passes import Outcome, Verdicts

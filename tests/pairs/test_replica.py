@@ -10,8 +10,8 @@ import torch
 from tiny import Family, tiny, with_pairs
 
 from pipeline import noise
-from pipeline.errors import Refused
 from pipeline.flow import matching, oracle
+from pipeline.host.errors import Refused
 from pipeline.models.base import Condition
 from pipeline.pairs import manifest
 from pipeline.pairs.replica import Failure, Replica

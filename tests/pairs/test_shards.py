@@ -23,7 +23,7 @@ import torch
 from tiny import tiny, with_pairs
 
 from pipeline import noise, storage
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
 from pipeline.pairs import stream as pair_stream

@@ -10,7 +10,7 @@ import lab
 import pytest
 import ray.data
 
-from pipeline.errors import Unfinished
+from pipeline.host.errors import Unfinished
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, heartbeat
 from pipeline.settings.cluster import ClusterSettings

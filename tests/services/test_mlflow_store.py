@@ -20,7 +20,7 @@ from alembic.runtime.migration import HeadMaintainer
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking._tracking_service import utils as remembered
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe
 from pipeline.services import mlflow_store
 from pipeline.services.mlflow_store import Store, without_credentials

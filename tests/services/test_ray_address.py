@@ -10,7 +10,7 @@ import pytest
 import ray
 from tiny import tiny
 
-from pipeline.errors import Outage, Refused
+from pipeline.host.errors import Outage, Refused
 from pipeline.recipe import Recipe
 from pipeline.services import ray_address, tracking
 from pipeline.services.ray_address import check_address

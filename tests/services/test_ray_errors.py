@@ -12,7 +12,7 @@ import ray.data
 import torch
 from ray.data import DataContext
 
-from pipeline.errors import Refused, Unfinished
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.services.ray_errors import Lost

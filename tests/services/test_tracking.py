@@ -16,7 +16,7 @@ import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.services import tracking
 from pipeline.services.mlflow_names import PARAMETERS, fitted, flattened, parameters

@@ -22,9 +22,9 @@ import fill
 import torch
 import yaml
 
+from pipeline.command_line import parse
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
-from pipeline.workflow.command_line import parse
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 SALTS = {"var": ("vqvae/", "var/"), "llamagen": ("vq/", "gpt/")}  # of the golden figures

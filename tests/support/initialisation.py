@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
+from pipeline.command_line import parse
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Student, Teacher
 from pipeline.recipe import Recipe
-from pipeline.workflow.command_line import parse
 
 SAMPLES = 8
 

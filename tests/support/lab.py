@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Missing, Outage, Refused, Unfinished
+from pipeline.host.errors import Missing, Outage, Refused, Unfinished
 
 
 class Diverged(Unfinished):

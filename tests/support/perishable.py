@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.errors import Unfinished
+from pipeline.host.errors import Unfinished
 from pipeline.models import var
 from pipeline.models.base import Condition, Prediction
 from pipeline.models.var import Config, Teacher, Tokenizer

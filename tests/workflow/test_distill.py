@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import noise, storage
-from pipeline.errors import Outage, Refused, Unfinished
+from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs

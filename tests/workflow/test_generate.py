@@ -26,7 +26,7 @@ import yaml
 from tiny import tiny, with_pairs
 
 from pipeline import storage
-from pipeline.errors import Unfinished
+from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs

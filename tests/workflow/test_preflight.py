@@ -14,10 +14,10 @@ from faults import LOGS, start
 from ray.cluster_utils import Cluster
 from tiny import tiny
 
-from pipeline.errors import Refused
+from pipeline.command_line import DEFAULT, parse
+from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe
 from pipeline.workflow import footprints, preflight
-from pipeline.workflow.command_line import DEFAULT, parse
 from pipeline.workflow.generate import generate
 from pipeline.workflow.preflight import View
 

@@ -22,9 +22,10 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import noise, storage
-from pipeline.errors import Outage, Refused
+from pipeline import command_line, evaluate, generate, noise, storage
+from pipeline.command_line import parse
 from pipeline.files import places
+from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
 from pipeline.pairs import manifest, passes
 from pipeline.pairs import shards as pairs
@@ -32,8 +33,6 @@ from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.training.observer import Observer
-from pipeline.workflow import command_line, evaluate, generate
-from pipeline.workflow.command_line import parse
 from pipeline.workflow.distill import distill
 from pipeline.workflow.evaluate import evaluate as evaluate_job
 from pipeline.workflow.generate import generate as generate_job

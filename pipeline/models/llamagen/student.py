@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import base
 from pipeline.models.llamagen.teacher import INIT_STD, ClassEmbedding, Layer, RMSNorm, Teacher, rotary
 from pipeline.models.llamagen.tokenizer import Config

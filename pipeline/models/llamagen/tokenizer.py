@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import base
 from pipeline.models.convnet import Down, ResBlock, SplitAttention, Up, norm, to_map, widths
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models.base import Layout
 
 

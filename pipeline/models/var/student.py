@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import base
 from pipeline.models.base import Condition, Prediction, answer
 from pipeline.models.var.config import Config

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from pipeline.errors import Refused
+from pipeline.host.errors import Refused
 from pipeline.models import base, filters
 from pipeline.models.base import Choose, Condition
 from pipeline.models.float16 import Float16

@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.configuration import fields, recipe_file, usage
-from pipeline.errors import Refused, Unfinished
 from pipeline.host import signals
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe
 
-DEFAULT = Path(__file__).parents[2] / "jobs" / "recipes" / "digits-llamagen.yaml"
+DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 CONFIG, PRINT = "--config", "--print_config"
 OTHERS = {"-c": CONFIG, "--recipe": CONFIG, "--file": CONFIG, "--print": PRINT}  # what else people try
 RECIPE = fields.kind(Recipe)
