@@ -90,6 +90,7 @@ def test_pairs_survive_kills_of_driver_and_replicas(
 
 
 @pytest.mark.faults("pairs: two drivers in one folder")
+@pytest.mark.slow
 def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path) -> None:
     recipe = with_pairs(tiny(tmp_path), count=40, shard_rows=4, batch=4)
     generate(with_pairs(recipe, uri=str(tmp_path / "straight")))
@@ -139,13 +140,12 @@ def test_a_student_survives_kills_of_its_driver(
 
 
 @pytest.mark.faults("report: driver killed", "report: actor killed")
-@KILLS
+@pytest.mark.parametrize("kills", [pytest.param(13, marks=pytest.mark.slow)])
 @pytest.mark.timeout(3000)
 def test_a_report_survives_kills_of_driver_and_actors(
     ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
 ) -> None:
     """And what a sampler's images gave is never made again once it is there."""
-    kills = min(kills, 13)
     listed = [{"name": "Autoregressive"}, {"name": "Skip", "n": 1}, {"name": "FlowMatched"}][: min(3, 1 + kills)]
     recipe = tiny(tmp_path, "var", **IMAGES)
     settings = replace(recipe.evaluate, samplers=listed, count=2000, batch=250, actors=2)
