@@ -288,6 +288,7 @@ def test_generation_runs_the_jobs_own_pool(ray_cluster: str, recipe: Recipe, tmp
     assert row["bytes a row"] > 0
 
 
+@pytest.mark.slow
 def test_evaluation_runs_the_jobs_own_pool(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "ITEM", 20)
     monkeypatch.setattr("pipeline.evaluation.plan.ITEM", 20)
@@ -323,6 +324,7 @@ def test_exponents_are_those_of_power_laws() -> None:
     assert curve.found == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_growth_has_a_row_and_a_panel_for_every_curve(
     ray_cluster: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,9 @@ def test_the_table_says_what_was_made(ray_cluster: str, recipe: Recipe, monkeypa
     assert "With 2 shards lost" in text
     actors, _, seconds, speed, share = map(float, rows[3])
     assert actors == 2
-    assert 4 / (seconds + 0.06) <= speed, "4 of the 6 shards; seconds are rounded to tenths"
+    assert 4 / (seconds + 0.06) <= speed + 0.005, (
+        "4 of the 6 shards; seconds are rounded to tenths, speed to hundredths"
+    )
     assert share == pytest.approx(speed * 0.1 / 2, abs=0.01)
     with pytest.raises(ValueError, match="is not empty; delete it"):
         scale.scale(recipe)

@@ -167,7 +167,7 @@ def test_a_teacher_learns_and_its_average_follows(name: str) -> None:
     assert all(torch.equal(average[key], end[key]) for key in end.keys() - dict(teacher.network.named_parameters()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow)])
 def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, truth = networks.training_split()
     monkeypatch.setattr(networks, "training_split", lambda: (images[::50], truth[::50]))

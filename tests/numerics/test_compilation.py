@@ -32,7 +32,7 @@ from pipeline.workflow import generate
 # Relative errors, |found - plain| / |plain|. The kernels add in another order, which moves the last of 24 bits (6e-8)
 # a few times: 3e-7 found in what a student says, 3e-6 in its gradients. Under bf16 they round in fewer places.
 SAYS, GRADIENT, SAYS_BF16 = 1e-5, 1e-4, 0.03
-FAMILIES = pytest.mark.parametrize("family", ["var", "llamagen"])
+FAMILIES = pytest.mark.parametrize("family", ["var", pytest.param("llamagen", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ def test_one_ill_replica_costs_no_shard(
 
 
 @pytest.mark.faults("pairs: a replica that hangs", "pairs: a replica that cannot start at first")
+@pytest.mark.slow
 def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_unit_that_hangs_is_named_and_given_to_another_process(
 
 
 @pytest.mark.faults("replica: hangs for ever")
+@pytest.mark.slow
 def test_a_unit_that_hangs_again_ends_the_job(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

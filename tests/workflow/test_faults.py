@@ -28,8 +28,7 @@ from pipeline.workflow.evaluate import evaluate
 from pipeline.workflow.generate import generate
 
 SHORT = 1  # kills of a run in the suite
-LONG = 37  # and of one by itself
-KILLS = pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+LONG = pytest.param(37, marks=pytest.mark.slow)  # and of one by itself
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def address() -> str:
 
 
 @pytest.mark.faults("pairs: driver killed", "pairs: replica killed")
-@KILLS
+@pytest.mark.parametrize("kills", [SHORT, LONG])
 @pytest.mark.timeout(3000)
 def test_pairs_survive_kills_of_driver_and_replicas(
     ray_cluster: None, slow: Path, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
@@ -103,7 +102,7 @@ def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path)
 
 
 @pytest.mark.faults("student: driver killed")
-@KILLS
+@pytest.mark.parametrize("kills", [LONG])
 @pytest.mark.timeout(3000)
 def test_a_student_survives_kills_of_its_driver(
     ray_cluster: None, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
