@@ -49,16 +49,16 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline import flow_triton
+from pipeline.flow import kernel
 
 numbers = dict.fromkeys(["stride", "vocabulary", "dimension"], "i32")
 numbers |= dict.fromkeys(["tolerance", "exit_weight", "exit_gain", "cut", "max_step"], "fp32") | dict(steps="i32")
-options = dict(num_warps=flow_triton.WARPS, enable_fp_fusion=True)
+options = dict(num_warps=kernel.WARPS, enable_fp_fusion=True)
 for architecture, width, log_p in (80, 32, "*fp32"), (90, 8, "*bf16"):
     pointers = dict(noise="*fp32", log_p=log_p, codes="*fp32", places="*i32", levels="*fp32", answer="*i64")
     pointers |= dict(count="*fp32", flags="*i32")
-    sizes = dict(LIST=flow_triton.LIST, BLOCK=flow_triton.TILE // width, WIDTH=width)
-    source = ASTSource(flow_triton._follow, pointers | numbers | dict.fromkeys(sizes, "constexpr"), sizes)
+    sizes = dict(LIST=kernel.LIST, BLOCK=kernel.TILE // width, WIDTH=width)
+    source = ASTSource(kernel._follow, pointers | numbers | dict.fromkeys(sizes, "constexpr"), sizes)
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = made.asm["ptx"]
     assert made.asm["cubin"]

@@ -106,7 +106,7 @@ def test_the_imports(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal
-from pipeline import signals
+from pipeline.host import signals
 signals.install()
 {body}
 print("not reached")

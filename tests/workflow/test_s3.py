@@ -22,7 +22,7 @@ import torch
 from s3server import BUCKET, READER, READER_SECRET, SECRET, Relay, client, every
 from safetensors.torch import load_file
 
-from pipeline import command_line, evaluate, generate, noise, storage
+from pipeline import command_line, noise, storage
 from pipeline.command_line import parse
 from pipeline.files import places
 from pipeline.host.errors import Outage, Refused
@@ -33,6 +33,7 @@ from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.services.heartbeat import Heartbeat
 from pipeline.training.observer import Observer
+from pipeline.workflow import evaluate, generate
 from pipeline.workflow.distill import distill
 from pipeline.workflow.evaluate import evaluate as evaluate_job
 from pipeline.workflow.generate import generate as generate_job
