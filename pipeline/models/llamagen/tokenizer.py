@@ -197,7 +197,7 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / vocabulary, 1 / vocabulary)
 
 
-class Tokenizer(base.Tokenizer):
+class Tokenizer(base.TrainableTokenizer):
     """VQ tokenizer with an l2-normalised codebook: images in [-1, 1] <-> codes in raster order."""
 
     def __init__(self, config: Config) -> None:

@@ -18,7 +18,7 @@ from pipeline.models.convnet import Down, FusedAttention, ResBlock, Up, norm, to
 from pipeline.models.var.config import Config
 
 
-class Tokenizer(base.Tokenizer):
+class Tokenizer(base.TrainableTokenizer):
     """The encoder, the residual quantizer and the decoder."""
 
     def __init__(self, config: Config) -> None:
