@@ -162,8 +162,8 @@ class Counter(FlopCounterMode):
 def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds: float) -> Section:
     """The student's one and two steps beside the teacher, with and without decoding, and the paper's speed-ups."""
     device = teacher.codebook.device
-    family = checkpoints.family(recipe.teacher)
-    student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
+    asked, seed = recipe.train.student_options, recipe.train.seed
+    student = checkpoints.new_student(recipe.teacher, teacher, asked, seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
     several, paper = listed(recipe)

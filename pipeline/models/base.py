@@ -210,19 +210,20 @@ class Student(nn.Module):
 
     ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict; ``layers`` are the transformer's
     repeated blocks. ``released`` are the places in a file of the authors' at which their own scripts look for the
-    weights; () where they released no student.
+    weights; () where they released no student. ``settings`` are those of ``TrainSettings.student_options`` that the
+    constructor, after config and codebook, and ``from_teacher`` take by name. With a recipe that sets another one, it
+    is refused in the words of ``no_choice``.
     """
 
     layout: Layout
     codebook: Tensor
     released: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+    no_choice: ClassVar[str] = "students of this family have no such choice"
 
     @classmethod
-    def from_teacher(cls, teacher: Any, mask: Any, seed: int) -> Student:
-        """A float32 student that starts from its teacher's weights; new parameters come from ``seed``.
-
-        ``mask``: released | paper, whether a token sees the others of its AR step (VAR only).
-        """
+    def from_teacher(cls, teacher: Any, seed: int) -> Student:
+        """A float32 student that starts from its teacher's weights; new parameters come from ``seed``."""
         raise NotImplementedError
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:

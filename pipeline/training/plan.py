@@ -86,7 +86,7 @@ class Plan:
         return {
             "family": recipe.teacher.family,
             "config": recipe.resolved()["teacher"]["config"],
-            "mask": recipe.train.mask,
+            **recipe.train.student_options,
             "split": recipe.train.split,
             "start_steps": list(recipe.train.start_steps),
             "step": step,

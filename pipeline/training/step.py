@@ -45,14 +45,15 @@ def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Stu
     Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
     """
     # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
+    settings = dataclasses.replace(recipe.teacher, precision="fp32", compile=False)
+    asked = recipe.train.student_options
     if fresh:
         teacher = checkpoints.teacher(settings)
         tokenizer = teacher.tokenizer.to(device)
-        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
+        student = checkpoints.new_student(settings, teacher, asked, recipe.train.seed).to(device)
     else:
         tokenizer = checkpoints.tokenizer(settings).to(device)
-        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
+        student = checkpoints.unfilled_student(settings, tokenizer.codebook, asked, device)
     network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
     return student.train(), Loss(recipe.train, tokenizer, network)
 

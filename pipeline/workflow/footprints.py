@@ -61,7 +61,8 @@ def of_training(recipe: Recipe) -> Footprint:
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
     with torch.device("meta"):
         tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
-        student = family.Student(config, tokenizer.codebook, settings.mask).train()
+        options = checkpoints.student_options(recipe.teacher, settings.student_options)
+        student = family.Student(config, tokenizer.codebook, **options).train()
     network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
     if settings.recompute:
         recomputed([*blocks(student), *losses.layers(tokenizer, network)])

@@ -167,7 +167,9 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert settings["mlflow_run"] == journal.id
     assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
     codebook = checkpoints.tokenizer(recipe.teacher).codebook
-    checkpoints.student(recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, settings["mask"])
+    checkpoints.student(
+        recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, {"mask": settings["mask"]}
+    )
 
 
 def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:
@@ -519,7 +521,7 @@ def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> No
     )
     distill(embeddings)
     teacher = checkpoints.teacher(recipe.teacher)
-    start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", recipe.train.seed).state_dict()
+    start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.seed).state_dict()
     trained = {r.student_uri: weights(f"{r.student_uri}/student.safetensors") for r in (logits, embeddings)}
     head, conti = "head.weight", "final_layer_conti.linear.weight"
     assert torch.allclose(trained[logits.student_uri][conti], start[conti], atol=1e-7)
@@ -742,7 +744,7 @@ def test_choices_are_even_and_differ_by_draw() -> None:
 
 def test_only_matrices_decay(recipe: Recipe) -> None:
     teacher = checkpoints.teacher(recipe.teacher)
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", 0)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, 0)
     named = {id(p): name for name, p in student.named_parameters()}
     decayed, spared = (
         {named[id(p)] for p in g["params"]} for g in training_state.optimizer(student, recipe.train).param_groups
