@@ -21,7 +21,7 @@ HOMES = {  # package -> the modules that may import it
     },
     "mlflow": {"services.mlflow_store", "services.tracking", "services.registry"},
     "yaml": {"configuration.recipe_file", "services.tracking", "command_line", "workflow.costs"},
-    "lpips": {"training.losses"},
+    "lpips": {"training.perceptual"},
     "torch_fidelity": {"evaluation.inception"},
     "PIL": {"evaluation.real_images"},
     "matplotlib": {"report.plots", "ablation.report", "benchmark.growth"},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +33,6 @@ class Message(NamedTuple):
 
 
 Report = Callable[[Message], None]
-T = TypeVar("T")
-
-
-def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
-    """The items, each with the seconds that the caller waited for it."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, item
 
 
 class Window:

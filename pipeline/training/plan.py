@@ -16,7 +16,7 @@ from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.settings.train import TrainSettings
-from pipeline.training import losses
+from pipeline.training.perceptual import TRUNKS, trunk_file
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
 SPEED = ("workers", "micro_batch", "compile", "recompute")
@@ -104,7 +104,7 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
 
     A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
     """
-    losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
+    check_losses(recipe.train, checkpoints.config(recipe.teacher).layout)
     known = known or manifest.facts_of(recipe)
     manifest.check_claim(recipe.pairs_uri, known)
     plan = Plan(
@@ -135,6 +135,43 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
                 f" generate_pairs with this recipe, or set pairs.count to {there}."
             )
     return plan
+
+
+def check_losses(settings: TrainSettings, layout: Layout) -> None:
+    """Raise ValueError, one sentence, for losses that cannot train a student of this layout.
+
+    Start steps and split must lie inside the layout, a head must be trained if the split leaves it tokens to speak for
+    (the embedding head only if), and the perceptual network's weights must be there.
+    """
+    steps, split, last = layout.steps, settings.split, settings.start_steps[-1]
+    if last > steps:
+        raise Refused(
+            f"train.start_steps holds {last}, but the teacher's AR steps run from 1 to {steps}; leave it out."
+        )
+    if split > steps:
+        raise Refused(f"train.split is {split}, but the teacher has {steps} AR steps; use 0 to {steps}.")
+    if split == steps and settings.lpips > 0:
+        raise Refused(
+            f"train.split {split} gives every AR step to the logits, so train.lpips {settings.lpips} has no"
+            f" embedding to train; set train.lpips to 0 or train.split below {steps}."
+        )
+    if split < steps and settings.lpips == 0:
+        raise Refused(
+            f"train.lpips is 0, so nothing trains the embedding head that train.split {split} uses after AR"
+            f" step {split}; set train.lpips above 0 or train.split to {steps}."
+        )
+    if split > 0 and settings.cross_entropy == 0:
+        raise Refused(
+            f"train.cross_entropy is 0, so nothing trains the logits that train.split {split} uses up to AR"
+            f" step {split}; set train.cross_entropy above 0 or train.split to 0."
+        )
+    if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size > 32:
+        raise Refused(
+            f"train.perceptual is digits, made for images of 32 pixels, and the teacher's have"
+            f" {layout.image_size}; use vgg."
+        )
+    if settings.lpips > 0 and settings.perceptual in TRUNKS:
+        trunk_file(settings.perceptual)
 
 
 def check_batch(plan: Plan) -> None:

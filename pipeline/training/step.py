@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.host.stopwatch import WARM_UP, now
-from pipeline.models import checkpoints
-from pipeline.models.base import Student
+from pipeline.models import checkpoints, convnet
+from pipeline.models.base import Student, Tokenizer
 from pipeline.numerics.compilation import blocks, compiled
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.training import batches, losses
+from pipeline.training import batches, perceptual
 from pipeline.training.batches import Batch
 from pipeline.training.losses import Loss
+from pipeline.training.perceptual import Lpips
 from pipeline.training.state import TrainingState
 
 MEASURED = 3  # steps that a dry run times in steady state
@@ -54,7 +55,7 @@ def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Stu
     else:
         tokenizer = checkpoints.tokenizer(settings).to(device)
         student = checkpoints.unfilled_student(settings, tokenizer.codebook, asked, device)
-    network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
+    network = perceptual.network(recipe.train.perceptual).to(device) if recipe.train.lpips else None
     return student.train(), Loss(recipe.train, tokenizer, network)
 
 
@@ -63,7 +64,13 @@ def prepare(student: Student, loss: Loss) -> None:
     if loss.settings.compile:
         compiled(student)
     if loss.settings.recompute:
-        recomputed([*blocks(student), *losses.layers(loss.tokenizer, loss.network)])
+        recomputed(recomputable(student, loss.tokenizer, loss.network))
+
+
+def recomputable(student: Student, tokenizer: Tokenizer, network: nn.Module | None) -> list[nn.Module]:
+    """What keeps most for the backward pass: a student's layers, blocks of the decoder, stages of LPIPS's trunk."""
+    stages = network.layers if isinstance(network, Lpips) else []
+    return [*blocks(student), *convnet.blocks(tokenizer), *stages]
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -31,6 +31,7 @@ from torch import nn
 
 from pipeline import storage
 from pipeline.host import signals
+from pipeline.host.ahead import timed
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints
@@ -41,7 +42,7 @@ from pipeline.settings.train import TrainSettings
 from pipeline.training import batches
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
-from pipeline.training.observer import Message, Observer, Report, Window, timed
+from pipeline.training.observer import Message, Observer, Report, Window
 from pipeline.training.plan import Plan
 from pipeline.training.state import TrainingState
 from pipeline.training.step import build, device_of, prepare, step

@@ -13,14 +13,13 @@ from torch import Tensor
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.numerics import footprint
-from pipeline.numerics.compilation import blocks
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.training import batches, losses
+from pipeline.training import batches, perceptual
 from pipeline.training.losses import Loss
 from pipeline.training.state import TrainingState
-from pipeline.training.step import step
+from pipeline.training.step import recomputable, step
 
 TRACED = 16  # AR steps of a raster sequence that are traced
 
@@ -63,9 +62,9 @@ def of_training(recipe: Recipe) -> Footprint:
         tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
         options = checkpoints.student_options(recipe.teacher, settings.student_options)
         student = family.Student(config, tokenizer.codebook, **options).train()
-    network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
+    network = perceptual.network(settings.perceptual, pretrained=False) if settings.lpips else None
     if settings.recompute:
-        recomputed([*blocks(student), *losses.layers(tokenizer, network)])
+        recomputed(recomputable(student, tokenizer, network))
 
     def work(samples: int) -> None:
         """Two optimiser steps on so many samples."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
 from pipeline.models import base
+from pipeline.models.llamagen.config import Config
 from pipeline.models.llamagen.teacher import INIT_STD, ClassEmbedding, Layer, RMSNorm, Teacher, rotary
-from pipeline.models.llamagen.tokenizer import Config
 
 RIDGE = 1e-6  # per code; only keeps the fit solvable when there are fewer codes than unknowns
 

@@ -23,7 +23,8 @@ from pipeline.models.base import Condition as Labels
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
-from pipeline.models.llamagen.tokenizer import Config, Tokenizer
+from pipeline.models.llamagen.config import Config
+from pipeline.models.llamagen.tokenizer import Tokenizer
 from pipeline.settings.teacher import Filter
 
 INIT_STD = 0.02  # of every matrix and table of the official initialisation
