@@ -46,7 +46,7 @@ def batches(count: int, size: int, steps: int, generator: torch.Generator) -> It
 
 
 @dataclass(frozen=True)
-class Plan:
+class PretrainingPlan:
     """How long a family's two networks train; batch sizes are 64 images and ``teacher_batch`` sequences.
 
     ``self_correction`` is the most of an image's codes that are wrong when the teacher reads them.
@@ -189,7 +189,7 @@ def training_codes(
     return torch.cat(read), torch.cat(learnt), labels[order].repeat(PLACES)
 
 
-def train_teacher(teacher: Teacher, plan: Plan, seed: int, report: Report) -> nn.Module:
+def train_teacher(teacher: Teacher, plan: PretrainingPlan, seed: int, report: Report) -> nn.Module:
     """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
     generator = torch.Generator().manual_seed(seed)
     read, learnt, labels = training_codes(trainable(teacher), plan.self_correction, generator)
@@ -223,7 +223,7 @@ def make_classifier(name: str, folder: str) -> None:
     checkpoints.save(net, f"{folder}/{name}.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16)
 
 
-def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -> None:
+def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, folder: str) -> None:
     """Train and save the tokenizer and the teacher of one family (``name``-tokenizer, ``name``-teacher)."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -244,7 +244,7 @@ def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -
     checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", made, torch.float16)
 
 
-def make_card(folder: str, plans: dict[str, Plan]) -> str:
+def make_card(folder: str, plans: dict[str, PretrainingPlan]) -> str:
     """Write README.md beside the weights: what each file is, how it was made, its size and checksum."""
     rows = [
         f"| `{path.name}` | {path.stat().st_size / 1e6:.2f} MB | `{storage.sha256(str(path))[:16]}` |"

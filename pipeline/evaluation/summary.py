@@ -106,14 +106,14 @@ def summarise(
 def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.paper(settings.samplers)}
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.published(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
 def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
-    names, papers = listed.names(plan.samplers), listed.paper(plan.recipe.evaluate.samplers)
+    names, papers = listed.names(plan.samplers), listed.published(plan.recipe.evaluate.samplers)
     for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
         yield Entry(
             name=name,

@@ -24,7 +24,7 @@ NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A recipe that passed the cheap checks, with what they found."""
 
     recipe: Recipe
@@ -99,7 +99,7 @@ class Plan:
         }
 
 
-def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
+def check(recipe: Recipe, known: manifest.Facts | None = None) -> TrainingPlan:
     """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
 
     A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
@@ -107,7 +107,7 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     check_losses(recipe.train, checkpoints.config(recipe.teacher).layout)
     known = known or manifest.facts_of(recipe)
     manifest.check_claim(recipe.pairs_uri, known)
-    plan = Plan(
+    plan = TrainingPlan(
         recipe=recipe,
         layout=checkpoints.config(recipe.teacher).layout,
         teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
@@ -174,7 +174,7 @@ def check_losses(settings: TrainSettings, layout: Layout) -> None:
         trunk_file(settings.perceptual)
 
 
-def check_batch(plan: Plan) -> None:
+def check_batch(plan: TrainingPlan) -> None:
     """ValueError for a set without a single whole batch."""
     recipe = plan.recipe
     if plan.per_epoch < 1:
@@ -191,7 +191,7 @@ def at_once(settings: TrainSettings) -> int:
     return min(settings.micro_batch or share, share)
 
 
-def claimed(plan: Plan) -> dict[str, Any] | None:
+def claimed(plan: TrainingPlan) -> dict[str, Any] | None:
     """What an earlier call wrote into the student's folder, or None; ValueError if that was another recipe's."""
     place = plan.at("recipe.json")
     if not storage.exists(place):
@@ -214,7 +214,7 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
     )
 
 
-def claim(plan: Plan, mlflow_run: str) -> None:
+def claim(plan: TrainingPlan, mlflow_run: str) -> None:
     """Write recipe.json into the student's folder: whose it is, and which MLflow run a resumed job continues.
 
     What killed writers left there is swept: a checkpoint cut short can be gigabytes.

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.host.stopwatch import WARM_UP, now
 from pipeline.models import checkpoints, convnet
 from pipeline.models.base import Student, Tokenizer
-from pipeline.numerics.compilation import blocks, compiled
+from pipeline.numerics.compilation import compiled, layers
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
@@ -70,7 +70,7 @@ def prepare(student: Student, loss: Loss) -> None:
 def recomputable(student: Student, tokenizer: Tokenizer, network: nn.Module | None) -> list[nn.Module]:
     """What keeps most for the backward pass: a student's layers, blocks of the decoder, stages of LPIPS's trunk."""
     stages = network.layers if isinstance(network, Lpips) else []
-    return [*blocks(student), *convnet.blocks(tokenizer), *stages]
+    return [*layers(student), *convnet.blocks(tokenizer), *stages]
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -83,7 +83,7 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cpu")
 
 
-def measure(recipe: Recipe) -> float:
+def seconds_per_step(recipe: Recipe) -> float:
     """Seconds of one optimiser step on one worker's share of a batch, from made-up pairs."""
     settings, layout = recipe.train, checkpoints.config(recipe.teacher).layout
     device = device_of(recipe)

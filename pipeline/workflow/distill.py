@@ -43,7 +43,7 @@ from pipeline.training import batches
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
 from pipeline.training.observer import Message, Observer, Report, Window
-from pipeline.training.plan import Plan
+from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainingState
 from pipeline.training.step import build, device_of, prepare, step
 from pipeline.workflow import costs, preflight, status
@@ -88,14 +88,14 @@ def distill(recipe: Recipe) -> str:
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
 
 
-def _log_origin(run: tracking.Run, plan: Plan) -> None:
+def _log_origin(run: tracking.Run, plan: TrainingPlan) -> None:
     """Tell MLflow from which pairs the student is made."""
     run.tag("pairs_fingerprint", plan.pairs_fingerprint)
     run.link("pairs", pairs_fingerprint=plan.pairs_fingerprint)
     run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
 
 
-def _log(run: tracking.Run, plan: Plan) -> None:
+def _log(run: tracking.Run, plan: TrainingPlan) -> None:
     """Tell MLflow of a finished student."""
     _log_origin(run, plan)
     run.tag("student", storage.sha256(plan.result)[:12])
@@ -104,7 +104,7 @@ def _log(run: tracking.Run, plan: Plan) -> None:
     run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
 
 
-def _release(plan: Plan) -> str:
+def _release(plan: TrainingPlan) -> str:
     """Write the authors' layout beside a finished student if the recipe asks for it and it is not there."""
     if plan.recipe.train.export != "released" or storage.exists(plan.released):
         return ""
@@ -112,7 +112,7 @@ def _release(plan: Plan) -> str:
     return f"{plan.released} holds the student as the authors' scripts read it."
 
 
-def fit(plan: Plan, run: tracking.Run) -> None:
+def fit(plan: TrainingPlan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
@@ -238,7 +238,7 @@ def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
 
 def train(config: dict[str, Any]) -> None:
     """Alg. 2 on one worker of many, or on the only one."""
-    plan: Plan = config["plan"]
+    plan: TrainingPlan = config["plan"]
     settings = plan.recipe.train
 
     # 1. This worker's share and device.
@@ -290,7 +290,7 @@ def train(config: dict[str, Any]) -> None:
         observer.export(plan.result)
 
 
-def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
+def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report) -> None:
     """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
     folder = plan.at("checkpoints")
 

@@ -71,7 +71,7 @@ def of_training(recipe: Recipe) -> Footprint:
         for module in filter(None, (tokenizer, student, network)):
             footprint.hollow(module)
         loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
-        batch = batches.hollow(config.layout, samples)
+        batch = batches.blank(config.layout, samples)
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 

@@ -19,7 +19,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Choose, Condition, nearest
 from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
-from pipeline.models.llamagen.teacher import Network, log_probabilities, rotary
+from pipeline.models.llamagen.teacher import LlamaNetwork, log_probabilities, rotary
 from pipeline.pairs import manifest
 from pipeline.settings.teacher import Filter, TeacherSettings
 
@@ -90,7 +90,7 @@ def assert_log_p(record: dict, found: Tensor, atol: float) -> None:
     ("build", "expected"),
     [
         (lambda: Tokenizer(SMALL), VQ),
-        (lambda: Network(SMALL), GPT),
+        (lambda: LlamaNetwork(SMALL), GPT),
         (lambda: Student(SMALL, torch.zeros(64, 8)), DD),
     ],
     ids=["tokenizer", "teacher", "student"],
@@ -323,13 +323,13 @@ def test_the_null_caption_must_be_in_the_file(tmp_path: Path):
     """It is a buffer, and not one that a constructor could make."""
     state = dict(captioned(PLAIN).network.state_dict())
     with torch.device("meta"):
-        net = Network(CAPTIONED)
+        net = LlamaNetwork(CAPTIONED)
     torch.save({"model": state}, tmp_path / "t2i.pt")
     checkpoints.load(net, str(tmp_path / "t2i.pt"))
     assert torch.equal(net.cls_embedding.uncond_embedding, state.pop("cls_embedding.uncond_embedding"))
     torch.save({"model": state}, tmp_path / "t2i.pt")
     with torch.device("meta"):
-        net = Network(CAPTIONED)
+        net = LlamaNetwork(CAPTIONED)
     with pytest.raises(checkpoints.CheckpointError, match=r"lacks cls_embedding\.uncond_embedding \(1 in all\)"):
         checkpoints.load(net, str(tmp_path / "t2i.pt"))
 
@@ -427,7 +427,7 @@ def test_generation_keeps_no_graph():
 
 def test_official_initialisation():
     torch.manual_seed(0)
-    net = Network(SMALL)
+    net = LlamaNetwork(SMALL)
     assert not net.output.weight.any()
     for name, parameter in net.named_parameters():
         if parameter.dim() > 1 and name != "output.weight":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.models.base import Condition, nearest
 from pipeline.models.convnet import to_uint8
 from pipeline.models.var import Config, Student, Teacher, Tokenizer
-from pipeline.models.var.teacher import Pass, filtered, guided
+from pipeline.models.var.teacher import ScalePass, filtered, guided
 from pipeline.models.var.tokenizer import phi_table
 from pipeline.settings.teacher import Filter
 
@@ -299,7 +299,7 @@ class TestTeacher:
 
     def test_guided_logits(self, teacher: Teacher) -> None:
         """The cached, guided logits themselves, not only their softmax."""
-        network = Pass(teacher.network, torch.tensor([6, 6, 10, 10]), length=30)
+        network = ScalePass(teacher.network, torch.tensor([6, 6, 10, 10]), length=30)
         _, inputs = teacher.tokenizer.quantize.replay(teacher.codebook[self.codes])
         for s, x in enumerate([torch.zeros(2, 0, 8), *inputs]):
             logits = guided(network(x, last=GROUPS[s]), 1.5, s + 1, 4)
@@ -602,7 +602,7 @@ class TestStudent:
             x = c[:, None] + made.pos_start + made.positions()[:, :1]
             for block, by in zip(made.layers, made.modulations(c), strict=True):
                 x = block(x, by)
-        network = Pass(teacher.network, condition.labels)
+        network = ScalePass(teacher.network, condition.labels)
         scale, shift = made.head_nm.modulation(c)
         logits = made.head(nn.functional.layer_norm(x, (64,), eps=1e-6) * scale + shift)
         torch.testing.assert_close(network(torch.zeros(2, 0, 8)), logits, atol=1e-4, rtol=0)

@@ -118,7 +118,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def plan(recipe: Recipe) -> training_plan.Plan:
+def plan(recipe: Recipe) -> training_plan.TrainingPlan:
     return training_plan.check(recipe)
 
 
@@ -464,7 +464,9 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 50])
-def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan.Plan, micro_batch: int) -> None:
+def test_gradients_add_up_over_micro_batches(
+    recipe: Recipe, plan: training_plan.TrainingPlan, micro_batch: int
+) -> None:
     def gradients(size: int) -> tuple[Tensor, dict[str, Tensor]]:
         made = with_train(recipe, micro_batch=size)
         student, loss = training_step.build(made, torch.device("cpu"))
@@ -483,7 +485,7 @@ def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan
         assert (value - parts[name]).norm() <= 1e-4 * value.norm() + 1e-9, name
 
 
-def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.Plan, tmp_path: Path) -> None:
+def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.TrainingPlan, tmp_path: Path) -> None:
     """Without DDP's memory a batch in parts would hold all gradients twice; the numbers are the same."""
     plan = replace(plan, recipe=with_train(plan.recipe, micro_batch=3))
     settings, device = plan.recipe.train, torch.device("cpu")
@@ -681,7 +683,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 # ---- the parts
 
 
-def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.Plan) -> None:
+def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.TrainingPlan) -> None:
     stream = training_data.stream(plan)
 
     def run(done: int, rank: int, world: int) -> Iterator[tuple[int, list[int]]]:
@@ -721,7 +723,7 @@ def test_held_out_rows_are_those_the_stream_leaves_out(recipe: Recipe) -> None:
     assert sorted(training_data.stream(smaller).order(0, 3)) == list(range(22))
 
 
-def test_x_t_keeps_the_codes_before_t(plan: training_plan.Plan) -> None:
+def test_x_t_keeps_the_codes_before_t(plan: training_plan.TrainingPlan) -> None:
     rows = training_data.held_out(plan)
     codebook = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     settings = plan.recipe.train
@@ -764,13 +766,13 @@ def test_learning_rate_warms_up_then_stays_or_falls() -> None:
     assert learning_rate(replace(cosine, warmup=0), 0, 12) == 1
 
 
-def test_snapshots_are_spread_and_end_with_the_last_step(plan: training_plan.Plan) -> None:
+def test_snapshots_are_spread_and_end_with_the_last_step(plan: training_plan.TrainingPlan) -> None:
     assert plan.total == 8
     assert plan.snapshot_steps == [4, 8]
     assert replace(plan, recipe=with_train(plan.recipe, snapshots=3)).snapshot_steps == [3, 5, 8]
 
 
-def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Plan) -> None:
+def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.TrainingPlan) -> None:
     def with_(**changes: Any) -> str:
         return replace(plan, recipe=with_train(plan.recipe, **changes)).fingerprint
 
@@ -784,7 +786,7 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Pl
     assert replace(plan, pairs_fingerprint="other").fingerprint != plan.fingerprint
 
 
-def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Plan) -> None:
+def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.TrainingPlan) -> None:
     student, loss = training_step.build(plan.recipe, torch.device("cpu"))
     sent: list[Message] = []
     observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, sent.append, "run")

@@ -62,7 +62,7 @@ def test_a_family_whose_tokenizer_cannot_be_trained_serves_the_three_jobs(
     assert Path(recipe.report_uri, "report.json").exists()
     threads = torch.get_num_threads()
     with pytest.raises(Refused, match=r"^bare\.Tokenizer cannot be trained from nothing"):
-        pretrain.make_family("bare", recipe.teacher, pretrain.Plan(1, 1), str(tmp_path / "made"))
+        pretrain.make_family("bare", recipe.teacher, pretrain.PretrainingPlan(1, 1), str(tmp_path / "made"))
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     assert not (tmp_path / "made").exists()

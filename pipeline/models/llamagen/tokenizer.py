@@ -18,7 +18,7 @@ COMMITMENT = 0.25
 USAGE_WINDOW = 65_536  # length of the official usage statistics, whatever the vocabulary
 
 
-class Level(nn.Module):
+class GridLevel(nn.Module):
     """Residual blocks of one resolution, each followed by attention where ``attention`` is set."""
 
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool) -> None:
@@ -34,7 +34,7 @@ class Level(nn.Module):
         return x
 
 
-class DownLevel(Level):
+class DownLevel(GridLevel):
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
         super().__init__(inside, outside, blocks, attention)
         self.downsample = nn.Identity() if last else Down(outside)
@@ -43,7 +43,7 @@ class DownLevel(Level):
         return self.downsample(super().forward(x))
 
 
-class UpLevel(Level):
+class UpLevel(GridLevel):
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
         super().__init__(inside, outside, blocks, attention)
         self.upsample = nn.Identity() if last else Up(outside)
@@ -56,7 +56,7 @@ def _middle(width: int) -> nn.Sequential:
     return nn.Sequential(ResBlock(width, width), SplitAttention(width), ResBlock(width, width))
 
 
-class Encoder(nn.Module):
+class GridEncoder(nn.Module):
     """Images [B, 3, H, W] -> features [B, z, side, side]."""
 
     def __init__(self, config: Config) -> None:
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Decoder(nn.Module):
+class GridDecoder(nn.Module):
     """Features [B, z, side, side] -> images [B, 3, H, W]; ``conv_blocks`` runs from coarse to fine."""
 
     def __init__(self, config: Config) -> None:
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Quantizer(nn.Module):
+class GridQuantizer(nn.Module):
     """The codebook before normalisation, and the official usage statistics, which nothing here uses."""
 
     codebook_used: Tensor
@@ -122,9 +122,9 @@ class Tokenizer(base.TrainableTokenizer):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.layout = config.layout
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config.vocabulary, config.code_dim)
+        self.encoder = GridEncoder(config)
+        self.decoder = GridDecoder(config)
+        self.quantize = GridQuantizer(config.vocabulary, config.code_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
 
