@@ -14,6 +14,7 @@ HOMES = {  # package -> the modules that may import it
         "services.cluster",
         "services.heartbeat",
         "services.ray_address",
+        "training.loop",
         "training.step",
         "evaluation.artist",
         "workflow.distill",

@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.settings.train import TrainSettings
 from pipeline.training import batches as training_data
-from pipeline.training import observer
+from pipeline.training import loop, observer
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
 from pipeline.training import step as training_step
@@ -386,7 +386,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write of step 3 waits for step 4; it holds what step 3 was, and step 6's comes after it."""
-    stepped, write, original, written = threading.Event(), training_state._write, job.step, []
+    stepped, write, original, written = threading.Event(), training_state._write, loop.step, []
 
     def waiting(content: dict[str, Any], folder: str, keep: int) -> None:
         if content["step"] == 3:
@@ -401,11 +401,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         return out
 
     monkeypatch.setattr(training_state, "_write", waiting)
-    monkeypatch.setattr(job, "step", noticed)
+    monkeypatch.setattr(loop, "step", noticed)
     distill(with_train(recipe, keep=3))
     assert written == [3, 6, 8]
     monkeypatch.setattr(training_state, "_write", write)
-    monkeypatch.setattr(job, "step", original)
+    monkeypatch.setattr(loop, "step", original)
     other = with_train(recipe, keep=3, uri=f"{recipe.run}/other")
     distill(other)
     for name in ("step-00000003.pt", "step-00000006.pt"):
@@ -662,14 +662,14 @@ def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = job.step
+    original = loop.step
 
     def poisoned(network: nn.Module, loss: Any, state: TrainingState, batch: Any, total: int) -> tuple[Tensor, Tensor]:
         if state.step == 4:
             batch = batch._replace(x_t=batch.x_t * float("nan"))
         return original(network, loss, state, batch, total)
 
-    monkeypatch.setattr(job, "step", poisoned)
+    monkeypatch.setattr(loop, "step", poisoned)
     with pytest.raises(
         Unfinished, match=r"the gradient of step 5 is not finite\. Set train\.lr, now 0\.003,"
     ) as caught:
