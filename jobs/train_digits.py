@@ -5,13 +5,15 @@ import multiprocessing
 from pathlib import Path
 
 from pipeline.command_line import parse
-from pipeline.digits.pretrain import Plan, make_card, make_classifier, make_family
+from pipeline.digits.pretrain import PretrainingPlan, make_card, make_classifier, make_family
 from pipeline.host import signals, startup
 
 RECIPES = Path(__file__).parent / "recipes"
 PLANS = {
-    "llamagen": Plan(tokenizer_steps=450, teacher_steps=2000),
-    "var": Plan(tokenizer_steps=900, teacher_steps=1800, teacher_batch=32, teacher_lr=4e-3, self_correction=0.4),
+    "llamagen": PretrainingPlan(tokenizer_steps=450, teacher_steps=2000),
+    "var": PretrainingPlan(
+        tokenizer_steps=900, teacher_steps=1800, teacher_batch=32, teacher_lr=4e-3, self_correction=0.4
+    ),
 }
 
 

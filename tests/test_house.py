@@ -14,6 +14,7 @@ HOMES = {  # package -> the modules that may import it
         "services.cluster",
         "services.heartbeat",
         "services.ray_address",
+        "training.loop",
         "training.step",
         "evaluation.artist",
         "workflow.distill",
@@ -21,7 +22,7 @@ HOMES = {  # package -> the modules that may import it
     },
     "mlflow": {"services.mlflow_store", "services.tracking", "services.registry"},
     "yaml": {"configuration.recipe_file", "services.tracking", "command_line", "workflow.costs"},
-    "lpips": {"training.losses"},
+    "lpips": {"training.perceptual"},
     "torch_fidelity": {"evaluation.inception"},
     "PIL": {"evaluation.real_images"},
     "matplotlib": {"report.plots", "ablation.report", "benchmark.growth"},
@@ -42,6 +43,7 @@ FLOORS = [
     {"workflow"},
     {"ablation", "benchmark"},
 ]
+INTERFACE = {"Config", "Tokenizer", "Teacher", "Student"}  # of a family of models
 AT_THE_ROOT, IN_A_ROOM, DEEP = 4, 12, 3  # modules, modules, folders below the root of the repository
 FUNCTION, MODULE, UNDOCUMENTED = 60, 400, 6  # lines
 
@@ -148,6 +150,19 @@ def test_nothing_runs_what_it_reads() -> None:
             assert given.get("allow_pickle", "False") == "False", f"{path.name}:{node.lineno}"
             if name == "torch.load" and path.name != "inception.py":  # which knows the bytes by their SHA-256
                 assert given["weights_only"] in {"True", "not unpickle"}, f"{path.name}:{node.lineno}"
+
+
+# ---- names
+
+
+def test_a_class_has_its_name_alone() -> None:
+    """But for the four names of a family's interface, by which a recipe's family is looked up."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name_of(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1 and name not in INTERFACE}
 
 
 # ---- sizes

@@ -128,7 +128,7 @@ def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) 
     recipe, table = parse(None, files), paper_tables()
     layout = checkpoints.config(recipe.teacher).layout
     built = listed.build(recipe.evaluate.samplers, layout, recipe.train.split)
-    for sampler, figures in zip(built, listed.paper(recipe.evaluate.samplers), strict=True):
+    for sampler, figures in zip(built, listed.published(recipe.evaluate.samplers), strict=True):
         row = paper_row(name, sampler)
         assert figures == (table[row] if row else {}), sampler
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report
-from pipeline.ablation.plan import TEACHER, Plan, Trial
+from pipeline.ablation.plan import TEACHER, AblationPlan, Trial
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -54,14 +54,14 @@ def ablate(recipe: Recipe) -> str:
     return f"{report.table(results)}\n\n{where}"
 
 
-def _earlier(plan: Plan) -> str | None:
+def _earlier(plan: AblationPlan) -> str | None:
     """The MLflow run of the same ablation, begun before."""
     place = plan.at("recipe.json")
     there = storage.read_json(place) if storage.exists(place) else {}
     return there.get("mlflow_run") if there.get("recipe") == plan.recipe.resolved() else None
 
 
-def _work(plan: Plan) -> list[str]:
+def _work(plan: AblationPlan) -> list[str]:
     """Run the jobs: pair sets, then students, then reports; names of the reports that are missing."""
     trials = [trial for some in plan.trials for trial in some]
     students = plan.students
@@ -96,7 +96,7 @@ def _work(plan: Plan) -> list[str]:
     return lost
 
 
-def _scored(plan: Plan, lost: list[str]) -> dict[str, dict[str, Any]]:
+def _scored(plan: AblationPlan, lost: list[str]) -> dict[str, dict[str, Any]]:
     """The report of each trial that was not lost, by its name, and the teacher's."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     uris = {trial.name: trial.recipe.report_uri for trial in trials}
@@ -105,7 +105,7 @@ def _scored(plan: Plan, lost: list[str]) -> dict[str, dict[str, Any]]:
     return {name: storage.read_json(storage.join(uri, "report.json")) for name, uri in uris.items()}
 
 
-def _write(plan: Plan, results: dict[str, Any], run: tracking.Run) -> None:
+def _write(plan: AblationPlan, results: dict[str, Any], run: tracking.Run) -> None:
     """Table, plot and numbers into the ablation's folder and into MLflow."""
     files = {
         "ablation.png": report.plot(results),
@@ -120,7 +120,7 @@ def _write(plan: Plan, results: dict[str, Any], run: tracking.Run) -> None:
     run.conclude(f"{plan.recipe.name}, {variants}", report.table(results))
 
 
-def _link(plan: Plan, run: tracking.Run, lost: list[str]) -> None:
+def _link(plan: AblationPlan, run: tracking.Run, lost: list[str]) -> None:
     """Tag the MLflow runs behind the table with the ablation's, whoever started them."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     for trial in {trial.pairs: trial for trial in trials}.values():

@@ -83,7 +83,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AblationPlan:
     """``trials[i]`` are those of ``variants[i]``, one a seed; the base comes first.
 
     ``rows`` are the values as they are listed, (axis, value, index of the variant): where two values mean the same
@@ -112,7 +112,7 @@ class Plan:
         return storage.join(self.recipe.ablation_uri, *names)
 
 
-def build(recipe: Recipe) -> Plan:
+def build(recipe: Recipe) -> AblationPlan:
     """Every variant, seed and place; ValueError or FileNotFoundError, one sentence, for what cannot be made.
 
     Each trial passes the checks of training before anything is begun. Nothing is written.
@@ -134,7 +134,7 @@ def build(recipe: Recipe) -> Plan:
         largest = sets.setdefault(trial.pairs, trial.recipe)
         if trial.recipe.pairs.count > largest.pairs.count:
             sets[trial.pairs] = trial.recipe
-    return Plan(recipe, variants, trials, rows, sets, _columns(variants), _teacher(recipe))
+    return AblationPlan(recipe, variants, trials, rows, sets, _columns(variants), _teacher(recipe))
 
 
 def titled(axis: str) -> bool:
@@ -269,7 +269,7 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
 def _student(recipe: Recipe, known: Facts) -> str:
     """The fingerprint of the recipe's student."""
     layout, teacher = checkpoints.config(recipe.teacher).layout, known["teacher"]
-    return training_plan.Plan(recipe, layout, teacher, fingerprint(known)).fingerprint
+    return training_plan.TrainingPlan(recipe, layout, teacher, fingerprint(known)).fingerprint
 
 
 def _check(recipe: Recipe, known: Facts, variant: Variant) -> None:
@@ -314,7 +314,7 @@ def _alone(recipe: Recipe) -> EvaluateSettings:
 # ---- what is there
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: AblationPlan) -> str:
     """The plan of a dry run: variants, pair sets and students, and which of them are there; nothing is written."""
     trials = [trial for some in plan.trials for trial in some]
     lines = [json.dumps(plan.recipe.resolved(), indent=2), f"ablation  {plan.at()}"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.ablation.plan import SPLIT, TEACHER, Plan, Variant, text, titled
+from pipeline.ablation.plan import SPLIT, TEACHER, AblationPlan, Variant, text, titled
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
 from pipeline.recipe import leaves
@@ -23,12 +23,12 @@ from pipeline.report.plots import line, png
 from pipeline.report.tables import Table
 
 COMPARED = 4096  # rows of two pair sets whose codes are compared
-COLUMNS = 3  # panels side by side
+PANELS = 3  # panels side by side
 
 # ---- numbers
 
 
-def summarise(plan: Plan, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(plan: AblationPlan, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everything that the table says, as JSON values; ``scored`` are the trials' reports by name, the lost left out."""
     reports = list(scored.values())
     codes = {key: _codes(plan, key) for key in plan.sets}
@@ -55,7 +55,7 @@ def summarise(plan: Plan, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _numbers(plan: Plan, i: int, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _numbers(plan: AblationPlan, i: int, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Scores of one variant: by column and seed, None where a trial was lost; their mean and standard deviation."""
     scores: list[list[float | None]] = [[] for _ in plan.columns]
     trials = []
@@ -93,7 +93,7 @@ def _base_value(base: Variant, axis: str, values: Sequence[Any]) -> Any:
     return {name: value for name, value in leaves(tree).items() if name in named}
 
 
-def _codes(plan: Plan, key: str) -> dict[str, Any] | None:
+def _codes(plan: AblationPlan, key: str) -> dict[str, Any] | None:
     """Of how many codes a pair set differs from the base's on the same noise; None for the base's own and for others.
 
     Only sets of one seed and one layout share noise; how it is rounded may differ.
@@ -228,7 +228,7 @@ def plot(results: dict[str, Any]) -> bytes:
     """A panel per axis as PNG: the distance at each value, a line through the means, a dot per seed."""
     axes_of = {row["axis"]: [one for one in results["rows"] if one["axis"] == row["axis"]] for row in results["rows"]}
     del axes_of[""]
-    wide, high = min(COLUMNS, len(axes_of)), -(-len(axes_of) // COLUMNS)
+    wide, high = min(PANELS, len(axes_of)), -(-len(axes_of) // PANELS)
     figure = Figure(figsize=(4.6 * wide, 3.6 * high), dpi=120, layout="constrained")
     panels = figure.subplots(high, wide, squeeze=False).ravel()
     for panel, (axis, rows) in zip(panels, axes_of.items(), strict=False):

@@ -128,11 +128,11 @@ class Bench:
         """With a student that starts from its teacher, exported as training would."""
         recipe, layout = self.recipe, self.teacher.layout
         checksums = checkpoints.checksums(recipe.teacher)
-        student = checkpoints.family(recipe.teacher).Student.from_teacher(self.teacher, recipe.train.mask, 0)
+        student = checkpoints.new_student(recipe.teacher, self.teacher, recipe.train.student_options, 0)
         place = self._place("student.safetensors")
         known = fingerprint(manifest.facts(recipe, layout, checksums))
         settings = {"family": recipe.teacher.family, "teacher": checksums, "pairs_fingerprint": known}
-        checkpoints.save(student, place, settings | {"mask": recipe.train.mask})
+        checkpoints.save(student, place, settings | recipe.train.student_options)
         return [actors.evaluation(recipe, self._place("evaluation"), place)]
 
     def _growth(self) -> list[Section]:

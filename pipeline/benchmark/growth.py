@@ -107,7 +107,7 @@ def _over_length(recipe: Recipe, device: torch.device, seconds: float) -> list[C
     for side in SIDES:
         settings = replace(recipe.teacher, config=recipe.teacher.config | {"side": side})
         teacher = family.Teacher(checkpoints.config(settings), settings.filter).to(device).eval()
-        student = family.Student.from_teacher(teacher, "released", 0).to(device).eval()
+        student = family.Student.from_teacher(teacher, 0).to(device).eval()
         condition, x = inputs(teacher, 4)
         calls[f"draw {side}"] = partial(teacher.generate, condition, likeliest)
         calls[f"jump {side}"] = partial(student.jump, x, x, 1, condition, teacher.layout.steps)

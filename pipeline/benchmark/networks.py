@@ -60,7 +60,7 @@ def teachers(
         }
         times = turns(calls, device, seconds)
         teacher.check()
-        work = Work.of(settings, batch)
+        work = LeastWork.of(settings, batch)
         row: Row = {"batch": batch, "ms / image": 1000 * times["ours"] / batch}
         row |= {"plain, ms / image": 1000 * times["plain"] / batch, "plain / ours": times["plain"] / times["ours"]}
         row["GFLOP / image"] = sum(work.flops) / 1e9 / batch
@@ -98,14 +98,14 @@ def in_products(call: Callable[[], object], device: torch.device) -> float:
     return sum(time for name, time in own.items() if name.startswith(PRODUCTS)) / sum(own.values())
 
 
-class Work:
+class LeastWork:
     """What each AR step of a generation must do at least: operations, and bytes read of weights and cache."""
 
     def __init__(self, flops: list[float], read: list[float]) -> None:
         self.flops, self.read = flops, read
 
     @classmethod
-    def of(cls, settings: TeacherSettings, batch: int) -> Work:
+    def of(cls, settings: TeacherSettings, batch: int) -> LeastWork:
         """Counted in a generation on tensors without content, so at any size; of a raster sequence in its first steps,
         since each later one adds the same.
         """
@@ -162,8 +162,8 @@ class Counter(FlopCounterMode):
 def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds: float) -> Section:
     """The student's one and two steps beside the teacher, with and without decoding, and the paper's speed-ups."""
     device = teacher.codebook.device
-    family = checkpoints.family(recipe.teacher)
-    student = family.Student.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval().to(device)
+    asked, seed = recipe.train.student_options, recipe.train.seed
+    student = checkpoints.new_student(recipe.teacher, teacher, asked, seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
     several, paper = listed(recipe)

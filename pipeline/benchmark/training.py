@@ -12,13 +12,13 @@ import torch
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.benchmark.steps import WHOLE, pieces
+from pipeline.host.ahead import timed
 from pipeline.models import standin
 from pipeline.numerics.precision import set_products
 from pipeline.pairs.stream import Pairs, PairStream
 from pipeline.recipe import Recipe
 from pipeline.training import batches as training_data
 from pipeline.training import step as training_step
-from pipeline.training.observer import timed
 from pipeline.training.plan import at_once
 from pipeline.training.state import TrainingState
 from pipeline.workflow import generate

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.digits import networks
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher, Tokenizer, nearest
+from pipeline.models.base import Condition, Teacher, TrainableTokenizer, nearest
 from pipeline.settings.teacher import TeacherSettings
 
 PLACES = 10  # of every digit in the training set of a teacher
@@ -45,7 +46,7 @@ def batches(count: int, size: int, steps: int, generator: torch.Generator) -> It
 
 
 @dataclass(frozen=True)
-class Plan:
+class PretrainingPlan:
     """How long a family's two networks train; batch sizes are 64 images and ``teacher_batch`` sequences.
 
     ``self_correction`` is the most of an image's codes that are wrong when the teacher reads them.
@@ -105,14 +106,14 @@ def train_classifier(
 
 
 def train_tokenizer(
-    tokenizer: Tokenizer,
+    tokenizer: TrainableTokenizer,
     perceptual: networks.Perceptual,
     steps: int,
     batch: int,
     lr: float,
     seed: int,
     report: Report,
-) -> Tokenizer:
+) -> TrainableTokenizer:
     """VQ auto-encoder on pixels and perceptual features; codes out of use move to where one is missing."""
     images, _ = networks.training_split()
     generator = torch.Generator().manual_seed(seed)
@@ -133,16 +134,28 @@ def train_tokenizer(
             report(
                 f"tokenizer step {step + 1}/{steps}: reconstruction {reconstruction.item():.4f} vq {vq_loss.item():.4f}"
             )
-    return cast(Tokenizer, run.average)
+    return cast(TrainableTokenizer, run.average)
 
 
-def _table(tokenizer: Tokenizer) -> nn.Embedding:
-    """Where both families keep their codes."""
+def trainable(teacher: Teacher) -> TrainableTokenizer:
+    """The teacher's tokenizer; Refused if it is one of those that only come as files."""
+    tokenizer = teacher.tokenizer
+    if not isinstance(tokenizer, TrainableTokenizer):
+        kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
+        raise Refused(
+            f"{kind} cannot be trained from nothing: it is no TrainableTokenizer; give it forward and searched, as"
+            " pipeline/models/base.py says, or bring a file of its weights."
+        )
+    return tokenizer
+
+
+def _table(tokenizer: TrainableTokenizer) -> nn.Embedding:
+    """Where the codes are kept."""
     return cast(nn.Embedding, tokenizer.get_submodule("quantize.embedding"))
 
 
 @torch.no_grad()
-def _revive(tokenizer: Tokenizer, used: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
+def _revive(tokenizer: TrainableTokenizer, used: Tensor, vectors: Tensor, generator: torch.Generator) -> None:
     """Codes that took less than a tenth of their share move to ``vectors`` [b, C] that are far from all codes.
 
     Drawn with probability in proportion to the squared distance, as k-means++ does.
@@ -156,7 +169,7 @@ def _revive(tokenizer: Tokenizer, used: Tensor, vectors: Tensor, generator: torc
 
 @torch.no_grad()
 def training_codes(
-    tokenizer: Tokenizer, self_correction: float, generator: torch.Generator
+    tokenizer: TrainableTokenizer, self_correction: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the training digits, each at ten places: those to read and those to learn [45000, n], labels [45000].
 
@@ -176,10 +189,10 @@ def training_codes(
     return torch.cat(read), torch.cat(learnt), labels[order].repeat(PLACES)
 
 
-def train_teacher(teacher: Teacher, plan: Plan, seed: int, report: Report) -> nn.Module:
+def train_teacher(teacher: Teacher, plan: PretrainingPlan, seed: int, report: Report) -> nn.Module:
     """Maximum likelihood with a tenth of the labels dropped to the null class; returns the averaged network."""
     generator = torch.Generator().manual_seed(seed)
-    read, learnt, labels = training_codes(teacher.tokenizer, plan.self_correction, generator)
+    read, learnt, labels = training_codes(trainable(teacher), plan.self_correction, generator)
     run = Averaged(teacher.network, plan.teacher_lr, plan.teacher_steps, ema=0.998, weight_decay=0.05)
     for step, index in enumerate(batches(len(read), plan.teacher_batch, plan.teacher_steps, generator)):
         dropped = torch.rand(len(index), generator=generator) < 0.1
@@ -210,18 +223,19 @@ def make_classifier(name: str, folder: str) -> None:
     checkpoints.save(net, f"{folder}/{name}.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16)
 
 
-def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -> None:
+def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, folder: str) -> None:
     """Train and save the tokenizer and the teacher of one family (``name``-tokenizer, ``name``-teacher)."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(plan.seed)
     report = _reporter(name)
     teacher: Teacher = checkpoints.family(settings).Teacher(checkpoints.config(settings), settings.filter)
-    nn.init.normal_(_table(teacher.tokenizer).weight)
+    tokenizer = trainable(teacher)
+    nn.init.normal_(_table(tokenizer).weight)
     perceptual = networks.Perceptual()
     checkpoints.load(perceptual, f"{folder}/perceptual.safetensors")
     perceptual.requires_grad_(False)
-    best = train_tokenizer(teacher.tokenizer, perceptual, plan.tokenizer_steps, 64, 2e-3, plan.seed, report)
+    best = train_tokenizer(tokenizer, perceptual, plan.tokenizer_steps, 64, 2e-3, plan.seed, report)
     made = {"trained_by": "jobs/train_digits.py"}
     checkpoints.save(best, shipped := f"{folder}/{name}-tokenizer.safetensors", made, torch.float16)
     checkpoints.load(best, shipped)  # the codes to learn are those of the file, rounded as it is
@@ -230,7 +244,7 @@ def make_family(name: str, settings: TeacherSettings, plan: Plan, folder: str) -
     checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", made, torch.float16)
 
 
-def make_card(folder: str, plans: dict[str, Plan]) -> str:
+def make_card(folder: str, plans: dict[str, PretrainingPlan]) -> str:
     """Write README.md beside the weights: what each file is, how it was made, its size and checksum."""
     rows = [
         f"| `{path.name}` | {path.stat().st_size / 1e6:.2f} MB | `{storage.sha256(str(path))[:16]}` |"

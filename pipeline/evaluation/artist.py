@@ -155,7 +155,7 @@ def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
 
 def load_student(plan: Plan, uri: str, models: Models) -> Student:
     """A student of a plan on its device, compiled if the recipe says so."""
-    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.mask).to(plan.device)
+    student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.built).to(plan.device)
     if plan.recipe.evaluate.compile:
         compiled(student)
     return student
@@ -173,10 +173,9 @@ def seconds_per_image(plan: Plan, samplers: list[Sampler]) -> dict[Sampler, floa
     set_products("fp32")
     models, asked = load(plan, None), [sampler for sampler in samplers if not sampler.frequencies]
     if any(sampler.student for sampler in asked):
-        kind = checkpoints.family(recipe.teacher).Student
         there = plan.students and load_student(plan, plan.student, models)
-        new = there or kind.from_teacher(models.teacher, plan.mask, recipe.train.seed).eval().to(plan.device)
-        models = dataclasses.replace(models, student=new)
+        new = there or checkpoints.new_student(recipe.teacher, models.teacher, plan.built, recipe.train.seed)
+        models = dataclasses.replace(models, student=new.eval().to(plan.device))
     found = {}
     for sampler in asked:
         call = partial(drawn, models, sampler, np.arange(batch), plan.side)

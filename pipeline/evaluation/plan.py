@@ -107,9 +107,10 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def mask(self) -> str:
-        """The student's attention mask: its own file knows best."""
-        return self.exported.get("mask", self.recipe.train.mask)
+    def built(self) -> dict[str, Any]:
+        """The settings with which the student was built: its own file knows best."""
+        asked = self.recipe.train.student_options
+        return {name: self.exported.get(name, value) for name, value in asked.items()}
 
     @property
     def device(self) -> str:
@@ -182,7 +183,7 @@ class Plan:
         else:
             facts |= {key: self.facts[key] for key in ("family", "config", "filter", "precision", "teacher")}
             facts |= {"sampler": [type(draw.sampler).__name__, dataclasses.asdict(draw.sampler)]}
-            facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student), "mask": self.mask}
+            facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student)} | self.built
         if self.side != self.layout.image_size:
             facts["image_size"] = self.side
         if draw.student:

@@ -64,7 +64,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
             f"evaluate.reference {uri} is a folder without images or Parquet; it may hold {', '.join(SUFFIXES)} or"
             " .parquet files, in folders of its own, too."
         )
-    images: RealImages = Rows(tables, side) if tables else Files(pictures, side)
+    images: RealImages = ImageRows(tables, side) if tables else Files(pictures, side)
     images[:1]
     return images
 
@@ -143,7 +143,7 @@ class Files:
         return _tensor(np.stack(pixels)), None
 
 
-class Rows:
+class ImageRows:
     """The column ``image`` of Parquet files: encoded images, or the Hub's structs {bytes, path} of them."""
 
     def __init__(self, uris: list[str], side: int) -> None:

@@ -106,14 +106,14 @@ def summarise(
 def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.paper(settings.samplers)}
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.published(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
 def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
-    counted = checkpoints.parameters(plan.recipe.teacher, plan.mask)
-    names, papers = listed.names(plan.samplers), listed.paper(plan.recipe.evaluate.samplers)
+    counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
+    names, papers = listed.names(plan.samplers), listed.published(plan.recipe.evaluate.samplers)
     for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
         yield Entry(
             name=name,
@@ -251,7 +251,7 @@ def _student(plan: Plan) -> dict[str, Any]:
     own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
     found = {key: plan.exported[key] for key in own if key in plan.exported}
     found |= {"registry": plan.registered} if plan.registered else {}
-    here = {"uri": plan.student, "SHA-256": plan.students[plan.student], "mask": plan.mask}
+    here = {"uri": plan.student, "SHA-256": plan.students[plan.student]} | plan.built
     return here | {"precision": plan.recipe.evaluate.precision} | found
 
 

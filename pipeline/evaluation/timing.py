@@ -31,7 +31,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "batches": sorted({1, *settings.timing_batches}),
         "samplers": list(map(_named, plan.samplers)),
         "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision", "teacher")},
-        "student": {"SHA-256": plan.students.get(plan.student), "mask": plan.mask, "precision": settings.precision},
+        "student": {"SHA-256": plan.students.get(plan.student), **plan.built, "precision": settings.precision},
         "solver": dataclasses.asdict(recipe.pairs.solver),
         "compile": [recipe.teacher.compile, settings.compile],
         "graphs": recipe.teacher.graphs,

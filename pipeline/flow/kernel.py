@@ -1,7 +1,7 @@
 """flow.match's adaptive solver on a GPU, as one Triton kernel: a program follows one token from its noise to its code.
 
-The same method as flow_solvers.adaptive and posterior.Block, with symbols of flow.py. A program first writes down the
-codes that its token can still become (its survivors: at the start those of p > 0) and then streams these alone, in
+The same method as solvers.adaptive and posterior.OpenTokens, with symbols of matching.py. A program first writes down
+the codes that its token can still become (its survivors: at the start those of p > 0) and then streams these alone, in
 tiles: a softmax that keeps its running maximum needs one pass for the weights and their mean, so no [n, V] tensor of
 weights exists. A code whose weight falls below exp(-CUT) of the best is struck off the list in the same pass. A token
 is looked at after every evaluation, not after every other as in torch, and is done when it is decided.

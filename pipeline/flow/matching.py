@@ -1,10 +1,12 @@
 """AR flow matching's map q = FM(noise, p): the code that a token's noise flows to (paper Eq. 2-4, Alg. 1).
 
 The source is N(0, I), the target sum_j p_j delta(c_j) over the codebook, the path x_t = (1 - t) noise + t code.
-In u = t / (1 - t) and y = x_t / (1 - t) the flow-matching ODE dx/dt = V(x, t) becomes
+In u = t / (1 - t) and y = x_t / (1 - t), where du = dt / (1 - t)^2 and dy = dx / (1 - t) + x dt / (1 - t)^2, the
+flow-matching ODE dx/dt = V(x, t) = (D - x) / (1 - t) of Eq. 3 becomes
 
     dy/du = D(y, u) = sum_j w_j c_j,   w = softmax_j(log p_j + u <y, c_j> - u^2 |c_j|^2 / 2),   y(0) = noise.
 
+because dy/du = (1 - t) V + x = D, and Eq. 3's exponent -|x - t c_j|^2 / (2 (1 - t)^2) is -|y - u c_j|^2 / 2.
 Nothing is singular at t = 0, nothing is divided by 1 - t, and as u grows one weight wins: its code is the answer,
 so a code with p_j = 0 never is. The map ignores the codebook's position and scale (a scale a is u -> a u).
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from pipeline.configuration import fields
 from pipeline.configuration.fields import Range
-from pipeline.flow.posterior import Block, augment, blocks, pad_columns, standardise
+from pipeline.flow.posterior import OpenTokens, augment, pad_columns, portions, standardise
 from pipeline.flow.solvers import GRIDS, adaptive, fixed, paper
 from pipeline.host.errors import Refused
 from pipeline.numerics.precision import full_precision
@@ -69,9 +71,9 @@ def posterior_mean(log_p: Tensor, x: Tensor, t: float, codebook: Tensor) -> Tens
     check(x, log_p, codebook)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with full_precision(x.device):
-        block = Block(log_p.reshape(-1, len(codebook)).to(dtype), augment(codebook.to(dtype)))
+        tokens = OpenTokens(log_p.reshape(-1, len(codebook)).to(dtype), augment(codebook.to(dtype)))
         y = x.reshape(-1, x.shape[-1]).to(dtype) / (1 - t)
-        return block.evaluate(y, y.new_full((len(y), 1), t / (1 - t)))[1].reshape(x.shape)
+        return tokens.evaluate(y, y.new_full((len(y), 1), t / (1 - t)))[1].reshape(x.shape)
 
 
 def velocity(log_p: Tensor, x: Tensor, t: float, codebook: Tensor) -> Tensor:
@@ -148,16 +150,16 @@ class Matcher:
         # A step of few tokens is many small operations; inference mode, which the results are made outside of, saves a
         # tenth of their time.
         with full_precision(noise.device), torch.inference_mode():
-            for rows, width in blocks(log_p, self.shape[1]):
-                block = Block(log_p.index_select(0, rows).float(), self.codes, width)
+            for rows, width in portions(log_p, self.shape[1]):
+                tokens = OpenTokens(log_p.index_select(0, rows).float(), self.codes, width)
                 start = noise.index_select(0, rows).float()
                 if self.solver.name == "adaptive":
-                    adaptive(block, start, self.solver.tolerance)
+                    adaptive(tokens, start, self.solver.tolerance)
                 elif self.solver.name == "fixed":
-                    fixed(block, start, self.solver.evaluations)
+                    fixed(tokens, start, self.solver.evaluations)
                 else:
-                    paper(block, start, self.solver.evaluations)
-                codes[rows], counts[rows] = block.answer, block.count
+                    paper(tokens, start, self.solver.evaluations)
+                codes[rows], counts[rows] = tokens.answer, tokens.count
         return codes, counts
 
 

@@ -1,7 +1,9 @@
-"""The weights of the flow-matching ODE (flow.py): tokens solved together, what is decided, what is left.
+"""The weights of the flow-matching ODE, and the book of the tokens that are solved together: ``OpenTokens``.
 
-A block holds n tokens, K codes each: the whole codebook or a token's gathered survivors. y and u are flow.py's
-coordinates.
+The weights of n tokens over K codes each, the whole codebook or a token's gathered survivors, are a few lines: logits,
+softmax, moments. The rest keeps book. Tokens are decided at different times, and one that is decided leaves: its code
+is noted, and its row is taken out of everything that has a row per token, the solver's tensors too, so that what
+follows is computed for open tokens alone. y and u are the coordinates of matching.py.
 """
 
 import math
@@ -44,7 +46,7 @@ def pad_columns(codebook: Tensor) -> Tensor:
     return pad(codebook, (0, (1 << (codebook.shape[1] - 1).bit_length()) - codebook.shape[1])).contiguous()
 
 
-def blocks(log_p: Tensor, dimension: int) -> Iterator[tuple[Tensor, int | None]]:
+def portions(log_p: Tensor, dimension: int) -> Iterator[tuple[Tensor, int | None]]:
     """Rows to solve together, and the width that holds the survivors (p > 0) of each; None: use the codebook.
 
     The width is the token's own affair (its count, up to a power of two), so its neighbours cannot change its way.
@@ -65,14 +67,20 @@ def blocks(log_p: Tensor, dimension: int) -> Iterator[tuple[Tensor, int | None]]
         yield from ((rows, width or None) for rows in (widths == width).nonzero()[:, 0].split(step))
 
 
-class Block:
-    """n tokens solved together: their weights over K codes, and the answers of those that are decided.
+class OpenTokens:
+    """Tokens solved together: the weights of the n that are open, and the answers of those that are closed.
 
-    log_p [n, K] and codes (a code and |c|^2 / 2 per column, [C + 1, K] or gathered [n, C + 1, K]) are of the `open`
-    tokens only; answer and count are of all.
+    Of all tokens that came in, in their order: answer int64 (a code of the codebook) and count float32 (evaluations
+    until then), both 0 until the token is closed. Of the open ones alone, a row each, in the order of `open` [n], their
+    numbers among all: log_p [n, K] and, if gathered, `places` [n, K] of their codes in the codebook. codes are a code
+    and |c|^2 / 2 per column, [C + 1, K] for all tokens or gathered [n, C + 1, K].
+
+    A solver holds tensors with a row per open token and hands them to `close_decided` or `close`, which return them
+    without the rows that were closed.
     """
 
     def __init__(self, log_p: Tensor, augmented: Codes, width: int | None = None) -> None:
+        """log_p [N, V], none closed; `width` as `portions` has it."""
         self.open = torch.arange(len(log_p), device=log_p.device)
         self.answer = torch.zeros_like(self.open)
         self.count = torch.zeros_like(self.open, dtype=torch.float32)
@@ -87,6 +95,8 @@ class Block:
             codes = augmented.rows.index_select(0, self.places.flatten()).view(*self.places.shape, -1)
             self.codes = codes.mT.contiguous()
         self.log_p = log_p.log_softmax(-1)
+
+    # ---- weights
 
     def project(self, query: Tensor, onto: Tensor) -> Tensor:
         """onto_j + <query, (c_j, |c_j|^2 / 2)>: query [n, C + 1], onto [n, K] -> [n, K]."""
@@ -107,7 +117,9 @@ class Block:
         weights = self.logits(y, u).softmax(-1)
         return weights, self.moments(weights)[:, :-1]
 
-    def settle(self, weights: Tensor, count: float, *state: Tensor) -> tuple[Tensor, ...]:
+    # ---- book
+
+    def close_decided(self, weights: Tensor, count: float, *state: Tensor) -> tuple[Tensor, ...]:
         """Close the tokens that no later evaluation can change; returns `state` without their rows.
 
         Those are the tokens whose best weight exceeds EXIT_WEIGHT with EXIT_GAIN times its prior odds (under a
@@ -135,21 +147,21 @@ class Block:
         self.open, self.log_p = self.open.index_select(0, stay), self.log_p.index_select(0, stay)
         return tuple(tensor.index_select(0, stay) for tensor in state)
 
-    def finish(self, scores: Tensor, count: float) -> None:
+    def close_all(self, scores: Tensor, count: float) -> None:
         """Close all that are open with their best scores [n, K]."""
         self.close(torch.arange(len(scores), device=scores.device), scores.argmax(-1), count)
 
 
-def prior(block: Block, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def prior(tokens: OpenTokens, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """p [n, K], the mean code [n, C] and S [n, 1], the u about which a token is decided.
 
     S = sqrt(exp((2 H + margin sqrt(2 C)) / C) - 1) / s with H the entropy of p in nats and s^2 = tr Cov_p(c) / C:
     the signal-to-noise ratio at which a Gaussian channel of C dimensions carries H nats, and some more.
     """
-    p = block.log_p.softmax(-1)  # the exponential, several times faster
-    moments = block.moments(p)
+    p = tokens.log_p.softmax(-1)  # the exponential, several times faster
+    moments = tokens.moments(p)
     mean, dimension = moments[:, :-1], moments.shape[1] - 1
     variance = (2 * moments[:, -1:] - mean.square().sum(-1, keepdim=True)) / dimension
-    entropy = -(p * block.log_p.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 log 0 = 0
+    entropy = -(p * tokens.log_p.clamp_min(-1e4)).sum(-1, keepdim=True)  # 0 log 0 = 0
     ratio = torch.expm1((2 * entropy + margin * math.sqrt(2 * dimension)) / dimension)
     return p, mean, (ratio / variance.clamp_min(1e-12)).sqrt()

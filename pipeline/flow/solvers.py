@@ -1,6 +1,39 @@
-"""The three integrators behind flow.match: ``adaptive``, ``fixed`` and ``paper``; ODE and symbols are flow.py's.
+"""The three integrators behind matching.match: ``adaptive``, ``fixed`` and ``paper``; ODE and symbols are matching's.
 
-Each takes a block and its tokens' noise [n, C] and closes every token of the block.
+Each takes open tokens and their noise [n, C] and closes every one of them.
+
+The step of ``adaptive``, for one token. D has been evaluated at the nodes u_0 (the last), u_-1 and u_-2; the step goes
+from u_0 to u_1 = u_0 + h. In Newton's form, with divided differences D[...], the parabola through the three is
+
+    P(u) = D[0] + D[0, -1] (u - u_0) + D[0, -1, -2] (u - u_0) (u - u_-1).
+
+Its terms at u_1 are what a ``Stride`` holds: value = D[0], line = h D[0, -1], bend = h (u_1 - u_-1) D[0, -1, -2], so
+that P(u_1) = value + line + bend. With a = h / (u_1 - u_-1), the mean of (u - u_0) (u - u_-1) over the step is
+h (h / 3 + (u_0 - u_-1) / 2) = h (u_1 - u_-1) (3 - a) / 6, which gives the predictor (Adams-Bashforth, order 3)
+
+    y_1 = y_0 + h (value + line / 2 + (3 - a) bend / 6).
+
+There D is evaluated. defect = D[1] - P(u_1) is h (u_1 - u_-1) (u_1 - u_-2) D[1, 0, -1, -2], what P lacks at u_1 of the
+cubic through all four nodes. With c = h / (u_1 - u_-2), the mean over the step of the product of the three distances
+behind it, (u - u_0) (u - u_-1) (u - u_-2), is its value at u_1 times
+
+    a c / 4 + (a (1 - c) + c (1 - a)) / 3 + (1 - a) (1 - c) / 2 = ((2 - a) (2 - c) + 2) / 12,
+
+which gives the corrector (Adams-Moulton, order 4; D is not evaluated again)
+
+    y_1 <- y_1 + h ((2 - a) (2 - c) + 2) defect / 12.
+
+That move is the error of the predictor, of order h^4, so the next step is h' = g h with the factor of growth
+g = 0.9 (tolerance / move)^(1/4), move being the root mean square over the C dimensions, g kept in [1/4, 5/2] and
+h' at most MAX_STEP. The terms over it follow from those over the last one. With change = D[1] - D[0] = h D[1, 0] and
+turn = change - line = h (u_1 - u_-1) D[1, 0, -1],
+
+    value' = D[1],   line' = h' D[1, 0] = g change,   bend' = h' (h' + h) D[1, 0, -1] = g a (g + 1) turn,
+    a' = h' / (h' + h) = g / (g + 1),   c' = h' / (h' + u_1 - u_-1) = g a / (g a + 1).
+
+At u = 0 nothing lies behind, but the slope is known: dD/du = sum_j w_j' c_j with w_j' = p_j <noise, c_j - mean>, which
+is Cov_p(c) noise. Two nodes coincide there, D[0, -1] being the slope: line = h slope and a = 1. The third is at
+minus infinity: bend = 0 and c = 0, and the corrector's weight is h / 3, as Hermite's interpolation has it.
 """
 
 import math
@@ -12,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pipeline.flow.posterior import Block, prior
+from pipeline.flow.posterior import OpenTokens, prior
 
 
 class Grid(NamedTuple):
@@ -40,60 +73,86 @@ MAX_STEPS = 64  # adaptive: a token open after these (its best codes coincide) i
 MAX_STEP = 100.0  # in u, for a standardised codebook: keeps the logits of such a token finite
 
 
-def adaptive(block: Block, noise: Tensor, tolerance: float) -> None:
+class Stride(NamedTuple):
+    """Where the open tokens of ``adaptive`` stand and the step ahead of each, in letters of the module's docstring."""
+
+    y: Tensor  # [n, C]: x_t / (1 - t), at u_0
+    u: Tensor  # [n, 1]: t / (1 - t), the node u_0
+    h: Tensor  # [n, 1]: length of the step ahead
+    value: Tensor  # [n, C]: D at u_0, the constant term of P over the step
+    line: Tensor  # [n, C]: the linear term of P at the step's end
+    bend: Tensor  # [n, C]: the quadratic term of P at the step's end
+    a: Tensor  # [n, 1]: the step over the distance from the last node but one to its end
+    c: Tensor  # [n, 1]: the step over the distance from the last node but two to its end
+
+
+def adaptive(tokens: OpenTokens, noise: Tensor, tolerance: float) -> None:
     """Third-order Adams predictor, fourth-order corrector, one evaluation a step, each token at its own pace.
 
-    The last three evaluations are held as the terms of Newton's interpolation over the step ahead, value + line +
-    bend; a and c are that step over its distances from the last node but one and but two. At u = 0 the slope is
-    known, Cov_p(c) noise: two nodes coincide there (a = 1) and the third is far (c = 0). The corrector's move sets
-    the next step, h <- h clip(0.9 (tolerance / move)^(1/4), 1/4, 5/2); no step is repeated. The start counts 1.5.
+    The module's docstring derives the step. No step is repeated. The start counts as 1.5 evaluations.
     """
-    p, value, scale = prior(block, 2.75)
-    inner = block.project(pad(noise, (0, 1)), torch.zeros_like(p))
-    slope = block.moments(p * inner)[:, :-1] - value * (value * noise).sum(-1, keepdim=True)
-    root = math.sqrt(noise.shape[1])
-    first = 0.12 * (tolerance / 1e-3) ** 0.25 * (slope.norm(dim=-1, keepdim=True) / root).clamp_min(1e-12).rsqrt()
-    h = torch.minimum(first, scale / 2)
-    y, u, line, bend, a, c = noise, 0 * h, h * slope, 0 * slope, torch.ones_like(h), 0 * h
-    # Python numbers would be converted in every operation.
+    state, root = _start(tokens, noise, tolerance), math.sqrt(noise.shape[1])
+    # Python numbers would be converted in every operation. ``aim`` is for 12 times the move, as its norm.
     one, two, most, aim = map(torch.tensor, (1.0, 2.0, MAX_STEP, 0.9 * (12 * root * tolerance) ** 0.25))
     for step in range(MAX_STEPS):
+        y, u, h, value, line, bend, a, c = state
+        # Predict, evaluate, correct.
         mean = torch.addcmul(torch.add(value, line, alpha=1 / 2), two - a + one, bend, value=1 / 6)
         y, u = torch.addcmul(y, h, mean), u + h
-        weights, latest = block.evaluate(y, u)
+        weights, latest = tokens.evaluate(y, u)
         change = latest - value
         turn = change - line
         defect, weight = turn - bend, h * ((two - a) * (two - c) + two)
         y = torch.addcmul(y, weight, defect, value=1 / 12)
+        # The step after it.
         move = weight * (defect * defect).sum(-1, keepdim=True).sqrt()  # norm() takes 20 us for one token
         growth = torch.minimum((move.pow(-1 / 4) * aim).clamp(0.25, 2.5), most / h)
         ga, after = growth * a, growth + one
-        value, line, bend = latest, growth * change, ga * after * turn
-        h, a, c = growth * h, growth / after, ga / (ga + one)
-        if step % 2 == 0:  # in a small block, to look who is decided costs as much as a step
-            y, u, h, value, line, bend, a, c = block.settle(weights, step + 2.5, y, u, h, value, line, bend, a, c)
-            if not len(y):
+        state = Stride(
+            y=y,
+            u=u,
+            h=growth * h,
+            value=latest,
+            line=growth * change,
+            bend=ga * after * turn,
+            a=growth / after,
+            c=ga / (ga + one),
+        )
+        if step % 2 == 0:  # of few tokens, to look who is decided costs as much as a step
+            state = Stride(*tokens.close_decided(weights, step + 2.5, *state))
+            if not len(state.y):
                 return
-    block.finish(block.logits(y, u), MAX_STEPS + 1.5)
+    tokens.close_all(tokens.logits(state.y, state.u), MAX_STEPS + 1.5)
 
 
-def fixed(block: Block, noise: Tensor, evaluations: int) -> None:
+def _start(tokens: OpenTokens, noise: Tensor, tolerance: float) -> Stride:
+    """At u = 0. The first step, at most S / 2, is as long as the slope and the tolerance let it be."""
+    p, value, scale = prior(tokens, 2.75)
+    inner = tokens.project(pad(noise, (0, 1)), torch.zeros_like(p))
+    slope = tokens.moments(p * inner)[:, :-1] - value * (value * noise).sum(-1, keepdim=True)  # Cov_p(c) noise
+    root = math.sqrt(noise.shape[1])
+    first = 0.12 * (tolerance / 1e-3) ** 0.25 * (slope.norm(dim=-1, keepdim=True) / root).clamp_min(1e-12).rsqrt()
+    h = torch.minimum(first, scale / 2)
+    return Stride(noise, 0 * h, h, value, h * slope, 0 * slope, torch.ones_like(h), 0 * h)
+
+
+def fixed(tokens: OpenTokens, noise: Tensor, evaluations: int) -> None:
     """Adams predictor-corrector on the token's grid, one evaluation a node; the answer lies a step further on."""
     nodes, predictor, corrector = adams(evaluations)
-    _, value, scale = prior(block, GRIDS[evaluations].margin)
+    _, value, scale = prior(tokens, GRIDS[evaluations].margin)
     history: tuple[Tensor, ...] = (value,)  # D at the nodes so far, newest first
     y = noise
     ahead = y + scale * combine(predictor[0], history)
     for i in range(1, evaluations):
-        weights, value = block.evaluate(ahead, scale * nodes[i])
+        weights, value = tokens.evaluate(ahead, scale * nodes[i])
         history = (value, *history[:3])
         y = y + scale * combine(corrector[i - 1], history)
         ahead = y + scale * combine(predictor[i], history)
-        y, ahead, scale, *kept = block.settle(weights, i + 1, y, ahead, scale, *history)
+        y, ahead, scale, *kept = tokens.close_decided(weights, i + 1, y, ahead, scale, *history)
         history = tuple(kept)
         if not len(y):
             return
-    block.finish(block.logits(ahead, scale * nodes[-1]), evaluations)
+    tokens.close_all(tokens.logits(ahead, scale * nodes[-1]), evaluations)
 
 
 @lru_cache
@@ -127,18 +186,18 @@ def combine(weights: list[float], values: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def paper(block: Block, noise: Tensor, evaluations: int) -> None:
+def paper(tokens: OpenTokens, noise: Tensor, evaluations: int) -> None:
     """The paper's solver, then the nearest code with p > 0 (Eq. 4).
 
     Snapped to the whole codebook, 2 % of the tokens of a LlamaGen-like one land on codes of probability 0: 7.9 %
     wrong instead of 6.8 %. VAR-like ones have 3.5 % either way.
     """
-    x = dpm_solver(block, noise, evaluations)
-    support = block.log_p.masked_fill(block.log_p > -math.inf, 0)
-    block.finish(block.project(pad(x, (0, 1), value=-1), support), evaluations)  # <x, c> - |c|^2 / 2
+    x = dpm_solver(tokens, noise, evaluations)
+    support = tokens.log_p.masked_fill(tokens.log_p > -math.inf, 0)
+    tokens.close_all(tokens.project(pad(x, (0, 1), value=-1), support), evaluations)  # <x, c> - |c|^2 / 2
 
 
-def dpm_solver(block: Block, noise: Tensor, evaluations: int) -> Tensor:
+def dpm_solver(tokens: OpenTokens, noise: Tensor, evaluations: int) -> Tensor:
     """DPM-Solver++ (arXiv 2211.01095), multistep, order 3, uniform in t: x at t = 0.999, [n, C].
 
     In (y, u) its data prediction is Adams-Bashforth with D fitted in log u. As in the public code the noise stands
@@ -150,7 +209,7 @@ def dpm_solver(block: Block, noise: Tensor, evaluations: int) -> Tensor:
     history: tuple[Tensor, ...] = ()
     y = noise / s[0]
     for i in range(evaluations):
-        _, value = block.evaluate(y, y.new_full((len(y), 1), u[i]))
+        _, value = tokens.evaluate(y, y.new_full((len(y), 1), u[i]))
         history = (value, *history[:2])
         order = min(3, i + 1, evaluations - i)
         y = y + combine(_dpm_weights(log_u[i + 1 - order : i + 2], u[i + 1]), history)

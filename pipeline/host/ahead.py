@@ -1,7 +1,8 @@
-"""Work done one step ahead, in a thread: what comes next is made while what there is is used."""
+"""Work done one step ahead, in a thread: what comes next is made while what there is is used. How long one waits."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,3 +18,14 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := upcoming.result()) is not end:
             upcoming = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
+
+
+def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
+    """The items, each with the seconds that the caller waited for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, item

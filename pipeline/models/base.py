@@ -1,5 +1,7 @@
 """What a family of models must provide: ``Layout``, ``Tokenizer``, ``Teacher``, ``Student``.
 
+``TrainableTokenizer`` is for families whose networks are to be trained from nothing, as those of the digits are.
+
 Nothing here knows VAR from LlamaGen. AR steps are counted from 1, as in the paper; step t covers the tokens of
 ``Layout.span(t)``. B is the batch, n the tokens of an image, V the vocabulary, C the dimension of a code.
 """
@@ -13,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.host.errors import Refused
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
 from pipeline.numerics.precision import full_precision
@@ -103,6 +106,13 @@ class Tokenizer(nn.Module):
         """
         raise NotImplementedError
 
+
+class TrainableTokenizer(Tokenizer):
+    """A tokenizer that ``digits.pretrain`` can also make from nothing; the three jobs do without.
+
+    Its codes lie in an ``nn.Embedding`` named ``quantize.embedding``.
+    """
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training: images [B, 3, H, W] -> reconstruction (not clamped), codes [B, n], scalar quantization loss.
 
@@ -117,9 +127,12 @@ class Tokenizer(nn.Module):
     def corrupted(self, images: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """For training a teacher that mends its errors: codes some of which are wrong, and the right next codes.
 
-        Both [B, n] int64. Only for tokens that code what the ones before them left.
+        Both [B, n] int64. Only for tokens that code what the ones before them left; Refused elsewhere.
         """
-        raise NotImplementedError
+        raise Refused(
+            f"tokens of {type(self).__module__} do not mend one another, so no teacher can learn it; leave the plan's"
+            " self_correction at 0."
+        )
 
 
 class Teacher(nn.Module):
@@ -197,19 +210,20 @@ class Student(nn.Module):
 
     ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict; ``layers`` are the transformer's
     repeated blocks. ``released`` are the places in a file of the authors' at which their own scripts look for the
-    weights; () where they released no student.
+    weights; () where they released no student. ``settings`` are those of ``TrainSettings.student_options`` that the
+    constructor, after config and codebook, and ``from_teacher`` take by name. With a recipe that sets another one, it
+    is refused in the words of ``no_choice``.
     """
 
     layout: Layout
     codebook: Tensor
     released: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
+    no_choice: ClassVar[str] = "students of this family have no such choice"
 
     @classmethod
-    def from_teacher(cls, teacher: Any, mask: Any, seed: int) -> Student:
-        """A float32 student that starts from its teacher's weights; new parameters come from ``seed``.
-
-        ``mask``: released | paper, whether a token sees the others of its AR step (VAR only).
-        """
+    def from_teacher(cls, teacher: Any, seed: int) -> Student:
+        """A float32 student that starts from its teacher's weights; new parameters come from ``seed``."""
         raise NotImplementedError
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from pipeline.models.mismatch import advice
 from pipeline.models.weight_files import CheckpointError
 from pipeline.numerics.compilation import compiled
 from pipeline.settings.teacher import TeacherSettings
+from pipeline.settings.train import TrainSettings
 
 PREFIXES = ("module.", "_orig_mod.")
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
@@ -164,14 +166,27 @@ def config(settings: TeacherSettings) -> Any:
     return kind(**values)
 
 
-def parameters(settings: TeacherSettings, mask: str) -> dict[str, int]:
+def student_options(settings: TeacherSettings, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``asked``, as ``TrainSettings.student_options`` or a student's file has them, what the family's student takes.
+
+    Refused if another one has not the value that every recipe has.
+    """
+    kind = family(settings).Student
+    for name, value in asked.items():
+        default = getattr(TrainSettings, name)
+        if name not in kind.settings and value != default:
+            raise Refused(f"train.{name} is {value}; {kind.no_choice}, use {default}.")
+    return {name: value for name, value in asked.items() if name in kind.settings}
+
+
+def parameters(settings: TeacherSettings, asked: Mapping[str, Any]) -> dict[str, int]:
     """How many parameters the teacher's transformer and a student of it have, counted without memory.
 
-    The tokenizer, which decodes for both, is counted in neither.
+    The tokenizer, which decodes for both, is counted in neither. ``asked`` as for ``student_options``.
     """
     with torch.device("meta"):
         teacher: Teacher = family(settings).Teacher(config(settings), settings.filter)
-        student: Student = family(settings).Student(config(settings), teacher.codebook, mask)
+        student = _student(settings, teacher.codebook, asked)
     networks = {"teacher": teacher.network, "student": student}
     return {name: sum(weight.numel() for weight in net.parameters()) for name, net in networks.items()}
 
@@ -230,18 +245,32 @@ def tokenizer(settings: TeacherSettings) -> Tokenizer:
     return model.eval().requires_grad_(False)
 
 
-def student(settings: TeacherSettings, uri: str, codebook: Tensor, mask: str = "released") -> Student:
-    """A frozen student: its shape from the recipe, its weights from ``uri`` (ours or the authors')."""
+def student(settings: TeacherSettings, uri: str, codebook: Tensor, asked: Mapping[str, Any] | None = None) -> Student:
+    """A frozen student: its shape from the recipe, its weights from ``uri`` (ours or the authors').
+
+    ``asked`` as for ``student_options``.
+    """
     with torch.device("meta"):
-        model: Student = family(settings).Student(config(settings), codebook, mask)
+        model = _student(settings, codebook, asked or {})
     load(model, uri, settings.unpickle)
     return model.eval().requires_grad_(False)
 
 
-def unfilled_student(settings: TeacherSettings, codebook: Tensor, mask: str, device: torch.device) -> Student:
+def new_student(settings: TeacherSettings, teacher: Teacher, asked: Mapping[str, Any], seed: int) -> Student:
+    """A student as its teacher leaves it, where the teacher is; ``asked`` as for ``student_options``."""
+    return family(settings).Student.from_teacher(teacher, seed, **student_options(settings, asked))
+
+
+def unfilled_student(
+    settings: TeacherSettings, codebook: Tensor, asked: Mapping[str, Any], device: torch.device
+) -> Student:
     """A student to train whose weights are still to come: its memory on the device holds anything."""
     with torch.device("meta"):
-        model: Student = family(settings).Student(config(settings), codebook, mask)
+        model = _student(settings, codebook, asked)
     state = {name: torch.empty_like(weight, device=device) for name, weight in model.named_parameters()}
     model.load_state_dict(state, strict=False, assign=True)  # the constants are real already
     return model.to(device)
+
+
+def _student(settings: TeacherSettings, codebook: Tensor, asked: Mapping[str, Any]) -> Student:
+    return family(settings).Student(config(settings), codebook, **student_options(settings, asked))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """A sort of file: a key that only it has, and the fields of ``teacher.config`` that its shapes betray.
 
     A field is the axis of a tensor, with what to add to its size, or the count of the numbered modules below a name.
@@ -50,12 +50,12 @@ CODES = {
     "channels": ("encoder.conv_in.weight", 0, 0),
 }
 KINDS = (  # the first whose mark is there
-    Kind("VAR student", "layerwise_n_d_embed.0.weight", VAR, {"depth": "blocks"}),
-    Kind("VAR transformer", "blocks.0.attn.mat_qkv.weight", VAR, {"depth": "blocks"}),
-    Kind("LlamaGen student", "final_layer_conti.linear.weight", LLAMAGEN, {"layers": "layers"}),
-    Kind("LlamaGen transformer", "layers.0.attention.wqkv.weight", LLAMAGEN, {"layers": "layers"}),
-    Kind("VAR tokenizer", "quantize.quant_resi.qresi_ls.0.weight", CODES),
-    Kind(
+    FileKind("VAR student", "layerwise_n_d_embed.0.weight", VAR, {"depth": "blocks"}),
+    FileKind("VAR transformer", "blocks.0.attn.mat_qkv.weight", VAR, {"depth": "blocks"}),
+    FileKind("LlamaGen student", "final_layer_conti.linear.weight", LLAMAGEN, {"layers": "layers"}),
+    FileKind("LlamaGen transformer", "layers.0.attention.wqkv.weight", LLAMAGEN, {"layers": "layers"}),
+    FileKind("VAR tokenizer", "quantize.quant_resi.qresi_ls.0.weight", CODES),
+    FileKind(
         "LlamaGen tokenizer",
         "encoder.conv_blocks.0.res.0.norm1.weight",
         CODES | {"z_channels": ("quant_conv.weight", 1, 0)},
@@ -77,7 +77,7 @@ def advice(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     return "check that teacher.family and teacher.config describe the file."
 
 
-def _kind(weights: Iterable[str]) -> Kind | None:
+def _kind(weights: Iterable[str]) -> FileKind | None:
     return next((kind for kind in KINDS if kind.mark in weights), None)
 
 

@@ -28,11 +28,11 @@ def compiled(network: nn.Module, dynamic: bool | None = None, backend: Any = "in
     ``dynamic``: whether lengths are symbols from the first call on (a teacher's cache grows), or, with None, once they
     have changed.
     """
-    for block in blocks(network):
+    for block in layers(network):
         block.compile(fullgraph=True, dynamic=dynamic, backend=backend, recompile_limit=FORMS)
 
 
-def blocks(network: nn.Module) -> Iterable[nn.Module]:
+def layers(network: nn.Module) -> Iterable[nn.Module]:
     """``network.layers``, a transformer's repeated blocks, by their type."""
     return cast("Iterable[nn.Module]", network.layers)
 

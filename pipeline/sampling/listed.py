@@ -35,11 +35,11 @@ def build(settings: list[dict[str, Any]], layout: Layout, split: int) -> list[Sa
         if sampler in out:
             raise Refused(f"evaluate.samplers lists {entry} twice; remove one.")
         out.append(sampler)
-    paper(settings)
+    published(settings)
     return out
 
 
-def paper(settings: list[dict[str, Any]]) -> list[dict[str, float]]:
+def published(settings: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The paper's figures of each sampler, those of PAPER that its tables have; {} where they have none.
 
     Raises ValueError, one sentence, for an unknown figure and for one that is no number above 0.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pipeline.configuration import fields
 from pipeline.configuration.fields import (
@@ -87,6 +87,11 @@ class TrainSettings:
     log_every: Count = 20
     snapshots: Pool = 5
     export: Literal["safetensors", "released"] = "safetensors"
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """The settings that shape a student where its family takes them, by their names in exported files too."""
+        return {"mask": self.mask}
 
     def __post_init__(self) -> None:
         fields.check(self, "train")

@@ -18,7 +18,7 @@ from pipeline.pairs import manifest
 from pipeline.pairs.shards import Rows, read_shard
 from pipeline.pairs.stream import WINDOW, Pairs, PairStream
 from pipeline.settings.train import TrainSettings
-from pipeline.training.plan import Plan
+from pipeline.training.plan import TrainingPlan
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
         return [Batch(*part) for part in zip(*(field.split(size) for field in self), strict=True)]
 
 
-def stream(plan: Plan) -> PairStream:
+def stream(plan: TrainingPlan) -> PairStream:
     """The rows that steps train on; those held out, and those beyond pairs.count of a grown set, are left out."""
     found = manifest.read(plan.recipe.pairs_uri, plan.pairs_fingerprint)
     size = found["facts"]["shard_rows"]
@@ -48,7 +48,7 @@ def stream(plan: Plan) -> PairStream:
     return PairStream(plan.recipe.pairs_uri, found | {"count": plan.rows, "shards": shards}, WINDOW)
 
 
-def held_out(plan: Plan) -> Rows:
+def held_out(plan: TrainingPlan) -> Rows:
     """The rows that no step trains on, with their noise."""
     uri, count = plan.recipe.pairs_uri, plan.recipe.pairs.count
     found = manifest.read(uri, plan.pairs_fingerprint)
@@ -59,7 +59,7 @@ def held_out(plan: Plan) -> Rows:
     return rows.take((rows.ids >= plan.rows) & (rows.ids < count))
 
 
-def batches(plan: Plan, pairs: PairStream, done: int, rank: int, world: int) -> Iterator[tuple[int, Pairs]]:
+def batches(plan: TrainingPlan, pairs: PairStream, done: int, rank: int, world: int) -> Iterator[tuple[int, Pairs]]:
     """(epoch, this worker's share) of every global batch after the first ``done``."""
     settings = plan.recipe.train
     epochs = range(done // plan.per_epoch, settings.epochs)
@@ -81,7 +81,7 @@ def made_up(layout: Layout, count: int) -> Pairs:
     return as_pairs(Rows(ids, noise.labels(ids, layout.classes), gaussian, tokens))
 
 
-def hollow(layout: Layout, count: int) -> Batch:
+def blank(layout: Layout, count: int) -> Batch:
     """A batch of zeros, for work that only looks at shapes."""
     tokens = torch.zeros(count, layout.length, dtype=torch.long)
     x_t, ones = torch.zeros(count, layout.length, layout.code_dim), torch.ones(count, dtype=torch.long)

@@ -7,135 +7,15 @@ codes.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
-from pipeline.models import convnet
-from pipeline.models.base import Layout, Prediction, Tokenizer
+from pipeline.models.base import Prediction, Tokenizer
 from pipeline.settings.train import TrainSettings
 
-# torchvision's weight files; a name ends with the beginning of the file's SHA-256
-TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
 COLUMNS = ("samples", "cross_entropy", "perceptual", "token_accuracy")
-
-
-def check(settings: TrainSettings, layout: Layout) -> None:
-    """Raise ValueError, one sentence, for losses that cannot train a student of this layout.
-
-    Start steps and split must lie inside the layout, a head must be trained if the split leaves it tokens to speak for
-    (the embedding head only if), and the perceptual network's weights must be there.
-    """
-    steps, split, last = layout.steps, settings.split, settings.start_steps[-1]
-    if last > steps:
-        raise Refused(
-            f"train.start_steps holds {last}, but the teacher's AR steps run from 1 to {steps}; leave it out."
-        )
-    if split > steps:
-        raise Refused(f"train.split is {split}, but the teacher has {steps} AR steps; use 0 to {steps}.")
-    if split == steps and settings.lpips > 0:
-        raise Refused(
-            f"train.split {split} gives every AR step to the logits, so train.lpips {settings.lpips} has no"
-            f" embedding to train; set train.lpips to 0 or train.split below {steps}."
-        )
-    if split < steps and settings.lpips == 0:
-        raise Refused(
-            f"train.lpips is 0, so nothing trains the embedding head that train.split {split} uses after AR"
-            f" step {split}; set train.lpips above 0 or train.split to {steps}."
-        )
-    if split > 0 and settings.cross_entropy == 0:
-        raise Refused(
-            f"train.cross_entropy is 0, so nothing trains the logits that train.split {split} uses up to AR"
-            f" step {split}; set train.cross_entropy above 0 or train.split to 0."
-        )
-    if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size > 32:
-        raise Refused(
-            f"train.perceptual is digits, made for images of 32 pixels, and the teacher's have"
-            f" {layout.image_size}; use vgg."
-        )
-    if settings.lpips > 0 and settings.perceptual in TRUNKS:
-        trunk_file(settings.perceptual)
-
-
-def trunk_file(kind: str) -> Path:
-    """The torchvision file with the trunk of LPIPS; ValueError where it is missing or is another file.
-
-    torchvision would download it in the middle of a run, and accept any file of that name.
-    """
-    name = TRUNKS[kind]
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    path = folder / name
-    if not path.is_file():
-        home = os.environ.get("TORCH_HOME", "not set")
-        raise Refused(
-            f"train.perceptual is {kind}, whose weights {path} are missing (TORCH_HOME is {home}); fetch"
-            f" https://download.pytorch.org/models/{name} into {folder} on every machine that trains."
-        )
-    expected = path.stem.rsplit("-", 1)[1]
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(expected):
-        raise Refused(
-            f"{path} is damaged or another file: its SHA-256 starts with {found[:8]}, not {expected}; fetch"
-            f" it again from https://download.pytorch.org/models/{name}."
-        )
-    return path
-
-
-class Lpips(nn.Module):
-    """The lpips package's LPIPS 0.1 (Zhang et al. 2018), frozen.
-
-    Images [B, 3, H, W] in [-1, 1] -> distance [B]. ``pretrained=False`` draws the trunk at random, for tests.
-
-    Channels lie last in memory: forward and backward of VGG on two images of 256 pixels take 1.97 s of a core of an
-    Intel Xeon instead of 2.30 in float32, 0.60 instead of 1.37 in bfloat16. On a GPU, where nothing was measured, it is
-    the layout of the tensor cores that tf32 and bf16 use. The decoders stay as they are: a GPU's GroupNorm puts
-    channels first again, and on that core VAR's gains nothing in float32.
-    """
-
-    def __init__(self, kind: str, pretrained: bool = True) -> None:
-        super().__init__()
-        if pretrained:
-            trunk_file(kind)
-        from pipeline.numerics import torchvision_ops  # noqa: F401  isort: skip  before lpips imports torchvision
-        import lpips
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision the way of 2021
-            self.net = lpips.LPIPS(net=kind, pnet_rand=not pretrained, verbose=False)
-        self.eval().requires_grad_(False)  # its linear layers come unfrozen and with dropout
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The stages of the trunk, each with the convolutions between two of the maps that are compared."""
-        return list(self.net.net.children())
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.net(a, b).flatten()
-
-
-def perceptual(kind: str, pretrained: bool = True) -> nn.Module:
-    """The frozen network of ``train.perceptual``: vgg, alex or digits; ValueError if its file is missing.
-
-    Without ``pretrained`` the file is not needed: the network has its shape and means nothing.
-    """
-    if kind == "digits":
-        from pipeline.digits import networks
-
-        return networks.perceptual()
-    return Lpips(kind, pretrained)
-
-
-def layers(tokenizer: Tokenizer, network: nn.Module | None) -> list[nn.Module]:
-    """What of the frozen networks keeps most for the backward pass: blocks of the decoder, stages of LPIPS's trunk."""
-    return convnet.blocks(tokenizer) + (network.layers if isinstance(network, Lpips) else [])
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, predicted: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from pipeline.numerics.precision import autocast
 from pipeline.settings.train import TrainSettings
 from pipeline.training import batches, losses
 from pipeline.training.losses import Loss
-from pipeline.training.plan import Plan, at_once
+from pipeline.training.plan import TrainingPlan, at_once
 from pipeline.training.state import TrainingState
 
-COLUMNS = 8  # noises of a sample grid
+GRID = 8  # noises of a sample grid
 
 
 class Message(NamedTuple):
@@ -33,18 +33,6 @@ class Message(NamedTuple):
 
 
 Report = Callable[[Message], None]
-T = TypeVar("T")
-
-
-def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
-    """The items, each with the seconds that the caller waited for it."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, item
 
 
 class Window:
@@ -92,7 +80,7 @@ class Window:
 class Observer:
     """Tells the driver how training goes and writes the exported students, all from the moving average."""
 
-    def __init__(self, plan: Plan, state: TrainingState, loss: Loss, report: Report, mlflow_run: str) -> None:
+    def __init__(self, plan: TrainingPlan, state: TrainingState, loss: Loss, report: Report, mlflow_run: str) -> None:
         self.plan, self.state, self.loss, self.report, self.mlflow_run = plan, state, loss, report, mlflow_run
         self.rows = batches.held_out(plan)
         self.since = time.perf_counter()
@@ -131,7 +119,7 @@ class Observer:
     def grid(self) -> list[np.ndarray]:
         """Images of the first held-out noises: the teacher's, then Alg. 3's in one step and in all start steps."""
         settings, tokenizer = self.plan.recipe.train, self.loss.tokenizer
-        pairs = batches.as_pairs(self.rows.take(slice(0, COLUMNS)))
+        pairs = batches.as_pairs(self.rows.take(slice(0, GRID)))
         start, tokens, labels = (x.to(tokenizer.codebook.device) for x in (pairs.noise, pairs.tokens, pairs.labels))
         drawn = [tokenizer.codebook[tokens]]
         for steps in dict.fromkeys([(1,), settings.start_steps]):

@@ -16,7 +16,7 @@ from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.settings.train import TrainSettings
-from pipeline.training import losses
+from pipeline.training.perceptual import TRUNKS, trunk_file
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
 SPEED = ("workers", "micro_batch", "compile", "recompute")
@@ -24,7 +24,7 @@ NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A recipe that passed the cheap checks, with what they found."""
 
     recipe: Recipe
@@ -86,7 +86,7 @@ class Plan:
         return {
             "family": recipe.teacher.family,
             "config": recipe.resolved()["teacher"]["config"],
-            "mask": recipe.train.mask,
+            **recipe.train.student_options,
             "split": recipe.train.split,
             "start_steps": list(recipe.train.start_steps),
             "step": step,
@@ -99,15 +99,15 @@ class Plan:
         }
 
 
-def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
+def check(recipe: Recipe, known: manifest.Facts | None = None) -> TrainingPlan:
     """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
 
     A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
     """
-    losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
+    check_losses(recipe.train, checkpoints.config(recipe.teacher).layout)
     known = known or manifest.facts_of(recipe)
     manifest.check_claim(recipe.pairs_uri, known)
-    plan = Plan(
+    plan = TrainingPlan(
         recipe=recipe,
         layout=checkpoints.config(recipe.teacher).layout,
         teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
@@ -137,7 +137,44 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     return plan
 
 
-def check_batch(plan: Plan) -> None:
+def check_losses(settings: TrainSettings, layout: Layout) -> None:
+    """Raise ValueError, one sentence, for losses that cannot train a student of this layout.
+
+    Start steps and split must lie inside the layout, a head must be trained if the split leaves it tokens to speak for
+    (the embedding head only if), and the perceptual network's weights must be there.
+    """
+    steps, split, last = layout.steps, settings.split, settings.start_steps[-1]
+    if last > steps:
+        raise Refused(
+            f"train.start_steps holds {last}, but the teacher's AR steps run from 1 to {steps}; leave it out."
+        )
+    if split > steps:
+        raise Refused(f"train.split is {split}, but the teacher has {steps} AR steps; use 0 to {steps}.")
+    if split == steps and settings.lpips > 0:
+        raise Refused(
+            f"train.split {split} gives every AR step to the logits, so train.lpips {settings.lpips} has no"
+            f" embedding to train; set train.lpips to 0 or train.split below {steps}."
+        )
+    if split < steps and settings.lpips == 0:
+        raise Refused(
+            f"train.lpips is 0, so nothing trains the embedding head that train.split {split} uses after AR"
+            f" step {split}; set train.lpips above 0 or train.split to {steps}."
+        )
+    if split > 0 and settings.cross_entropy == 0:
+        raise Refused(
+            f"train.cross_entropy is 0, so nothing trains the logits that train.split {split} uses up to AR"
+            f" step {split}; set train.cross_entropy above 0 or train.split to 0."
+        )
+    if settings.lpips > 0 and settings.perceptual == "digits" and layout.image_size > 32:
+        raise Refused(
+            f"train.perceptual is digits, made for images of 32 pixels, and the teacher's have"
+            f" {layout.image_size}; use vgg."
+        )
+    if settings.lpips > 0 and settings.perceptual in TRUNKS:
+        trunk_file(settings.perceptual)
+
+
+def check_batch(plan: TrainingPlan) -> None:
     """ValueError for a set without a single whole batch."""
     recipe = plan.recipe
     if plan.per_epoch < 1:
@@ -154,7 +191,7 @@ def at_once(settings: TrainSettings) -> int:
     return min(settings.micro_batch or share, share)
 
 
-def claimed(plan: Plan) -> dict[str, Any] | None:
+def claimed(plan: TrainingPlan) -> dict[str, Any] | None:
     """What an earlier call wrote into the student's folder, or None; ValueError if that was another recipe's."""
     place = plan.at("recipe.json")
     if not storage.exists(place):
@@ -177,7 +214,7 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
     )
 
 
-def claim(plan: Plan, mlflow_run: str) -> None:
+def claim(plan: TrainingPlan, mlflow_run: str) -> None:
     """Write recipe.json into the student's folder: whose it is, and which MLflow run a resumed job continues.
 
     What killed writers left there is swept: a checkpoint cut short can be gigabytes.

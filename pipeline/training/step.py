@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.host.stopwatch import WARM_UP, now
-from pipeline.models import checkpoints
-from pipeline.models.base import Student
-from pipeline.numerics.compilation import blocks, compiled
+from pipeline.models import checkpoints, convnet
+from pipeline.models.base import Student, Tokenizer
+from pipeline.numerics.compilation import compiled, layers
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.training import batches, losses
+from pipeline.training import batches, perceptual
 from pipeline.training.batches import Batch
 from pipeline.training.losses import Loss
+from pipeline.training.perceptual import Lpips
 from pipeline.training.state import TrainingState
 
 MEASURED = 3  # steps that a dry run times in steady state
@@ -45,15 +46,16 @@ def build(recipe: Recipe, device: torch.device, fresh: bool = True) -> tuple[Stu
     Where it is not to be ``fresh``, its weights are still to come and the teacher's tokenizer alone is read.
     """
     # In fp32 whatever made the pairs: the student starts from the weights as they are. Nothing runs the teacher.
-    settings, mask = dataclasses.replace(recipe.teacher, precision="fp32", compile=False), recipe.train.mask
+    settings = dataclasses.replace(recipe.teacher, precision="fp32", compile=False)
+    asked = recipe.train.student_options
     if fresh:
         teacher = checkpoints.teacher(settings)
         tokenizer = teacher.tokenizer.to(device)
-        student = checkpoints.family(settings).Student.from_teacher(teacher, mask, recipe.train.seed).to(device)
+        student = checkpoints.new_student(settings, teacher, asked, recipe.train.seed).to(device)
     else:
         tokenizer = checkpoints.tokenizer(settings).to(device)
-        student = checkpoints.unfilled_student(settings, tokenizer.codebook, mask, device)
-    network = losses.perceptual(recipe.train.perceptual).to(device) if recipe.train.lpips else None
+        student = checkpoints.unfilled_student(settings, tokenizer.codebook, asked, device)
+    network = perceptual.network(recipe.train.perceptual).to(device) if recipe.train.lpips else None
     return student.train(), Loss(recipe.train, tokenizer, network)
 
 
@@ -62,7 +64,13 @@ def prepare(student: Student, loss: Loss) -> None:
     if loss.settings.compile:
         compiled(student)
     if loss.settings.recompute:
-        recomputed([*blocks(student), *losses.layers(loss.tokenizer, loss.network)])
+        recomputed(recomputable(student, loss.tokenizer, loss.network))
+
+
+def recomputable(student: Student, tokenizer: Tokenizer, network: nn.Module | None) -> list[nn.Module]:
+    """What keeps most for the backward pass: a student's layers, blocks of the decoder, stages of LPIPS's trunk."""
+    stages = network.layers if isinstance(network, Lpips) else []
+    return [*layers(student), *convnet.blocks(tokenizer), *stages]
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -75,7 +83,7 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cpu")
 
 
-def measure(recipe: Recipe) -> float:
+def seconds_per_step(recipe: Recipe) -> float:
     """Seconds of one optimiser step on one worker's share of a batch, from made-up pairs."""
     settings, layout = recipe.train, checkpoints.config(recipe.teacher).layout
     device = device_of(recipe)

@@ -129,7 +129,7 @@ def of_training(recipe: Recipe) -> Cost:
     found, settings = plan.check(replace(recipe, dry_run=True)), recipe.train
     plan.check_batch(found)
     left = 0 if storage.exists(found.result) else found.total - state.steps_done(found.at("checkpoints"))
-    student = checkpoints.parameters(recipe.teacher, settings.mask)["student"]
+    student = checkpoints.parameters(recipe.teacher, settings.student_options)["student"]
     at_once = plan.at_once(settings)
     lines = [
         f"student      {found.at()}, fingerprint {found.fingerprint[:12]}",
@@ -142,7 +142,7 @@ def of_training(recipe: Recipe) -> Cost:
 
     def measure() -> tuple[float, str]:
         on_ray = bool(settings.workers)
-        seconds = cluster.on_worker(recipe, step.measure, recipe) if on_ray else step.measure(recipe)
+        seconds = cluster.on_worker(recipe, step.seconds_per_step, recipe) if on_ray else step.seconds_per_step(recipe)
         how = f"one step     {duration(seconds)} on each of {workers} worker{'s' * (workers > 1)}"
         return seconds * left * workers, f"{how}, communication and reading not counted"
 

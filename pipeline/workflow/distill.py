@@ -1,10 +1,8 @@
-"""Distillation (Alg. 2) at scale: a Ray Train loop that turns noise-token pairs into a few-step student.
+"""Distillation (Alg. 2) at scale: the driver, which turns noise-token pairs into a few-step student with Ray Train.
 
-The driver makes every cheap check, claims the student's folder, starts the MLflow run and hands over to ``train``,
-which runs in each DDP worker, or in the driver's own process when ``train.workers`` is 0. What a run computes is a
-function of its facts: batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id), so neither the number of
-workers nor an interruption changes it beyond float rounding. Running the same command again goes on from the last
-checkpoint.
+It makes every cheap check, claims the student's folder, starts the MLflow run and hands over to ``training.loop``,
+which runs in each DDP worker, or in the driver's own process when ``train.workers`` is 0; their messages come back
+through a queue. Running the same command again goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,33 +16,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
-import torch
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import nn
 
 from pipeline import storage
 from pipeline.host import signals
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints
-from pipeline.models.base import Student
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
-from pipeline.settings.train import TrainSettings
-from pipeline.training import batches
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
-from pipeline.training.observer import Message, Observer, Report, Window, timed
-from pipeline.training.plan import Plan
-from pipeline.training.state import TrainingState
-from pipeline.training.step import build, device_of, prepare, step
+from pipeline.training.loop import train
+from pipeline.training.observer import Message, Report
+from pipeline.training.plan import TrainingPlan
 from pipeline.workflow import costs, preflight, status
 
 FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
@@ -87,14 +76,14 @@ def distill(recipe: Recipe) -> str:
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
 
 
-def _log_origin(run: tracking.Run, plan: Plan) -> None:
+def _log_origin(run: tracking.Run, plan: TrainingPlan) -> None:
     """Tell MLflow from which pairs the student is made."""
     run.tag("pairs_fingerprint", plan.pairs_fingerprint)
     run.link("pairs", pairs_fingerprint=plan.pairs_fingerprint)
     run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
 
 
-def _log(run: tracking.Run, plan: Plan) -> None:
+def _log(run: tracking.Run, plan: TrainingPlan) -> None:
     """Tell MLflow of a finished student."""
     _log_origin(run, plan)
     run.tag("student", storage.sha256(plan.result)[:12])
@@ -103,7 +92,7 @@ def _log(run: tracking.Run, plan: Plan) -> None:
     run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
 
 
-def _release(plan: Plan) -> str:
+def _release(plan: TrainingPlan) -> str:
     """Write the authors' layout beside a finished student if the recipe asks for it and it is not there."""
     if plan.recipe.train.export != "released" or storage.exists(plan.released):
         return ""
@@ -111,7 +100,7 @@ def _release(plan: Plan) -> str:
     return f"{plan.released} holds the student as the authors' scripts read it."
 
 
-def fit(plan: Plan, run: tracking.Run) -> None:
+def fit(plan: TrainingPlan, run: tracking.Run) -> None:
     """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
     recipe = plan.recipe
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
@@ -230,83 +219,3 @@ def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
             signals.interruptible(trainer.fit)  # in this thread, Ray would take Ctrl-C for itself
         else:
             trainer.fit()
-
-
-# ---- every worker
-
-
-def train(config: dict[str, Any]) -> None:
-    """Alg. 2 on one worker of many, or on the only one."""
-    plan: Plan = config["plan"]
-    settings = plan.recipe.train
-
-    # 1. This worker's share and device.
-    context = ray.train.get_context()
-    rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
-
-    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
-    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
-    folder = plan.at("checkpoints")
-    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
-    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
-    state = TrainingState(student, settings)
-    if newest and rank == 0:
-        resume(plan, state, newest, config["report"])
-
-    # 3. The workers become one.
-    if world > 1:
-        state.share(broadcast_from_rank_zero)
-    prepare(student, loss)
-    network = _distributed(student, settings, device)
-
-    # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
-    observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
-
-    # 5. Optimiser steps. Nothing waits for the device between two log lines.
-    pairs = batches.stream(plan)
-    window = Window(settings, device)
-    with training_state.Writer(folder, settings.keep) as writer:
-        for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
-            window.waited += waited
-            batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
-            window.add(*step(network, loss, state, batch, plan.total))
-
-            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
-            looking = state.step in plan.snapshot_steps
-            if saving or looking or state.step % settings.log_every == 0:
-                state.check()
-                metrics = window.close()
-                if observer:
-                    observer.log(metrics)
-                if observer and looking:
-                    observer.snapshot()
-                    window.begin()
-                if observer and saving:
-                    writer.write(state)
-
-    # 6. The result comes last: whoever finds it knows that nothing is missing.
-    if observer:
-        observer.export(plan.result)
-
-
-def resume(plan: Plan, state: TrainingState, newest: str, report: Report) -> None:
-    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
-    folder = plan.at("checkpoints")
-
-    def say(line: str) -> None:
-        report(Message(state.step, {}, [], line))
-
-    names = [name for name in training_state.saved(folder) if name <= newest]
-    name = state.restore(folder, names, say)
-    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
-    training_state.drop_after(folder, name)
-
-
-def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
-    """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
-    options = {
-        "find_unused_parameters": not (settings.cross_entropy and settings.lpips),
-        "broadcast_buffers": False,  # they are constants
-        "gradient_as_bucket_view": True,
-    }
-    return ray.train.torch.prepare_model(student, move_to_device=device, parallel_strategy_kwargs=options)

@@ -13,14 +13,13 @@ from torch import Tensor
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition
 from pipeline.numerics import footprint
-from pipeline.numerics.compilation import blocks
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.training import batches, losses
+from pipeline.training import batches, perceptual
 from pipeline.training.losses import Loss
 from pipeline.training.state import TrainingState
-from pipeline.training.step import step
+from pipeline.training.step import recomputable, step
 
 TRACED = 16  # AR steps of a raster sequence that are traced
 
@@ -61,17 +60,18 @@ def of_training(recipe: Recipe) -> Footprint:
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
     with torch.device("meta"):
         tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
-        student = family.Student(config, tokenizer.codebook, settings.mask).train()
-    network = losses.perceptual(settings.perceptual, pretrained=False) if settings.lpips else None
+        options = checkpoints.student_options(recipe.teacher, settings.student_options)
+        student = family.Student(config, tokenizer.codebook, **options).train()
+    network = perceptual.network(settings.perceptual, pretrained=False) if settings.lpips else None
     if settings.recompute:
-        recomputed([*blocks(student), *losses.layers(tokenizer, network)])
+        recomputed(recomputable(student, tokenizer, network))
 
     def work(samples: int) -> None:
         """Two optimiser steps on so many samples."""
         for module in filter(None, (tokenizer, student, network)):
             footprint.hollow(module)
         loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
-        batch = batches.hollow(config.layout, samples)
+        batch = batches.blank(config.layout, samples)
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 

@@ -27,7 +27,7 @@ from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, mlflow_store, registry
-from pipeline.training import losses
+from pipeline.training import perceptual
 from pipeline.training import plan as training_plan
 from pipeline.workflow import footprints
 
@@ -190,8 +190,8 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
     for uri in uris:
         if not uri.startswith(("package://", "models:/")) and not storage.is_remote(uri):
             yield storage.resolve(uri)
-    if job == "distill" and recipe.train.lpips and recipe.train.perceptual in losses.TRUNKS:
-        yield str(losses.trunk_file(recipe.train.perceptual))
+    if job == "distill" and recipe.train.lpips and recipe.train.perceptual in perceptual.TRUNKS:
+        yield str(perceptual.trunk_file(recipe.train.perceptual))
 
 
 def check_memory(recipe: Recipe, job: Job, view: View) -> None:

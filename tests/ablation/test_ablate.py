@@ -50,7 +50,7 @@ def with_axes(recipe: Recipe, axes: dict[str, list[Any]], *seeds: int) -> Recipe
     return replace(recipe, ablate=AblationSettings(seeds=seeds or (3, 13), axes=axes))
 
 
-def planned(recipe: Recipe, axes: dict[str, list[Any]], *seeds: int) -> ablation_plan.Plan:
+def planned(recipe: Recipe, axes: dict[str, list[Any]], *seeds: int) -> ablation_plan.AblationPlan:
     return ablation_plan.build(with_axes(recipe, axes, *seeds))
 
 
@@ -242,7 +242,7 @@ def test_codes_that_differ_are_those_of_the_slow_oracle(groups: tuple[int, ...])
     assert differing(ours, ours, groups) == {"all": 0.0, "after equal codes": 0.0}
 
 
-def scored(plan: ablation_plan.Plan, scores: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def scored(plan: ablation_plan.AblationPlan, scores: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     """Reports with the given scores by trial, one per sampler."""
     out: dict[str, dict[str, Any]] = {"teacher": {"title": "FD", "rows": [{}, {"sampler": {}, "score": 2.5}]}}
     for trial in (trial for some in plan.trials for trial in some if trial.name in scores):

@@ -181,7 +181,7 @@ def test_synthetic_p_is_truncated_and_normalised(monkeypatch: pytest.MonkeyPatch
 def test_work_is_that_of_the_formula(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A LlamaGen by hand; and a sequence that is traced in part counts as one that is traced whole."""
     config = checkpoints.config(recipe.teacher)
-    found = networks.Work.of(recipe.teacher, batch=2)
+    found = networks.LeastWork.of(recipe.teacher, batch=2)
     rows, dim = 4, config.dim  # both halves of guidance
     weights = config.layers * (4 * dim * dim + 3 * dim * config.hidden) + dim * config.vocabulary
     for t, (flops, read) in enumerate(zip(found.flops, found.read, strict=True), start=1):
@@ -189,22 +189,22 @@ def test_work_is_that_of_the_formula(recipe: Recipe, monkeypatch: pytest.MonkeyP
         assert flops == pytest.approx(2 * rows * weights + 4 * attention)
         assert read == pytest.approx(4 * (weights + 2 * attention))
     monkeypatch.setattr(networks, "TRACED", 4)
-    assert networks.Work.of(recipe.teacher, batch=2).flops == pytest.approx(found.flops)
-    assert networks.Work.of(recipe.teacher, batch=2).read == pytest.approx(found.read)
+    assert networks.LeastWork.of(recipe.teacher, batch=2).flops == pytest.approx(found.flops)
+    assert networks.LeastWork.of(recipe.teacher, batch=2).read == pytest.approx(found.read)
 
 
 def test_the_bytes_are_those_of_the_numbers_that_are_read(recipe: Recipe) -> None:
     """In fp16 weights of the blocks, keys and values take two, the output layer four."""
     config, batch = checkpoints.config(recipe.teacher), 2
     blocks = config.layers * (4 * config.dim**2 + 3 * config.dim * config.hidden)
-    found = networks.Work.of(replace(recipe.teacher, precision="fp16"), batch)
+    found = networks.LeastWork.of(replace(recipe.teacher, precision="fp16"), batch)
     for t, read in enumerate(found.read, start=1):
         keys_and_values = config.layers * 2 * (2 * batch) * config.dim * t
         assert read == pytest.approx(2 * (blocks + keys_and_values) + 4 * config.dim * config.vocabulary)
 
 
 def test_the_roofline_takes_the_slower_of_the_two() -> None:
-    work = networks.Work([10.0, 1.0], [1.0, 20.0])
+    work = networks.LeastWork([10.0, 1.0], [1.0, 20.0])
     assert work.least(clock.Peaks(flops=10.0, bytes=10.0)) == 1.0 + 2.0
 
 

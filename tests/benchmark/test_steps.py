@@ -48,7 +48,7 @@ def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypa
     monkeypatch.setattr(training_step, "step", slow_at_first)
     assert pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)[WHOLE] == 1
     steps[0] = 0
-    assert training_step.measure(tiny(tmp_path)) == 1
+    assert training_step.seconds_per_step(tiny(tmp_path)) == 1
 
 
 def test_each_second_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

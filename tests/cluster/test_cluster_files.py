@@ -24,7 +24,7 @@ import pytest
 import ray
 import yaml
 
-from pipeline.training import losses
+from pipeline.training import perceptual
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
@@ -393,7 +393,7 @@ def test_the_image_has_the_versions_of_the_project() -> None:
 
 def test_the_image_has_the_trunk_that_training_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ((source, target),) = instructions("ADD")
-    name = losses.TRUNKS["vgg"]
+    name = perceptual.TRUNKS["vgg"]
     assert source == f"https://download.pytorch.org/models/{name}"
     assert target == f"/hub/checkpoints/{name}"
     checksum = re.search(r"--checksum=sha256:([0-9a-f]{64})", DOCKERFILE)[1]  # type: ignore[index]
@@ -402,7 +402,7 @@ def test_the_image_has_the_trunk_that_training_looks_for(monkeypatch: pytest.Mon
     assert f"COPY --from=trunk / {home}" in DOCKERFILE
     monkeypatch.setenv("TORCH_HOME", home)
     with pytest.raises(ValueError, match=re.escape(home + target)):
-        losses.trunk_file("vgg")  # looks where the image puts it
+        perceptual.trunk_file("vgg")  # looks where the image puts it
 
 
 def test_images_run_as_a_user_that_ray_up_can_find() -> None:

@@ -182,7 +182,9 @@ def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(pretrain, "train_teacher", trained)
     checkpoints.save(networks.Perceptual(), f"{tmp_path}/perceptual.safetensors", {}, torch.float16)
     settings = recipe(name).teacher
-    plan = pretrain.Plan(tokenizer_steps=2, teacher_steps=2, self_correction=0.4 if name == "digits-var" else 0.0)
+    plan = pretrain.PretrainingPlan(
+        tokenizer_steps=2, teacher_steps=2, self_correction=0.4 if name == "digits-var" else 0.0
+    )
     threads = torch.get_num_threads()
     pretrain.make_family("new", settings, plan, str(tmp_path))
     torch.set_num_threads(threads)

@@ -122,7 +122,7 @@ def test_solvers_find_the_stable_golden_codes(name: str, solver: Solver) -> None
 @pytest.mark.parametrize("name", CASES)
 def test_paper_ends_where_the_published_solver_does(name: str) -> None:
     case = golden_case(name)
-    block = posterior.Block(case.log_p, posterior.augment(case.codebook))
+    block = posterior.OpenTokens(case.log_p, posterior.augment(case.codebook))
     end = case.column("official10_lower_order_last_x").double()
     assert torch.allclose(solvers.dpm_solver(block, case.noise, 10), end, rtol=1e-5, atol=1e-6)
     codes, counts = matching.match_counted(case.noise, case.log_p, case.codebook, Solver("paper"))
@@ -244,7 +244,7 @@ def test_accuracy_on_a_larger_sample(name: str) -> None:
 
 def test_snapping_to_the_whole_codebook_is_worse(few: tuple[str, Family]) -> None:
     name, case = few
-    block = posterior.Block(case.log_p, posterior.augment(case.codebook))
+    block = posterior.OpenTokens(case.log_p, posterior.augment(case.codebook))
     x = solvers.dpm_solver(block, case.noise, 10)
     codes = torch.cdist(x, case.codebook).argmin(-1)
     illegal = 100 * (case.log_p.gather(1, codes[:, None]) == -math.inf).double().mean().item()
@@ -259,12 +259,12 @@ def test_adaptive_follows_the_ode_to_its_tolerance(name: str, monkeypatch: pytes
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
     monkeypatch.setattr(solvers, "MAX_STEPS", 24)
 
-    class Watched(posterior.Block):
+    class Watched(posterior.OpenTokens):
         def logits(self, y: Tensor, u: Tensor) -> Tensor:
             self.latest = y, u
             return super().logits(y, u)
 
-    block, reference = (kind(case.log_p, posterior.augment(case.codebook)) for kind in (Watched, posterior.Block))
+    block, reference = (kind(case.log_p, posterior.augment(case.codebook)) for kind in (Watched, posterior.OpenTokens))
     solvers.adaptive(block, case.noise, tolerance)
     found, u = block.latest
     y, h = case.noise, u / steps  # Runge and Kutta's method of order 4 to where the solver got
@@ -305,7 +305,7 @@ def tokens_with_ragged_support(tokens: int = 96, codes: int = 1500, dimension: i
 @pytest.mark.parametrize("solver", SOLVERS, ids=by_name)
 def test_any_split_of_the_batch_gives_the_same_codes(solver: Solver) -> None:
     codebook, log_p, noise, _ = tokens_with_ragged_support()
-    widths = {width for _, width in posterior.blocks(log_p, codebook.shape[1])}
+    widths = {width for _, width in posterior.portions(log_p, codebook.shape[1])}
     assert None in widths
     assert len(widths) > 3
     whole = matching.match(noise, log_p, codebook, solver)
@@ -373,13 +373,13 @@ def test_a_large_call_is_solved_in_small_blocks(solver: Solver, monkeypatch: pyt
     whole, budget, sizes = matching.match(noise, log_p, codebook, solver), 200_000, []
     monkeypatch.setitem(posterior.BLOCK_BYTES, "cpu", budget)
 
-    class Watched(posterior.Block):
+    class Watched(posterior.OpenTokens):
         def project(self, query: Tensor, onto: Tensor) -> Tensor:
             own = 0 if self.places is None else self.codes.numel()
             sizes.append(4 * (own + 3 * self.log_p.numel()))
             return super().project(query, onto)
 
-    monkeypatch.setattr(matching, "Block", Watched)
+    monkeypatch.setattr(matching, "OpenTokens", Watched)
     assert torch.equal(matching.match(noise, log_p, codebook, solver), whole)
     assert max(sizes) <= budget
     assert max(sizes) > budget / 2  # not needlessly small
@@ -459,11 +459,11 @@ def test_a_coarse_path_still_ends_in_the_support(gathered: bool) -> None:
     codebook = torch.nn.functional.normalize(torch.randn(40, 3, generator=random), dim=-1)
     noise, log_p = torch.randn(400, 3, generator=random), torch.randn(400, 40, generator=random)
     log_p = log_p.masked_fill(torch.rand(400, 40, generator=random) < 0.7, -math.inf)
-    block = posterior.Block(log_p, posterior.augment(codebook), 32 if gathered else None)
+    block = posterior.OpenTokens(log_p, posterior.augment(codebook), 32 if gathered else None)
     solvers.paper(block, noise, 2)
     assert (log_p.gather(1, block.answer[:, None]) > -math.inf).all()
     nearest = torch.cdist(
-        solvers.dpm_solver(posterior.Block(log_p, posterior.augment(codebook)), noise, 2), codebook
+        solvers.dpm_solver(posterior.OpenTokens(log_p, posterior.augment(codebook)), noise, 2), codebook
     ).argmin(-1)
     assert (log_p.gather(1, nearest[:, None]) == -math.inf).any()  # the test has something to find
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,9 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Choose, Condition, nearest
 from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
-from pipeline.models.llamagen.teacher import Network, log_probabilities, rotary
+from pipeline.models.llamagen.teacher import LlamaNetwork, log_probabilities, rotary
 from pipeline.pairs import manifest
-from pipeline.settings.teacher import Filter
+from pipeline.settings.teacher import Filter, TeacherSettings
 
 VQ = golden.load("llamagen_vq")
 GPT = golden.load("llamagen_gpt_c2i")
@@ -89,7 +90,7 @@ def assert_log_p(record: dict, found: Tensor, atol: float) -> None:
     ("build", "expected"),
     [
         (lambda: Tokenizer(SMALL), VQ),
-        (lambda: Network(SMALL), GPT),
+        (lambda: LlamaNetwork(SMALL), GPT),
         (lambda: Student(SMALL, torch.zeros(64, 8)), DD),
     ],
     ids=["tokenizer", "teacher", "student"],
@@ -322,13 +323,13 @@ def test_the_null_caption_must_be_in_the_file(tmp_path: Path):
     """It is a buffer, and not one that a constructor could make."""
     state = dict(captioned(PLAIN).network.state_dict())
     with torch.device("meta"):
-        net = Network(CAPTIONED)
+        net = LlamaNetwork(CAPTIONED)
     torch.save({"model": state}, tmp_path / "t2i.pt")
     checkpoints.load(net, str(tmp_path / "t2i.pt"))
     assert torch.equal(net.cls_embedding.uncond_embedding, state.pop("cls_embedding.uncond_embedding"))
     torch.save({"model": state}, tmp_path / "t2i.pt")
     with torch.device("meta"):
-        net = Network(CAPTIONED)
+        net = LlamaNetwork(CAPTIONED)
     with pytest.raises(checkpoints.CheckpointError, match=r"lacks cls_embedding\.uncond_embedding \(1 in all\)"):
         checkpoints.load(net, str(tmp_path / "t2i.pt"))
 
@@ -426,7 +427,7 @@ def test_generation_keeps_no_graph():
 
 def test_official_initialisation():
     torch.manual_seed(0)
-    net = Network(SMALL)
+    net = LlamaNetwork(SMALL)
     assert not net.output.weight.any()
     for name, parameter in net.named_parameters():
         if parameter.dim() > 1 and name != "output.weight":
@@ -529,7 +530,7 @@ def test_student_starts_from_its_teacher():
     teacher = make_teacher(GUIDED)
     teacher.network.bfloat16()  # a student trains in float32 whatever its teacher's precision
     before = torch.random.get_rng_state()
-    first, again, other = (Student.from_teacher(teacher, "released", seed) for seed in (5, 5, 6))
+    first, again, other = (Student.from_teacher(teacher, seed) for seed in (5, 5, 6))
     assert torch.equal(before, torch.random.get_rng_state())
     copied = set(teacher.network.state_dict()) - {"tok_embeddings.weight"}
     new = {"final_layer_conti.scale_shift_table", "final_layer_conti.linear.weight", "n_d_embed.weight"}
@@ -550,7 +551,7 @@ def test_student_starts_from_its_teacher():
 
 def test_student_owns_its_weights():
     teacher = make_teacher(PLAIN)
-    net = Student.from_teacher(teacher, "released", 0)
+    net = Student.from_teacher(teacher, 0)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
@@ -569,8 +570,11 @@ def test_input_layer_is_the_least_squares_fit():
 
 
 def test_llamagen_has_no_choice_of_mask():
-    with pytest.raises(ValueError, match="no such choice"):
-        Student(SMALL, torch.zeros(64, 8), mask="paper")
+    settings = TeacherSettings(family="pipeline.models.llamagen")
+    assert checkpoints.student_options(settings, {"mask": "released"}) == {}
+    sentence = "train.mask is paper; LlamaGen students are causal and have no such choice, use released."
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        checkpoints.student_options(settings, {"mask": "paper"})
 
 
 # --- the small configuration of the embedded default --------------------------------------------------------
@@ -590,7 +594,7 @@ def test_small_nets_learn():
     def predict() -> Tensor:
         return F.cross_entropy(teacher(condition, codes).flatten(0, 1), codes.flatten())
 
-    student = Student.from_teacher(teacher, "released", 0)
+    student = Student.from_teacher(teacher, 0)
     noise = torch.randn(8, 64, 4)
 
     def distil() -> Tensor:

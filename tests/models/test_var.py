@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.models.base import Condition, nearest
 from pipeline.models.convnet import to_uint8
 from pipeline.models.var import Config, Student, Teacher, Tokenizer
-from pipeline.models.var.teacher import Pass, filtered, guided
+from pipeline.models.var.teacher import ScalePass, filtered, guided
 from pipeline.models.var.tokenizer import phi_table
 from pipeline.settings.teacher import Filter
 
@@ -299,7 +299,7 @@ class TestTeacher:
 
     def test_guided_logits(self, teacher: Teacher) -> None:
         """The cached, guided logits themselves, not only their softmax."""
-        network = Pass(teacher.network, torch.tensor([6, 6, 10, 10]), length=30)
+        network = ScalePass(teacher.network, torch.tensor([6, 6, 10, 10]), length=30)
         _, inputs = teacher.tokenizer.quantize.replay(teacher.codebook[self.codes])
         for s, x in enumerate([torch.zeros(2, 0, 8), *inputs]):
             logits = guided(network(x, last=GROUPS[s]), 1.5, s + 1, 4)
@@ -556,7 +556,7 @@ class TestStudent:
         assert torch.equal(net.attn_bias_for_masking, student.attn_bias_for_masking)
 
     def test_from_teacher(self, teacher: Teacher) -> None:
-        made = Student.from_teacher(teacher, "released", seed=3)
+        made = Student.from_teacher(teacher, seed=3)
         own, old = made.state_dict(), teacher.network.state_dict()
         changed = {"lvl_embed.weight", "pos_1LC", "lvl_1L", "attn_bias_for_masking"}
         for name in old.keys() - changed:
@@ -571,7 +571,7 @@ class TestStudent:
         assert not any(p.any() for p in made.layerwise_n_d_embed.parameters())
         assert own["n_d_embed.weight"].std() > 0
         assert own["final_layer_conti.linear.weight"].std() > 0
-        again, other = (Student.from_teacher(teacher, "released", seed=s).state_dict() for s in (3, 4))
+        again, other = (Student.from_teacher(teacher, seed=s).state_dict() for s in (3, 4))
         assert all(torch.equal(own[k], again[k]) for k in own)
         assert not torch.equal(own["n_d_embed.weight"], other["n_d_embed.weight"])
         assert not torch.equal(levels[1], other["lvl_embed.weight"][1])
@@ -584,7 +584,7 @@ class TestStudent:
         generator = torch.Generator().manual_seed(3)
         whole = Student(config, teacher.codebook, "released", generator).state_dict()
         before = torch.get_rng_state()
-        made = Student.from_teacher(teacher, "released", seed=3).state_dict()
+        made = Student.from_teacher(teacher, seed=3).state_dict()
         assert torch.equal(torch.get_rng_state(), before), "torch's own layers draw from the global generator"
         for name in ("n_d_embed.weight", "final_layer_conti.linear.weight", "final_layer_conti.scale_shift_table"):
             assert torch.equal(made[name], whole[name]), name
@@ -594,7 +594,7 @@ class TestStudent:
 
     def test_a_new_student_is_the_teacher(self, teacher: Teacher) -> None:
         """Its class token, with the new parts silenced, gives the teacher's logits of the first step."""
-        made = Student.from_teacher(teacher, "paper", seed=3).eval()
+        made = Student.from_teacher(teacher, seed=3, mask="paper").eval()
         condition = Condition(torch.tensor([2, 7]))
         with torch.no_grad():
             made.n_d_embed.weight.zero_()
@@ -602,14 +602,14 @@ class TestStudent:
             x = c[:, None] + made.pos_start + made.positions()[:, :1]
             for block, by in zip(made.layers, made.modulations(c), strict=True):
                 x = block(x, by)
-        network = Pass(teacher.network, condition.labels)
+        network = ScalePass(teacher.network, condition.labels)
         scale, shift = made.head_nm.modulation(c)
         logits = made.head(nn.functional.layer_norm(x, (64,), eps=1e-6) * scale + shift)
         torch.testing.assert_close(network(torch.zeros(2, 0, 8)), logits, atol=1e-4, rtol=0)
 
     def test_learns(self, teacher: Teacher) -> None:
         """Every parameter gets a gradient, the zero layer-wise ones too; a step lowers the loss."""
-        made = Student.from_teacher(teacher, "released", seed=3)
+        made = Student.from_teacher(teacher, seed=3)
         target = golden.tensor(DD["inputs"]["data_idx"])
         optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
         losses = []

@@ -197,7 +197,7 @@ def test_a_student_samples_in_bf16_and_answers_in_float32(tmp_path: Path, family
     """With split 0 all tokens are embeddings; with the last AR step as split all are codes of the codebook."""
     settings = tiny(tmp_path, family).teacher
     teacher = checkpoints.teacher(settings)
-    student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, "released", 0))
+    student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, 0))
     exact, low = (Models(teacher, student, matching.Solver(), 0, None, "cpu", "fp32", p) for p in ("fp32", "bf16"))
     found, plain = (FewStep(0, (1, 2)).draw(models, np.arange(4)) for models in (low, exact))
     assert found.dtype == torch.float32
@@ -212,7 +212,7 @@ def test_logits_are_float32_where_nothing_is_trained(tmp_path: Path, family: Fam
     """In bfloat16 the best of many codes is shared by several, of which argmax would take the first."""
     settings = tiny(tmp_path, family, vocabulary=4_000).teacher
     teacher = checkpoints.teacher(settings)
-    student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, "released", 0))
+    student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, 0))
     x = torch.randn(40, teacher.layout.length, teacher.layout.code_dim, generator=torch.Generator().manual_seed(0))
     given = x, torch.ones(40, dtype=torch.long), Condition(torch.zeros(40, dtype=torch.long))
     with autocast("bf16", "cpu"):

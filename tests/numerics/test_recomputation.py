@@ -21,7 +21,7 @@ from pipeline.numerics.compilation import compiled
 from pipeline.numerics.footprint import Meter
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
-from pipeline.training import batches, losses
+from pipeline.training import batches, perceptual
 from pipeline.training import step as training_step
 from pipeline.training.state import TrainingState
 
@@ -35,12 +35,12 @@ def with_train(recipe: Recipe, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def drawn() -> nn.Module:
     """LPIPS with a random trunk: its weight file is not here."""
-    return losses.Lpips("alex", pretrained=False)
+    return perceptual.Lpips("alex", pretrained=False)
 
 
 @pytest.fixture
 def trunk(drawn: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "perceptual", lambda kind: copy.deepcopy(drawn))
+    monkeypatch.setattr(perceptual, "network", lambda kind: copy.deepcopy(drawn))
 
 
 def large_enough(family: Family) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_gradients_are_the_same_bit_for_bit(tmp_path: Path, family: Family, prec
 
     def watched(recipe: Recipe, device: torch.device) -> Any:
         student, loss = built(recipe, device)
-        for module in (*student.layers, *losses.layers(loss.tokenizer, loss.network)):
+        for module in training_step.recomputable(student, loss.tokenizer, loss.network):
             module.register_forward_pre_hook(lambda module, args: ran.update([module]))
         training_step.prepare(student, loss)
         return student, loss

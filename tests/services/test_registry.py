@@ -30,7 +30,7 @@ def changed(recipe: Recipe, **settings: Any) -> Recipe:
 def export_student(recipe: Recipe, seed: int) -> str:
     """A student with weights of its own where distill would leave it."""
     teacher = checkpoints.teacher(recipe.teacher)
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", seed)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in student.parameters():

@@ -31,8 +31,8 @@ SAMPLES = 8
 
 def students(recipe: Recipe, teacher: Teacher) -> Iterator[tuple[str, Student]]:
     """The student as distill starts it, and as it would be otherwise."""
-    kind = checkpoints.family(recipe.teacher).Student
-    student = kind.from_teacher(teacher, recipe.train.mask, recipe.train.seed).eval()
+    asked = recipe.train.student_options
+    student = checkpoints.new_student(recipe.teacher, teacher, asked, recipe.train.seed).eval()
     yield "from its teacher", student
     if hasattr(teacher.network, "tok_embeddings"):
         generator = torch.Generator().manual_seed(0)
@@ -41,7 +41,8 @@ def students(recipe: Recipe, teacher: Teacher) -> Iterator[tuple[str, Student]]:
             student.tok_embeddings.bias.zero_()
         yield "with a random input layer, as released", student
     torch.manual_seed(0)
-    yield "fresh", kind(checkpoints.config(recipe.teacher), teacher.codebook, recipe.train.mask).eval()
+    kind, options = checkpoints.family(recipe.teacher).Student, checkpoints.student_options(recipe.teacher, asked)
+    yield "fresh", kind(checkpoints.config(recipe.teacher), teacher.codebook, **options).eval()
 
 
 def compared(recipe: Recipe, teacher: Teacher, student: Student, codes: Tensor, condition: Condition) -> list[float]:

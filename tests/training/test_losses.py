@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
 from pipeline.settings.train import TrainSettings
-from pipeline.training import losses
+from pipeline.training import perceptual, plan
 from pipeline.training import step as training_step
-from pipeline.training.losses import Loss, Lpips, cross_entropy, summary, trunk_file
+from pipeline.training.losses import Loss, cross_entropy, summary
+from pipeline.training.perceptual import Lpips, trunk_file
 
 LAYOUT = Layout(groups=(1, 4, 9), vocabulary=11, code_dim=3, classes=2, image_size=16)
 SETTINGS = TrainSettings(start_steps=(1, 2), split=2, cross_entropy=0.1, lpips=1.0)
@@ -163,26 +164,28 @@ def test_contradictions_are_one_sentence(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=sentence) as caught:
-        losses.check(replace(SETTINGS, **change), LAYOUT)
+        plan.check_losses(replace(SETTINGS, **change), LAYOUT)
     assert "\n" not in str(caught.value)
 
 
 def test_the_digits_network_is_refused_for_larger_images() -> None:
     with pytest.raises(ValueError, match="made for images of 32 pixels, and the teacher's have 256; use vgg"):
-        losses.check(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=256))
+        plan.check_losses(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=256))
 
 
 def test_consistent_settings_pass() -> None:
-    losses.check(replace(SETTINGS, lpips=0.0, split=3), LAYOUT)
-    losses.check(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=32))
-    losses.check(replace(SETTINGS, perceptual="digits", split=0, cross_entropy=0.0), replace(LAYOUT, image_size=32))
+    plan.check_losses(replace(SETTINGS, lpips=0.0, split=3), LAYOUT)
+    plan.check_losses(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=32))
+    plan.check_losses(
+        replace(SETTINGS, perceptual="digits", split=0, cross_entropy=0.0), replace(LAYOUT, image_size=32)
+    )
 
 
 def test_a_missing_or_wrong_trunk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth are missing .* on every machine"):
         Lpips("alex")
-    wrong = tmp_path / "hub" / "checkpoints" / losses.TRUNKS["alex"]
+    wrong = tmp_path / "hub" / "checkpoints" / perceptual.TRUNKS["alex"]
     wrong.parent.mkdir(parents=True)
     wrong.write_bytes(b"another file of that name")
     with pytest.raises(ValueError, match="damaged or another file"):
@@ -234,7 +237,7 @@ def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) 
 
 
 def test_the_digits_network_comes_with_the_package() -> None:
-    network = losses.perceptual("digits")
+    network = perceptual.network("digits")
     image = torch.zeros(2, 3, 32, 32)
     assert network(image, image).tolist() == [0, 0]
     assert network(image, image + 0.5).min() > 0

@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.settings.train import TrainSettings
 from pipeline.training import batches as training_data
-from pipeline.training import observer
+from pipeline.training import loop, observer
 from pipeline.training import plan as training_plan
 from pipeline.training import state as training_state
 from pipeline.training import step as training_step
@@ -118,7 +118,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def plan(recipe: Recipe) -> training_plan.Plan:
+def plan(recipe: Recipe) -> training_plan.TrainingPlan:
     return training_plan.check(recipe)
 
 
@@ -167,7 +167,9 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert settings["mlflow_run"] == journal.id
     assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
     codebook = checkpoints.tokenizer(recipe.teacher).codebook
-    checkpoints.student(recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, settings["mask"])
+    checkpoints.student(
+        recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, {"mask": settings["mask"]}
+    )
 
 
 def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:
@@ -384,7 +386,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write of step 3 waits for step 4; it holds what step 3 was, and step 6's comes after it."""
-    stepped, write, original, written = threading.Event(), training_state._write, job.step, []
+    stepped, write, original, written = threading.Event(), training_state._write, loop.step, []
 
     def waiting(content: dict[str, Any], folder: str, keep: int) -> None:
         if content["step"] == 3:
@@ -399,11 +401,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         return out
 
     monkeypatch.setattr(training_state, "_write", waiting)
-    monkeypatch.setattr(job, "step", noticed)
+    monkeypatch.setattr(loop, "step", noticed)
     distill(with_train(recipe, keep=3))
     assert written == [3, 6, 8]
     monkeypatch.setattr(training_state, "_write", write)
-    monkeypatch.setattr(job, "step", original)
+    monkeypatch.setattr(loop, "step", original)
     other = with_train(recipe, keep=3, uri=f"{recipe.run}/other")
     distill(other)
     for name in ("step-00000003.pt", "step-00000006.pt"):
@@ -462,7 +464,9 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 50])
-def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan.Plan, micro_batch: int) -> None:
+def test_gradients_add_up_over_micro_batches(
+    recipe: Recipe, plan: training_plan.TrainingPlan, micro_batch: int
+) -> None:
     def gradients(size: int) -> tuple[Tensor, dict[str, Tensor]]:
         made = with_train(recipe, micro_batch=size)
         student, loss = training_step.build(made, torch.device("cpu"))
@@ -481,7 +485,7 @@ def test_gradients_add_up_over_micro_batches(recipe: Recipe, plan: training_plan
         assert (value - parts[name]).norm() <= 1e-4 * value.norm() + 1e-9, name
 
 
-def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.Plan, tmp_path: Path) -> None:
+def test_gradients_of_a_part_stay_in_ddps_own_memory(plan: training_plan.TrainingPlan, tmp_path: Path) -> None:
     """Without DDP's memory a batch in parts would hold all gradients twice; the numbers are the same."""
     plan = replace(plan, recipe=with_train(plan.recipe, micro_batch=3))
     settings, device = plan.recipe.train, torch.device("cpu")
@@ -519,7 +523,7 @@ def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> No
     )
     distill(embeddings)
     teacher = checkpoints.teacher(recipe.teacher)
-    start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", recipe.train.seed).state_dict()
+    start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.seed).state_dict()
     trained = {r.student_uri: weights(f"{r.student_uri}/student.safetensors") for r in (logits, embeddings)}
     head, conti = "head.weight", "final_layer_conti.linear.weight"
     assert torch.allclose(trained[logits.student_uri][conti], start[conti], atol=1e-7)
@@ -658,14 +662,14 @@ def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = job.step
+    original = loop.step
 
     def poisoned(network: nn.Module, loss: Any, state: TrainingState, batch: Any, total: int) -> tuple[Tensor, Tensor]:
         if state.step == 4:
             batch = batch._replace(x_t=batch.x_t * float("nan"))
         return original(network, loss, state, batch, total)
 
-    monkeypatch.setattr(job, "step", poisoned)
+    monkeypatch.setattr(loop, "step", poisoned)
     with pytest.raises(
         Unfinished, match=r"the gradient of step 5 is not finite\. Set train\.lr, now 0\.003,"
     ) as caught:
@@ -679,7 +683,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 # ---- the parts
 
 
-def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.Plan) -> None:
+def test_batches_are_shared_out_and_resumed_without_a_trace(plan: training_plan.TrainingPlan) -> None:
     stream = training_data.stream(plan)
 
     def run(done: int, rank: int, world: int) -> Iterator[tuple[int, list[int]]]:
@@ -719,7 +723,7 @@ def test_held_out_rows_are_those_the_stream_leaves_out(recipe: Recipe) -> None:
     assert sorted(training_data.stream(smaller).order(0, 3)) == list(range(22))
 
 
-def test_x_t_keeps_the_codes_before_t(plan: training_plan.Plan) -> None:
+def test_x_t_keeps_the_codes_before_t(plan: training_plan.TrainingPlan) -> None:
     rows = training_data.held_out(plan)
     codebook = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     settings = plan.recipe.train
@@ -742,7 +746,7 @@ def test_choices_are_even_and_differ_by_draw() -> None:
 
 def test_only_matrices_decay(recipe: Recipe) -> None:
     teacher = checkpoints.teacher(recipe.teacher)
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, "released", 0)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, 0)
     named = {id(p): name for name, p in student.named_parameters()}
     decayed, spared = (
         {named[id(p)] for p in g["params"]} for g in training_state.optimizer(student, recipe.train).param_groups
@@ -762,13 +766,13 @@ def test_learning_rate_warms_up_then_stays_or_falls() -> None:
     assert learning_rate(replace(cosine, warmup=0), 0, 12) == 1
 
 
-def test_snapshots_are_spread_and_end_with_the_last_step(plan: training_plan.Plan) -> None:
+def test_snapshots_are_spread_and_end_with_the_last_step(plan: training_plan.TrainingPlan) -> None:
     assert plan.total == 8
     assert plan.snapshot_steps == [4, 8]
     assert replace(plan, recipe=with_train(plan.recipe, snapshots=3)).snapshot_steps == [3, 5, 8]
 
 
-def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Plan) -> None:
+def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.TrainingPlan) -> None:
     def with_(**changes: Any) -> str:
         return replace(plan, recipe=with_train(plan.recipe, **changes)).fingerprint
 
@@ -782,7 +786,7 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Pl
     assert replace(plan, pairs_fingerprint="other").fingerprint != plan.fingerprint
 
 
-def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Plan) -> None:
+def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.TrainingPlan) -> None:
     student, loss = training_step.build(plan.recipe, torch.device("cpu"))
     sent: list[Message] = []
     observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, sent.append, "run")

@@ -52,7 +52,7 @@ def changed(recipe: Recipe, **settings: Any) -> Recipe:
 
 def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> None:
     teacher = checkpoints.teacher(recipe.teacher)
-    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.mask, seed)
+    student = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in student.parameters():
@@ -171,7 +171,7 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         "baseline",
         "baseline",
     ]
-    counted = checkpoints.parameters(recipe.teacher, "released")
+    counted = checkpoints.parameters(recipe.teacher, {"mask": "released"})
     of = [counted[name] for name in ("teacher", "teacher", "student", "student", "student", "teacher")]
     assert [row.get("parameters") for row in results["rows"]] == [None, *of, None]
     assert results["speed"] == {"teacher": results["rows"][1]["speeds"], "throughput_batch": 2}

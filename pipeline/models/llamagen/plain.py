@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.base import Choose, Condition
-from pipeline.models.llamagen.teacher import Attention, Layer, Teacher, log_probabilities, rotary, turn
+from pipeline.models.llamagen.teacher import Layer, RotaryAttention, Teacher, log_probabilities, rotary, turn
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
     return torch.cat(codes, dim=1)
 
 
-def _empty(attention: Attention, batch: int, n: int) -> tuple[Tensor, Tensor]:
+def _empty(attention: RotaryAttention, batch: int, n: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, n, D] of one layer."""
     weight = attention.wo.weight
     shape = (batch, attention.heads, n, len(weight) // attention.heads)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
 from pipeline.models import base
+from pipeline.models.llamagen.config import Config
 from pipeline.models.llamagen.teacher import INIT_STD, ClassEmbedding, Layer, RMSNorm, Teacher, rotary
-from pipeline.models.llamagen.tokenizer import Config
 
 RIDGE = 1e-6  # per code; only keeps the fit solvable when there are fewer codes than unknowns
 
@@ -36,10 +36,9 @@ class Student(base.Student):
     """A LlamaGen transformer that maps X_t to logits and embeddings of all tokens in one causal pass."""
 
     released = (("ema",), ("model",))
+    no_choice = "LlamaGen students are causal and have no such choice"
 
-    def __init__(self, config: Config, codebook: Tensor, mask: str = "released") -> None:
-        if mask != "released":
-            raise Refused(f"train.mask is {mask}; LlamaGen students are causal and have no such choice, use released.")
+    def __init__(self, config: Config, codebook: Tensor) -> None:
         if config.caption_dim:
             raise Refused(
                 f"teacher.config.caption_dim is {config.caption_dim}; students of captions do not exist yet, so give a"
@@ -74,7 +73,7 @@ class Student(base.Student):
         return base.Prediction(base.answer(self.output, self.norm(h)), self.final_layer_conti(h, label))
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, mask: str, seed: int) -> Student:
+    def from_teacher(cls, teacher: Teacher, seed: int) -> Student:
         """A float32 student that starts from its teacher's class table, layers, final norm and logits head.
 
         The input layer is fitted to the teacher's token table (``fit_embeddings``); the official code starts
@@ -84,7 +83,7 @@ class Student(base.Student):
         """
         config, table = teacher.config, teacher.network.tok_embeddings.weight
         with torch.device("meta"):  # every parameter is given below; loading strictly proves it
-            student = cls(config, teacher.codebook, mask)
+            student = cls(config, teacher.codebook)
         state = {name: value.float().clone() for name, value in teacher.network.state_dict().items()}
         state["tok_embeddings.weight"], state["tok_embeddings.bias"] = fit_embeddings(teacher.codebook, table)
         random = torch.Generator().manual_seed(seed)

@@ -23,7 +23,8 @@ from pipeline.models.base import Condition as Labels
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
-from pipeline.models.llamagen.tokenizer import Config, Tokenizer
+from pipeline.models.llamagen.config import Config
+from pipeline.models.llamagen.tokenizer import Tokenizer
 from pipeline.settings.teacher import Filter
 
 INIT_STD = 0.02  # of every matrix and table of the official initialisation
@@ -66,7 +67,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-5).to(x.dtype) * self.weight
 
 
-class Attention(nn.Module):
+class RotaryAttention(nn.Module):
     """Causal attention with rotary positions, over what is passed in or over a cache."""
 
     def __init__(self, config: Config) -> None:
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(batch, new, dim))
 
 
-class FeedForward(nn.Module):
+class GatedFeedForward(nn.Module):
     """SwiGLU: w2(SiLU(w1 x) * w3 x)."""
 
     def __init__(self, config: Config) -> None:
@@ -123,8 +124,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.attention = RotaryAttention(config)
+        self.feed_forward = GatedFeedForward(config)
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
@@ -136,7 +137,7 @@ class Layer(nn.Module):
         causal: bool = True,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x [B, g, dim] -> [B, g, dim]; the others as in ``Attention``."""
+        """x [B, g, dim] -> [B, g, dim]; the others as in ``RotaryAttention``."""
         x = x + self.attention(self.attention_norm(x), rotations, cache, causal, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -152,7 +153,7 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
 
-class Network(nn.Module):
+class LlamaNetwork(nn.Module):
     """The transformer of the teacher, with the official initialisation: normal matrices and a zero head."""
 
     def __init__(self, config: Config) -> None:
@@ -246,7 +247,7 @@ class Teacher(base.Teacher):
     out: such a filter is refused with a ValueError.
     """
 
-    network: Network
+    network: LlamaNetwork
 
     def __init__(self, config: Config, filter: Filter) -> None:
         if filter.guidance < 1:
@@ -257,7 +258,7 @@ class Teacher(base.Teacher):
         self.config = config
         self.layout = config.layout
         self.filter = filter
-        self.network = Network(config)
+        self.network = LlamaNetwork(config)
         self.tokenizer = Tokenizer(config)
 
     def forward(self, condition: Labels | Captions, codes: Tensor) -> Tensor:
@@ -283,8 +284,8 @@ class Teacher(base.Teacher):
             codes[:, : first - 1] = prefix
         # No job draws from captions, so their masks need no place in a recording.
         recorded = first == 1 and isinstance(condition, Labels)
-        recording = self.recording(batch, lambda: Pass(self, batch, self.layout.length)) if recorded else None
-        sequence = recording.memory if recording else Pass(self, batch, end - 1, first, condition)
+        recording = self.recording(batch, lambda: RasterPass(self, batch, self.layout.length)) if recorded else None
+        sequence = recording.memory if recording else RasterPass(self, batch, end - 1, first, condition)
         draw = recording or eagerly
         halves = [condition, self.network.null(condition)][: self.copies(first)]
         for t in range(first, end):
@@ -305,7 +306,7 @@ class Teacher(base.Teacher):
         return 2 if self.filter.guidance != 1 and (last < 0 or t <= last + 2) else 1
 
 
-class Pass:
+class RasterPass:
     """One generation on its way through the network, AR step after AR step: its cache, its rotations, its mask."""
 
     def __init__(

@@ -1,12 +1,9 @@
-"""The numbers of a LlamaGen model, and its VQ tokenizer (arXiv 2406.06525): one token per cell of a grid.
+"""LlamaGen's VQ tokenizer (arXiv 2406.06525): one token per cell of a grid.
 
 Attribute names and their order are those of the official files (``vq_ds16_c2i.pt``).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,91 +12,13 @@ from torch import Tensor, nn
 from pipeline.host.errors import Refused
 from pipeline.models import base
 from pipeline.models.convnet import Down, ResBlock, SplitAttention, Up, norm, to_map, widths
+from pipeline.models.llamagen.config import Config
 
 COMMITMENT = 0.25
 USAGE_WINDOW = 65_536  # length of the official usage statistics, whatever the vocabulary
 
 
-@dataclass(frozen=True)
-class Config:
-    """Shape of tokenizer, teacher and student; the defaults are LlamaGen-B for 256x256 ImageNet.
-
-    L is ``Config(layers=24, heads=16, dim=1024)``, XL is ``Config(layers=36, heads=20, dim=1280)``.
-
-    Attributes:
-        layers, heads, dim: of the transformer.
-        ffn_multiple: the SwiGLU hidden size is 8/3 dim, rounded up to a multiple of this.
-        classes: of the condition; one more row of the table is the null class.
-        caption_dim: of the text encoder's features in text-to-image models, 2048 for FLAN-T5-XL; 0 has classes instead.
-        caption_length: positions of a caption.
-        guidance_interval: the official ``cfg_interval``; -1 guides every token, K >= 0 only the first K + 2.
-        side: tokens per row and per column.
-        vocabulary, code_dim: rows and columns of the codebook.
-        channels: of the tokenizer's finest level.
-        multipliers: of the channels on every level, finest first; each level but the last halves the size.
-        z_channels: between the convolutional nets and the 1x1 convolutions around the codes.
-        encoder_blocks, decoder_blocks: residual blocks per level.
-        attention: after every residual block of the coarsest level (the middle has one in any case).
-
-    Raises ValueError for numbers that no network can have.
-    """
-
-    layers: int = 12
-    heads: int = 12
-    dim: int = 768
-    ffn_multiple: int = 256
-    classes: int = 1000
-    caption_dim: int = 0
-    caption_length: int = 120
-    guidance_interval: int = -1
-    side: int = 16
-    vocabulary: int = 16_384
-    code_dim: int = 8
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    z_channels: int = 256
-    encoder_blocks: int = 2
-    decoder_blocks: int = 3
-    attention: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # a list when it comes from YAML
-        for name, value in vars(self).items():
-            smallest = {"guidance_interval": -1, "attention": 0, "caption_dim": 0}.get(name, 1)
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or min(numbers) < smallest:
-                raise Refused(f"LlamaGen config {name} is {value}; it must be {smallest} or more.")
-        if self.dim % (4 * self.heads):
-            raise Refused(
-                f"LlamaGen config dim is {self.dim} with {self.heads} heads; rotary positions need a"
-                f" multiple of 4 channels per head, so make dim a multiple of {4 * self.heads}."
-            )
-        if self.channels % 32:
-            raise Refused(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
-
-    @property
-    def conditions(self) -> int:
-        """Positions before the first token: the class, or the caption."""
-        return self.caption_length if self.caption_dim else 1
-
-    @property
-    def hidden(self) -> int:
-        """Hidden size of the SwiGLU feed-forward."""
-        return -(-int(8 * self.dim / 3) // self.ffn_multiple) * self.ffn_multiple
-
-    @cached_property
-    def layout(self) -> base.Layout:
-        """One token per AR step, in raster order."""
-        return base.Layout(
-            groups=(1,) * self.side**2,
-            vocabulary=self.vocabulary,
-            code_dim=self.code_dim,
-            classes=0 if self.caption_dim else self.classes,
-            image_size=self.side * 2 ** (len(self.multipliers) - 1),
-        )
-
-
-class Level(nn.Module):
+class GridLevel(nn.Module):
     """Residual blocks of one resolution, each followed by attention where ``attention`` is set."""
 
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool) -> None:
@@ -115,7 +34,7 @@ class Level(nn.Module):
         return x
 
 
-class DownLevel(Level):
+class DownLevel(GridLevel):
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
         super().__init__(inside, outside, blocks, attention)
         self.downsample = nn.Identity() if last else Down(outside)
@@ -124,7 +43,7 @@ class DownLevel(Level):
         return self.downsample(super().forward(x))
 
 
-class UpLevel(Level):
+class UpLevel(GridLevel):
     def __init__(self, inside: int, outside: int, blocks: int, attention: bool, last: bool) -> None:
         super().__init__(inside, outside, blocks, attention)
         self.upsample = nn.Identity() if last else Up(outside)
@@ -137,7 +56,7 @@ def _middle(width: int) -> nn.Sequential:
     return nn.Sequential(ResBlock(width, width), SplitAttention(width), ResBlock(width, width))
 
 
-class Encoder(nn.Module):
+class GridEncoder(nn.Module):
     """Images [B, 3, H, W] -> features [B, z, side, side]."""
 
     def __init__(self, config: Config) -> None:
@@ -161,7 +80,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Decoder(nn.Module):
+class GridDecoder(nn.Module):
     """Features [B, z, side, side] -> images [B, 3, H, W]; ``conv_blocks`` runs from coarse to fine."""
 
     def __init__(self, config: Config) -> None:
@@ -185,7 +104,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Quantizer(nn.Module):
+class GridQuantizer(nn.Module):
     """The codebook before normalisation, and the official usage statistics, which nothing here uses."""
 
     codebook_used: Tensor
@@ -197,15 +116,15 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / vocabulary, 1 / vocabulary)
 
 
-class Tokenizer(base.Tokenizer):
+class Tokenizer(base.TrainableTokenizer):
     """VQ tokenizer with an l2-normalised codebook: images in [-1, 1] <-> codes in raster order."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.layout = config.layout
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config.vocabulary, config.code_dim)
+        self.encoder = GridEncoder(config)
+        self.decoder = GridDecoder(config)
+        self.quantize = GridQuantizer(config.vocabulary, config.code_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
 

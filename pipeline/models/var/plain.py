@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.base import Choose, Condition
-from pipeline.models.var.teacher import Network, Teacher, filtered
-from pipeline.models.var.transformer import Attention, modulated, unit
+from pipeline.models.var.teacher import Teacher, VarNetwork, filtered
+from pipeline.models.var.transformer import CosineAttention, modulated, unit
 
 Cache = list[tuple[Tensor, Tensor] | None]
 """Of every block: keys and values [B, H, l, D / H] of the scales so far, None before the first."""
@@ -41,7 +41,7 @@ def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
     return torch.cat(codes, dim=1)
 
 
-def _logits(net: Network, labels: Tensor, x: Tensor | None, begin: int, cache: Cache) -> Tensor:
+def _logits(net: VarNetwork, labels: Tensor, x: Tensor | None, begin: int, cache: Cache) -> Tensor:
     """Logits [B, m, V] float32 of the scale that begins at position ``begin``; x [B, m, C], None for the first."""
     condition = net.class_emb(labels)
     h = condition[:, None] + net.pos_start if x is None else net.word_embed(x.to(net.word_embed.weight.dtype))
@@ -55,7 +55,7 @@ def _logits(net: Network, labels: Tensor, x: Tensor | None, begin: int, cache: C
 
 
 def _attention(
-    attn: Attention, x: Tensor, before: tuple[Tensor, Tensor] | None
+    attn: CosineAttention, x: Tensor, before: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """x [B, m, D] -> [B, m, D], and all keys and values with its own after them."""
     bias = torch.cat([attn.q_bias, attn.zero_k_bias, attn.v_bias])

@@ -29,6 +29,7 @@ class Student(Transformer, base.Student):
     """
 
     released = (("trainer", "ema_parameters"), ("trainer", "var_wo_ddp"))
+    settings = ("mask",)
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Student(Transformer, base.Student):
         initialise(self, generator)
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, mask: Literal["released", "paper"], seed: int) -> Student:
+    def from_teacher(cls, teacher: Teacher, seed: int, mask: Literal["released", "paper"] = "released") -> Student:
         """A student that starts from the teacher's weights; ``seed`` determines the new ones.
 
         The class token takes the teacher's first position and level, which held the class there; the token of

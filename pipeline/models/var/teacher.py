@@ -18,7 +18,7 @@ from pipeline.models.var.transformer import Transformer, initialise, modulated
 from pipeline.settings.teacher import Filter
 
 
-class Network(Transformer):
+class VarNetwork(Transformer):
     """The official VAR transformer: a token sees its own scale and all earlier ones."""
 
     def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
@@ -33,7 +33,7 @@ class Network(Transformer):
 
     def forward(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Labels [B] and inputs [B, L - 1, C] of scales 1, 2, ... -> logits [B, L, V]."""
-        return Pass(self, labels)(inputs)
+        return ScalePass(self, labels)(inputs)
 
     def cache(self, batch: int, length: int) -> Tensor:
         """Room for the keys and values of ``length`` positions and one more: [depth, 2, B, H, length + 1, D / H].
@@ -45,13 +45,13 @@ class Network(Transformer):
         return weight.new_empty(len(self.blocks), 2, batch, heads, length + 1, weight.shape[1] // heads)
 
 
-class Pass:
+class ScalePass:
     """One sequence per label on its way through the network, in one call or, with a cache, scale by scale.
 
     What depends on the class alone is computed once. ``length`` positions are cached; 0 stands for no cache.
     """
 
-    def __init__(self, network: Network, labels: Tensor, length: int = 0) -> None:
+    def __init__(self, network: VarNetwork, labels: Tensor, length: int = 0) -> None:
         self.network, self.end = network, 0
         condition = network.class_emb(labels)
         self.start = condition[:, None] + network.pos_start
@@ -62,7 +62,7 @@ class Pass:
 
     def restart(self, labels: Tensor) -> None:
         """Other labels, as many, in the memory of the former ones: where graphs look for them."""
-        fresh = Pass(self.network, labels)
+        fresh = ScalePass(self.network, labels)
         for mine, new in zip(self._given(), fresh._given(), strict=True):
             mine.copy_(new)
 
@@ -96,7 +96,7 @@ class Teacher(base.Teacher):
     """A VAR and its tokenizer. The network starts with fresh weights, from ``generator`` if there is one."""
 
     tokenizer: Tokenizer
-    network: Network
+    network: VarNetwork
 
     def __init__(self, config: Config, filter: Filter, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Teacher(base.Teacher):
         self.layout = config.layout
         self.filter = filter
         self.tokenizer = Tokenizer(config)
-        self.network = Network(config, generator)
+        self.network = VarNetwork(config, generator)
 
     def forward(self, condition: Condition, codes: Tensor) -> Tensor:
         """Teacher-forced logits [B, n, V] of codes [B, n].
@@ -132,12 +132,12 @@ class Teacher(base.Teacher):
         if self.filter.guidance:
             labels = torch.cat([labels, torch.full_like(labels, layout.classes)])
         whole = layout.before(layout.steps + 1)
-        recording = self.recording(len(prefix), lambda: Pass(self.network, labels, whole)) if first == 1 else None
+        recording = self.recording(len(prefix), lambda: ScalePass(self.network, labels, whole)) if first == 1 else None
         if recording:
-            sequence: Pass = recording.memory
+            sequence: ScalePass = recording.memory
             sequence.restart(labels)
         else:
-            sequence = Pass(self.network, labels, layout.before(end))
+            sequence = ScalePass(self.network, labels, layout.before(end))
         f_hat, inputs = quantize.replay(self.codebook[prefix])
         x = torch.cat([self.codebook.new_empty(len(prefix), 0, layout.code_dim), *inputs], dim=1)
 

@@ -18,7 +18,7 @@ from pipeline.models.convnet import Down, FusedAttention, ResBlock, Up, norm, to
 from pipeline.models.var.config import Config
 
 
-class Tokenizer(base.Tokenizer):
+class Tokenizer(base.TrainableTokenizer):
     """The encoder, the residual quantizer and the decoder."""
 
     def __init__(self, config: Config) -> None:
@@ -26,9 +26,9 @@ class Tokenizer(base.Tokenizer):
         self.layout = config.layout
         self.beta = config.beta
         self.scale_dropout = config.scale_dropout
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config)
+        self.encoder = VarEncoder(config)
+        self.decoder = VarDecoder(config)
+        self.quantize = ResidualQuantizer(config)
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
 
@@ -107,7 +107,7 @@ class Tokenizer(base.Tokenizer):
         return self.decoder(self.post_quant_conv(quantized))
 
 
-class Quantizer(nn.Module):
+class ResidualQuantizer(nn.Module):
     """The codebook, the convolutions phi, and the residual sum over the scales."""
 
     def __init__(self, config: Config) -> None:
@@ -201,7 +201,7 @@ class Shared(nn.Module):
         self.qresi_ls = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(count))
 
 
-class Level(nn.Module):
+class VarLevel(nn.Module):
     """One resolution: residual blocks, attention after each at the coarsest, then a change of resolution."""
 
     def __init__(
@@ -239,7 +239,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Encoder(nn.Module):
+class VarEncoder(nn.Module):
     """Images [B, 3, H, W] -> [B, C, side, side]."""
 
     def __init__(self, config: Config) -> None:
@@ -248,7 +248,7 @@ class Encoder(nn.Module):
         coarsest = len(width) - 1
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(inside, outside, config.encoder_blocks, config.attention and i == coarsest, down=i < coarsest)
+            VarLevel(inside, outside, config.encoder_blocks, config.attention and i == coarsest, down=i < coarsest)
             for i, (inside, outside) in enumerate(zip([config.channels, *width[:-1]], width, strict=True))
         )
         self.mid = Middle(width[-1], config.attention)
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class VarDecoder(nn.Module):
     """[B, C, side, side] -> images [B, 3, H, W]; ``up`` is indexed by level, so it runs from its end."""
 
     def __init__(self, config: Config) -> None:
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.code_dim, width[-1], 3, padding=1)
         self.mid = Middle(width[-1], config.attention)
         self.up = nn.ModuleList(
-            Level(inside, outside, config.decoder_blocks, config.attention and i == coarsest, up=i > 0)
+            VarLevel(inside, outside, config.decoder_blocks, config.attention and i == coarsest, up=i > 0)
             for i, (inside, outside) in enumerate(zip([*width[1:], width[-1]], width, strict=True))
         )
         self.norm_out = norm(width[0])

@@ -29,7 +29,7 @@ class Modulation(NamedTuple):
     shift2: Tensor
 
 
-class Attention(nn.Module):
+class CosineAttention(nn.Module):
     """Cosine attention: q and k of unit length, q times a learned factor per head, no 1 / sqrt(D / H)."""
 
     zero_k_bias: Tensor
@@ -69,7 +69,7 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1)
 
 
-class FeedForward(nn.Module):
+class GeluFeedForward(nn.Module):
     """fc2(GELU(fc1 x)), GELU in its tanh form."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -88,8 +88,8 @@ class Block(nn.Module):
         super().__init__()
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
-        self.attn = Attention(config.width, config.heads)
-        self.ffn = FeedForward(config.width, config.mlp_ratio * config.width)
+        self.attn = CosineAttention(config.width, config.heads)
+        self.ffn = GeluFeedForward(config.width, config.mlp_ratio * config.width)
         if not config.shared_aln:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 

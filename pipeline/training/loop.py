@@ -1,0 +1,102 @@
+"""The loop of distillation (Alg. 2) as every DDP worker runs it, or the driver's own process.
+
+What a run computes is a function of its facts: batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id),
+so neither the number of workers nor an interruption changes it beyond float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.collective import broadcast_from_rank_zero
+from torch import nn
+
+from pipeline.host.ahead import timed
+from pipeline.models.base import Student
+from pipeline.settings.train import TrainSettings
+from pipeline.training import batches
+from pipeline.training import state as training_state
+from pipeline.training.observer import Message, Observer, Report, Window
+from pipeline.training.plan import TrainingPlan
+from pipeline.training.state import TrainingState
+from pipeline.training.step import build, device_of, prepare, step
+
+
+def train(config: dict[str, Any]) -> None:
+    """Alg. 2 on one worker of many, or on the only one."""
+    plan: TrainingPlan = config["plan"]
+    settings = plan.recipe.train
+
+    # 1. This worker's share and device.
+    context = ray.train.get_context()
+    rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
+
+    # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
+    # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
+    folder = plan.at("checkpoints")
+    newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
+    student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
+    state = TrainingState(student, settings)
+    if newest and rank == 0:
+        resume(plan, state, newest, config["report"])
+
+    # 3. The workers become one.
+    if world > 1:
+        state.share(broadcast_from_rank_zero)
+    prepare(student, loss)
+    network = _distributed(student, settings, device)
+
+    # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
+    observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
+
+    # 5. Optimiser steps. Nothing waits for the device between two log lines.
+    pairs = batches.stream(plan)
+    window = Window(settings, device)
+    with training_state.Writer(folder, settings.keep) as writer:
+        for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
+            window.waited += waited
+            batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            window.add(*step(network, loss, state, batch, plan.total))
+
+            saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total
+            looking = state.step in plan.snapshot_steps
+            if saving or looking or state.step % settings.log_every == 0:
+                state.check()
+                metrics = window.close()
+                if observer:
+                    observer.log(metrics)
+                if observer and looking:
+                    observer.snapshot()
+                    window.begin()
+                if observer and saving:
+                    writer.write(state)
+
+    # 6. The result comes last: whoever finds it knows that nothing is missing.
+    if observer:
+        observer.export(plan.result)
+
+
+def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report) -> None:
+    """Restore the ``newest`` checkpoint, or the last one before it that is whole; those after that are deleted."""
+    folder = plan.at("checkpoints")
+
+    def say(line: str) -> None:
+        report(Message(state.step, {}, [], line))
+
+    names = [name for name in training_state.saved(folder) if name <= newest]
+    name = state.restore(folder, names, say)
+    say(f"Resuming {plan.at()} from step {state.step:,} of {plan.total:,}.")
+    training_state.drop_after(folder, name)
+
+
+def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
+    """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
+    options = {
+        "find_unused_parameters": not (settings.cross_entropy and settings.lpips),
+        "broadcast_buffers": False,  # they are constants
+        "gradient_as_bucket_view": True,
+    }
+    return ray.train.torch.prepare_model(student, move_to_device=device, parallel_strategy_kwargs=options)
