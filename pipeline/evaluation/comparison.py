@@ -7,23 +7,43 @@ is drawn or trained here: each run wrote its report, and this one reads them.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline import storage
 from pipeline.evaluation.plan import Plan
 from pipeline.host.errors import Refused
+from pipeline.report.results import (
+    ComparedReport,
+    Curve,
+    PairSetCurve,
+    PairSetCurvePoint,
+    PairSetPoint,
+    PairSets,
+    Results,
+    Row,
+)
 
 OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
 
 
-def read(plan: Plan, title: str) -> list[dict[str, Any]]:
+_Sha256 = TypedDict("_Sha256", {"SHA-256": str})
+
+
+class OtherReport(_Sha256):
+    """A report that stands beside this one: where its report.json is, that file's SHA-256, and what it holds."""
+
+    uri: str
+    results: Results
+
+
+def read(plan: Plan, title: str) -> list[OtherReport]:
     """The reports at ``evaluate.compare``, {"uri", "SHA-256", "results"} each, in the recipe's order.
 
     Raises FileNotFoundError or ValueError, one sentence, for one that is not there or not a report, and for one whose
     scores this report's cannot stand beside: scored by another network or on other images, a student of another
     precision or another pair set, or of as many pairs as one before it.
     """
-    out: list[dict[str, Any]] = []
+    out: list[OtherReport] = []
     uris = plan.recipe.evaluate.compare
     if not uris:
         return out
@@ -80,7 +100,7 @@ def _facts(results: Any, uri: str) -> dict[str, Any]:
     return facts | {"pairs": student["pairs_count"]}
 
 
-def pair_sets(results: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
     """The scores of this report and the others over the count of pairs: {count, points, curve, reports}.
 
     ``results`` needs its rows, curve and made. Rows are those of samplers with a student; another report's row counts
@@ -90,39 +110,45 @@ def pair_sets(results: dict[str, Any], others: list[dict[str, Any]]) -> dict[str
     if not others:
         return None
     named = {json.dumps(row["sampler"]): row["name"] for row in results["rows"] if _of_student(row)}
-    points, curves = [], []
-    for found in [results, *(other["results"] for other in others)]:
-        pairs = found["made"]["student"]["pairs_count"]
-        here = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in found["rows"]}
-        points += [
-            {"pairs": pairs, "name": here[row["name"]], "score": row["score"]}
-            for row in found["rows"]
-            if here[row["name"]]
-        ]
-        curves.append((pairs, here, found["curve"]))
-    reports = [
-        {"uri": other["uri"], "SHA-256": other["SHA-256"], "pairs": other["results"]["made"]["student"]["pairs_count"]}
-        for other in others
+    points: list[PairSetPoint] = []
+    curves = []
+    for report in [results, *(other["results"] for other in others)]:
+        pairs = _pairs_count(report)
+        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in report["rows"]}
+        for row in report["rows"]:
+            if name := names[row["name"]]:
+                points.append({"pairs": pairs, "name": name, "score": row["score"]})
+        curves.append((pairs, names, report["curve"]))
+    reports: list[ComparedReport] = [
+        {"uri": other["uri"], "SHA-256": other["SHA-256"], "pairs": _pairs_count(other["results"])} for other in others
     ]
     return {"count": results["made"]["count"], "points": points, "curve": _curve(curves), "reports": reports}
 
 
-def _of_student(row: dict[str, Any]) -> bool:
+def _of_student(row: Row) -> bool:
     return row.get("type") in ("DD", "DD + AR")
 
 
-def _curve(curves: list[tuple[int, dict[str, str | None], dict[str, Any] | None]]) -> dict[str, Any] | None:
-    """The students exported along the way of every report, if all have them, of equally many images each."""
-    there = [(pairs, here, curve) for pairs, here, curve in curves if curve]
-    if len(there) < len(curves) or len({curve["count"] for _, _, curve in there}) > 1:
+def _pairs_count(results: Results) -> int:
+    student = results["made"]["student"]
+    assert student is not None  # ``read`` has looked
+    return student["pairs_count"]
+
+
+def _curve(curves: list[tuple[int, dict[str, str | None], Curve | None]]) -> PairSetCurve | None:
+    """The students exported along the way of every report, if all have them, of equally many images each.
+
+    Of each report the count of its pairs, this report's names for its samplers, and its curve.
+    """
+    given = [(pairs, names, curve) for pairs, names, curve in curves if curve]
+    if len(given) < len(curves) or len({curve["count"] for _, _, curve in given}) > 1:
         return None
-    epochs = all(curve.get("steps_per_epoch") for _, _, curve in there)
-    points = [
-        {"pairs": pairs, "name": here[point["name"]], "score": point["score"]}
-        | {"x": point["step"] / curve["steps_per_epoch"] if epochs else point["step"]}
-        for pairs, here, curve in there
-        for point in curve["points"]
-        if here.get(point["name"])
-    ]
-    axis = "epochs" if epochs else "optimiser step"
-    return {"count": there[0][2]["count"], "axis": axis, "points": points}
+    epochs = all(curve.get("steps_per_epoch") for _, _, curve in given)
+    points: list[PairSetCurvePoint] = []
+    for pairs, names, curve in given:
+        per_epoch = curve.get("steps_per_epoch")
+        for point in curve["points"]:
+            if name := names.get(point["name"]):
+                x = point["step"] / per_epoch if epochs and per_epoch else point["step"]
+                points.append({"pairs": pairs, "name": name, "score": point["score"], "x": x})
+    return {"count": given[0][2]["count"], "axis": "epochs" if epochs else "optimiser step", "points": points}

@@ -10,6 +10,8 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,20 @@ from pipeline import storage
 from pipeline.evaluation.plan import Plan
 from pipeline.host import machine, provenance
 from pipeline.recipe import fingerprint
+from pipeline.report.origin import Measurement
 from pipeline.sampling.samplers import Autoregressive, Sampler
 from pipeline.sampling.speed import Speed
 
-NOTHING: dict[str, Any] = {"key": None, "speeds": {}, "device": None, "threads": None}
+
+@dataclass(frozen=True)
+class Times:
+    """Every sampler's speed at each batch size, and where and when that was measured."""
+
+    speeds: dict[Sampler, list[Speed]]
+    measurement: Measurement
+
+
+NOTHING = Times({}, {"key": None, "device": None, "threads": None})
 
 
 def facts(plan: Plan) -> dict[str, Any]:
@@ -44,7 +56,7 @@ def facts(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def recalled(plan: Plan) -> dict[str, Any] | None:
+def recalled(plan: Plan) -> Times | None:
     """The times of this plan on the machine that would measure them now; ``NOTHING`` where the recipe names no batch.
 
     None says that they must be measured. A job that joins a cluster cannot know which of its nodes will measure: there
@@ -57,22 +69,23 @@ def recalled(plan: Plan) -> dict[str, Any] | None:
         if entry["facts"] == wanted and (here is None or here.items() <= entry["machine"].items()):
             listed = {json.dumps(_named(sampler)): sampler for sampler in [*plan.samplers, Autoregressive()]}
             speeds = {listed[json.dumps(name)]: [_speed(one) for one in found] for name, found in entry["speeds"]}
-            return entry["machine"] | {"key": entry["key"], "speeds": speeds, "load": entry["load"]}
+            return Times(speeds, entry["machine"] | {"key": entry["key"], "load": entry["load"]})
     return None
 
 
-def keep(plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
+def keep(plan: Plan, times: Times) -> Times:
     """Write down what ``evaluate.time_samplers`` found, in the place of what it replaces; returns it with its key."""
-    wanted, where = facts(plan), {name: found[name] for name in ("device", "cores", "threads", "measured", "calls")}
-    key = fingerprint({"facts": wanted, "machine": {name: where[name] for name in ("device", "cores", "threads")}})
-    speeds = [[_named(sampler), [dataclasses.asdict(one) for one in of]] for sampler, of in found["speeds"].items()]
-    entry = {"key": key, "facts": wanted, "machine": where, "load": found["load"], "speeds": speeds}
-    kept = [*(other for other in _entries(plan) if other["key"] != key), entry]
-    storage.write_json(_place(plan), kept)
-    return found | {"key": key}
+    wanted, measured = facts(plan), times.measurement
+    where = {"device": measured["device"], "cores": measured["cores"], "threads": measured["threads"]}
+    key = fingerprint({"facts": wanted, "machine": where})
+    where |= {"measured": measured["measured"], "calls": measured["calls"]}
+    speeds = [[_named(sampler), [dataclasses.asdict(one) for one in of]] for sampler, of in times.speeds.items()]
+    entry = {"key": key, "facts": wanted, "machine": where, "load": measured["load"], "speeds": speeds}
+    storage.write_json(_place(plan), [*(other for other in _entries(plan) if other["key"] != key), entry])
+    return Times(times.speeds, {**measured, "key": key})
 
 
-def _here(plan: Plan) -> dict[str, Any] | None:
+def _here(plan: Plan) -> Mapping[str, object] | None:
     """What this machine is, where it will be the one that measures."""
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return None

@@ -31,12 +31,15 @@ from pipeline.evaluation.artist import Artist, load, load_student
 from pipeline.evaluation.plan import Draw, Plan, departures, prepare
 from pipeline.evaluation.references import References
 from pipeline.evaluation.tally import Glance, Statistics, glance
+from pipeline.evaluation.timing import Times
 from pipeline.host import machine, provenance
 from pipeline.host.progress import Progress
 from pipeline.numerics.precision import set_products
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
+from pipeline.report.origin import Measurement
+from pipeline.report.results import Results
 from pipeline.sampling import listed as sampler_list
 from pipeline.sampling import speed
 from pipeline.sampling.samplers import Autoregressive, OneStepStar
@@ -164,7 +167,7 @@ def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]
                 waiting.unlink(missing_ok=True)
 
 
-def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
+def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> Times:
     """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
 
     For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
@@ -178,7 +181,7 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
     return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
 
 
-def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
+def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> Times:
     """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
     machine that it was measured on, and what others did there.
     """
@@ -190,8 +193,15 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
     speeds = speed.measure(models, listed, batches)
-    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": provenance.now()}
-    return found | {"calls": speed.CALLS, "speeds": speeds, "load": dataclasses.asdict(watch.load())}
+    beside: Any = dataclasses.asdict(watch.load())
+    measurement: Measurement = {
+        **machine.described(plan.device),
+        "threads": torch.get_num_threads(),
+        "measured": provenance.now(),
+        "calls": speed.CALLS,
+        "load": beside,
+    }
+    return Times(speeds, measurement)
 
 
 # ---- the job
@@ -216,7 +226,7 @@ def evaluate(recipe: Recipe) -> str:
     for sentence in said_of(plan):
         print(sentence, file=sys.stderr, flush=True)
     earlier, times = _earlier(plan), timing.recalled(plan)
-    shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
+    shown = times and {"shown": summary.shown(plan, others), "timing": times.measurement["key"]}
     if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{markdown.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
     if in_cache(plan) != plan.draws():
@@ -248,38 +258,39 @@ def said_of(plan: Plan) -> list[str]:
     ]
 
 
-def _timed(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+def _timed(plan: Plan, frequencies: np.ndarray | None) -> Times:
     """What ``time_samplers`` finds with the pool's cores, after keeping it for the next report of the same samplers."""
     settings = plan.recipe.evaluate
     print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-    found = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
-    print(f"{legend.about_load(found)}.", file=sys.stderr, flush=True)
-    return found
+    times = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
+    print(f"{legend.about_load(times.measurement['load'], times.measurement['cores'])}.", file=sys.stderr, flush=True)
+    return times
 
 
-def _earlier(plan: Plan) -> dict[str, Any] | None:
+def _earlier(plan: Plan) -> Results | None:
     """The results of a report that is there already and was made from the same images and networks.
 
     What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
     that times. Then it is written again, from the statistics and the times that are there.
     """
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    results = storage.read_json(uri) if storage.exists(uri) else {}
-    return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
+    results: Results | None = storage.read_json(uri) if storage.exists(uri) else None
+    same = results and results.get("fingerprint") == plan.fingerprint() and "shown" in results
+    return results if same else None
 
 
-def _shows(results: dict[str, Any]) -> dict[str, Any]:
+def _shows(results: Results) -> dict[str, Any]:
     """What a report shows beside its images: its form, the figures beside its own, its times."""
     return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
 
 
-def _complete(plan: Plan, results: dict[str, Any]) -> bool:
+def _complete(plan: Plan, results: Results) -> bool:
     """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
     there = set(storage.listing(plan.recipe.report_uri))
     return set(results["files"]) <= there and all(_saved(plan, draw) for draw in plan.draws())
 
 
-def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
+def _nothing_missing(plan: Plan, results: Results) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
     names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(SHOWN)]
@@ -295,7 +306,7 @@ def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
         return f"{said} {registry.register(run, plan.recipe, results)}"
 
 
-def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, bytes]:
+def write(plan: Plan, results: Results, statistics: Shelf) -> dict[str, bytes]:
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
@@ -357,12 +368,10 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     return counts if by_class else counts[None]
 
 
-def _log(
-    run: tracking.Run, plan: Plan, results: dict[str, Any], files: Mapping[str, bytes | Callable[[], bytes]]
-) -> None:
+def _log(run: tracking.Run, plan: Plan, results: Results, files: Mapping[str, bytes | Callable[[], bytes]]) -> None:
     """Numbers, pictures and links into MLflow."""
     run.metrics(markdown.headlines(results))
-    for point in (results["curve"] or {"points": []})["points"]:
+    for point in results["curve"]["points"] if results["curve"] else []:
         run.metrics({f"curve/{markdown.metric_name(point['name'])}": point["score"]}, step=point["step"])
     for name, content in files.items():
         run.artifact(name, content)
@@ -377,5 +386,5 @@ def _log(
         run.link("pairs", pairs_fingerprint=known)
         run.dataset("pairs", plan.recipe.pairs_uri, known, "training")
     reference = results["made"]["reference"]
-    run.dataset("reference", str(reference["uri"]), fingerprint(reference), "evaluation")
+    run.dataset("reference", str(reference["uri"]), fingerprint(dict(reference)), "evaluation")
     run.conclude(markdown.headline(results), markdown.table(results))

@@ -141,6 +141,6 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
             yield Entry(f"sampler {i}", "FewStep", {}, 1, statistics(0.5))
 
     seen: list[list[int]] = []
-    monkeypatch.setattr(summary, "_of_rows", lambda *args: seen.append(list(alive)) or {})
+    monkeypatch.setattr(summary, "_of_features", lambda *args: seen.append(list(alive)) or {})
     assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]
