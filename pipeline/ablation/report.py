@@ -19,7 +19,8 @@ from pipeline.ablation.results import AblationResults, AblationRow, Codes, Numbe
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
 from pipeline.recipe import leaves
-from pipeline.report.markdown import as_markdown, metric_name
+from pipeline.report.markdown import as_markdown
+from pipeline.report.names import metric_name
 from pipeline.report.plots import line, png
 from pipeline.report.results import Results
 from pipeline.report.tables import Table
@@ -113,8 +114,16 @@ def _codes(plan: Plan, key: str) -> Codes | None:
     if mine is base or not all(complete) or layouts[0] != layouts[1] or mine.pairs.seed != base.pairs.seed:
         return None
     rows = min(COMPARED, mine.pairs.count, base.pairs.count)
-    ours, theirs = (shards.first_tokens(recipe.pairs_uri, rows) for recipe in (mine, base))
+    ours, theirs = (first_tokens(recipe.pairs_uri, rows) for recipe in (mine, base))
     return {**differing(ours, theirs, layouts[0].groups), "rows": rows}
+
+
+def first_tokens(uri: str, count: int) -> np.ndarray:
+    """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
+    found = manifest.read(uri)
+    size = found["facts"]["shard_rows"]
+    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
+    return np.concatenate(list(shards.tokens_of(uri, found["facts"], names)))[:count]
 
 
 def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> Shares:

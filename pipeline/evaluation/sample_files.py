@@ -16,7 +16,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.evaluation.real_images import header
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.report.markdown import metric_name
+from pipeline.report.names import metric_name
 
 BLOCK = 4 << 20
 PART = ".part-"

@@ -27,7 +27,7 @@ from typing import TypedDict
 PACKAGE = "distilled-decoding"
 # They carry bytes, weights that are known by their SHA-256, and sentences: no number depends on how.
 CARRIERS = {
-    f"pipeline.{name}" for name in ("host.errors", "host.progress", "models.mismatch", "report.markdown", "storage")
+    f"pipeline.{name}" for name in ("host.errors", "host.progress", "models.mismatch", "report.names", "storage")
 }
 WHOLE, ALWAYS = "*", ""  # of a module: all of it; what stands outside definitions
 Symbol = tuple[str, str]  # (module, name at its top level)

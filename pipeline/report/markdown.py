@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.report import legend, tables
+from pipeline.report.names import metric_name
 from pipeline.report.protocol import protocol
 from pipeline.report.results import Results
 from pipeline.report.tables import Table
@@ -43,12 +44,6 @@ def scores(results: Results) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows): every number that the report has of every sampler."""
     keys = dict.fromkeys(key for row in results["rows"] for key, v in row.items() if isinstance(v, int | float))
     return ["name", *keys], [[row["name"], *(row.get(key) for key in keys)] for row in results["rows"]]
-
-
-def metric_name(name: str) -> str:
-    """A sampler's name in MLflow's alphabet: "DD 2 steps (1, 6)" -> "DD_2_steps_1_6"."""
-    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in name.replace("*", "-star"))
-    return "_".join(filter(None, plain.split("_")))
 
 
 def table(results: Results) -> str:

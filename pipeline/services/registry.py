@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.report import markdown
+from pipeline.report.names import metric_name
 from pipeline.report.origin import StudentOrigin
 from pipeline.report.results import Results
 from pipeline.services import mlflow_store, tracking
@@ -164,7 +164,7 @@ def _tags(results: Results) -> dict[str, str]:
     made, student = results["made"], _student(results)
     rows = [row for row in results["rows"] if "sampler" in row]
     first = next(row for row in rows if row["sampler"]["name"] == "FewStep")
-    tags: dict[str, str | float] = {f"score/{markdown.metric_name(row['name'])}": row["score"] for row in rows}
+    tags: dict[str, str | float] = {f"score/{metric_name(row['name'])}": row["score"] for row in rows}
     tags |= {
         "score": first["score"],
         "sampler": first["name"],

@@ -38,6 +38,7 @@ from pipeline.numerics.precision import set_products
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
+from pipeline.report.names import metric_name
 from pipeline.report.origin import Measurement
 from pipeline.report.results import Results
 from pipeline.sampling import listed as sampler_list
@@ -372,7 +373,7 @@ def _log(run: tracking.Run, plan: Plan, results: Results, files: Mapping[str, by
     """Numbers, pictures and links into MLflow."""
     run.metrics(markdown.headlines(results))
     for point in results["curve"]["points"] if results["curve"] else []:
-        run.metrics({f"curve/{markdown.metric_name(point['name'])}": point["score"]}, step=point["step"])
+        run.metrics({f"curve/{metric_name(point['name'])}": point["score"]}, step=point["step"])
     for name, content in files.items():
         run.artifact(name, content)
     run.table("scores.json", *markdown.scores(results))
