@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.evaluation import sample_files, scoring
+from pipeline.evaluation import scoring
 from pipeline.evaluation.plan import Draw, Plan
 from pipeline.evaluation.real_images import RealImages
 from pipeline.evaluation.scoring import Features
@@ -33,6 +33,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import set_products
+from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import Models, Sampler
 from pipeline.services import cluster
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.evaluation import sample_files, scoring, tally
+from pipeline.evaluation import scoring, tally
 from pipeline.host import provenance
 from pipeline.host.errors import Missing, Refused
 from pipeline.models import checkpoints
@@ -24,6 +24,7 @@ from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import listed as sampler_list
+from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
 ITEM = 1_000  # images of one unit of work; divides tally.SCORE_BLOCK

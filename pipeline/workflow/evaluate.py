@@ -26,7 +26,7 @@ import ray.data
 import torch
 
 from pipeline import noise, storage
-from pipeline.evaluation import comparison, references, sample_files, scoring, summary, timing
+from pipeline.evaluation import comparison, references, scoring, summary, timing
 from pipeline.evaluation.artist import Artist, load, load_student
 from pipeline.evaluation.plan import Draw, Plan, departures, prepare
 from pipeline.evaluation.references import References
@@ -42,7 +42,7 @@ from pipeline.report.names import metric_name
 from pipeline.report.origin import Measurement
 from pipeline.report.results import Results
 from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import speed
+from pipeline.sampling import sample_files, speed
 from pipeline.sampling.samplers import Autoregressive, OneStepStar
 from pipeline.services import cluster, registry, tracking
 from pipeline.workflow import costs, preflight, status

@@ -18,7 +18,7 @@ import torch
 
 from pipeline import noise, storage
 from pipeline.digits import networks
-from pipeline.evaluation import plan, sample_files, summary
+from pipeline.evaluation import plan, summary
 from pipeline.evaluation.metrics import frechet
 from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
@@ -27,7 +27,7 @@ from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, tables
-from pipeline.sampling import samplers, speed
+from pipeline.sampling import sample_files, samplers, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, Models
 from pipeline.sampling.speed import Speed
 from pipeline.settings.cluster import ClusterSettings
