@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.plan import ITEM, Draw, Plan, prepare
 from pipeline.evaluation.tally import Statistics
 from pipeline.host.errors import Unfinished
@@ -31,8 +32,8 @@ from pipeline.pairs.manifest import Facts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.workflow import evaluate, generate
-from pipeline.workflow.evaluate import Artist
+from pipeline.workflow import generate
+from pipeline.workflow.drawing import parts_of
 
 SHARDS = 4  # of each replica
 PARTS = 4  # of each artist
@@ -165,7 +166,7 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
 def _scored(plan: Plan, draw: Draw) -> Row:
     """One sampler's row."""
     with tempfile.TemporaryDirectory() as watched:
-        for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
+        for _ in parts_of(plan, [draw], None, WatchedArtist, folder=watched):
             pass
         spans = read(watched)
     drawing, scoring = _share(spans, "drawing"), _share(spans, "scoring")

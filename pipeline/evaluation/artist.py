@@ -1,7 +1,7 @@
 """Who draws the images of a report and looks at them: the models and the scoring network, one unit of work at a time.
 
-``drawn`` and what it calls shape the images, ``looked_at`` their statistics; ``plan`` knows them by name and keeps
-statistics only as long as neither changes.
+``drawn`` and what it calls shape the images, ``looked_at`` their statistics; ``equal_code`` knows them by name, and
+statistics are kept only as long as neither changes.
 """
 
 from __future__ import annotations

@@ -10,23 +10,22 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation import comparison, metrics, scoring
-from pipeline.evaluation.comparison import OtherReport
+from pipeline.evaluation import metrics, scoring
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
-from pipeline.evaluation.plan import Draw, Plan, departures
+from pipeline.evaluation.plan import Draw, Plan
 from pipeline.evaluation.references import References
 from pipeline.evaluation.tally import SCORE_BLOCK, Glance, Statistics
 from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
+from pipeline.report import comparison
 from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
-from pipeline.report.results import Agreement, Curve, CurvePoint, OfFeatures, Quality, Results, Row
+from pipeline.report.results import Agreement, Curve, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row
 from pipeline.sampling import listed, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
@@ -34,7 +33,6 @@ from pipeline.settings.evaluate import FORMULA, EvaluateSettings
 
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
-MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def summarise(
     others: list[OtherReport],
 ) -> Results:
     """Everything the report says, as JSON values; ``glances`` say how the images were made, ``others`` are as
-    ``comparison.read`` found them.
+    ``workflow.other_reports`` found them.
 
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
     """
@@ -96,7 +94,7 @@ def summarise(
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
         "speed": {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch},
-        "alike": alike(rows),
+        "alike": comparison.alike(rows),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
@@ -130,7 +128,7 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) ->
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
-            departs=departures(plan, sampler),
+            departs=plan.departures(sampler),
         )
 
 
@@ -305,21 +303,6 @@ def numbers(
 
 def _ratio(mine: float | None, theirs: float | None) -> float | None:
     return mine / theirs if mine is not None and theirs else None
-
-
-def alike(rows: list[Row]) -> list[tuple[str, str]]:
-    """The pairs of rows whose distances are too close to tell one from the other, the nearest first.
-
-    Too close is less than the larger standard error, or than ``MARGIN`` of the distance where that is more: the images
-    are of one seed and one student, and the error knows of neither.
-    """
-    scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
-    found = []
-    for one, other in combinations(scored, 2):
-        apart = other["score"] - one["score"]
-        if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
-            found.append((apart, one["name"], other["name"]))
-    return [(one, other) for _, one, other in sorted(found)]
 
 
 def score(statistics: Statistics, reference: Reference) -> float:

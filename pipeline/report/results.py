@@ -244,6 +244,19 @@ class ComparedReport(_Sha256):
     pairs: int
 
 
+class OtherReport(_Sha256):
+    """A report of another run as it was read.
+
+    Attributes:
+        uri: of its report.json.
+        SHA-256: of that file.
+        results: what it holds.
+    """
+
+    uri: str
+    results: Results
+
+
 class PairSets(TypedDict):
     """Scores over the count of pairs, out of several reports.
 

@@ -1,4 +1,4 @@
-"""Scores over the size of the pair set, out of the reports of several runs (the paper's Fig. 8).
+"""The reports of other runs that a recipe wants beside its own, once they are known to be comparable.
 
 A pair set grows without changing what is there, so runs that differ in ``pairs.count`` alone saw nested sets. Nothing
 is drawn or trained here: each run wrote its report, and this one reads them.
@@ -7,33 +7,14 @@ is drawn or trained here: each run wrote its report, and this one reads them.
 from __future__ import annotations
 
 import json
-from typing import Any, TypedDict
+from typing import Any
 
 from pipeline import storage
 from pipeline.evaluation.plan import Plan
 from pipeline.host.errors import Refused
-from pipeline.report.results import (
-    ComparedReport,
-    Curve,
-    PairSetCurve,
-    PairSetCurvePoint,
-    PairSetPoint,
-    PairSets,
-    Results,
-    Row,
-)
+from pipeline.report.results import OtherReport
 
 OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
-
-
-_Sha256 = TypedDict("_Sha256", {"SHA-256": str})
-
-
-class OtherReport(_Sha256):
-    """A report that stands beside this one: where its report.json is, that file's SHA-256, and what it holds."""
-
-    uri: str
-    results: Results
 
 
 def read(plan: Plan, title: str) -> list[OtherReport]:
@@ -98,57 +79,3 @@ def _facts(results: Any, uri: str) -> dict[str, Any]:
     if "pairs_count" not in student:
         raise Refused(f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}.")
     return facts | {"pairs": student["pairs_count"]}
-
-
-def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
-    """The scores of this report and the others over the count of pairs: {count, points, curve, reports}.
-
-    ``results`` needs its rows, curve and made. Rows are those of samplers with a student; another report's row counts
-    where its sampler is the same. The curve holds the students exported along the way, over epochs where every report
-    knows its own, else over optimiser steps.
-    """
-    if not others:
-        return None
-    named = {json.dumps(row["sampler"]): row["name"] for row in results["rows"] if _of_student(row)}
-    points: list[PairSetPoint] = []
-    curves = []
-    for report in [results, *(other["results"] for other in others)]:
-        pairs = _pairs_count(report)
-        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in report["rows"]}
-        for row in report["rows"]:
-            if name := names[row["name"]]:
-                points.append({"pairs": pairs, "name": name, "score": row["score"]})
-        curves.append((pairs, names, report["curve"]))
-    reports: list[ComparedReport] = [
-        {"uri": other["uri"], "SHA-256": other["SHA-256"], "pairs": _pairs_count(other["results"])} for other in others
-    ]
-    return {"count": results["made"]["count"], "points": points, "curve": _curve(curves), "reports": reports}
-
-
-def _of_student(row: Row) -> bool:
-    return row.get("type") in ("DD", "DD + AR")
-
-
-def _pairs_count(results: Results) -> int:
-    student = results["made"]["student"]
-    assert student is not None  # ``read`` has looked
-    return student["pairs_count"]
-
-
-def _curve(curves: list[tuple[int, dict[str, str | None], Curve | None]]) -> PairSetCurve | None:
-    """The students exported along the way of every report, if all have them, of equally many images each.
-
-    Of each report the count of its pairs, this report's names for its samplers, and its curve.
-    """
-    given = [(pairs, names, curve) for pairs, names, curve in curves if curve]
-    if len(given) < len(curves) or len({curve["count"] for _, _, curve in given}) > 1:
-        return None
-    epochs = all(curve.get("steps_per_epoch") for _, _, curve in given)
-    points: list[PairSetCurvePoint] = []
-    for pairs, names, curve in given:
-        per_epoch = curve.get("steps_per_epoch")
-        for point in curve["points"]:
-            if name := names.get(point["name"]):
-                x = point["step"] / per_epoch if epochs and per_epoch else point["step"]
-                points.append({"pairs": pairs, "name": name, "score": point["score"], "x": x})
-    return {"count": given[0][2]["count"], "axis": "epochs" if epochs else "optimiser step", "points": points}
