@@ -28,11 +28,11 @@ FAMILIES = ("pipeline.models.llamagen", "pipeline.models.var")
 REAL, MEASURING = "real images", "measuring"
 # What shapes statistics: how images are looked at, and how a sampler's are drawn.
 SCORED = (
-    "pipeline.evaluation.artist:looked_at",
+    "pipeline.evaluation.artist:look_at",
     "pipeline.evaluation.scoring:features",
     "pipeline.evaluation.scoring:real",
 )
-DRAWN = ("pipeline.evaluation.artist:drawn", "pipeline.evaluation.artist:load", "pipeline.noise:labels")
+DRAWN = ("pipeline.evaluation.artist:draw_images", "pipeline.evaluation.artist:load_models", "pipeline.noise:labels")
 STUDENT, FREQUENCIES = "pipeline.evaluation.artist:load_student", "pipeline.pairs.shards:token_frequencies"
 SPEED = "pipeline.sampling.speed:measure"
 # Run in another checkout: the digests there, by the names that they have here. Before there was this module, ``_code``

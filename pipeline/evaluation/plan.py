@@ -21,16 +21,15 @@ from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import sample_files
+from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
-ITEM = 1_000  # images of one unit of work; divides tally.SCORE_BLOCK
-KEEP = 512 << 20  # bytes of a sampler's features that are kept: precision, recall, KID and standard errors need them
-REAL_KEPT = 10_000  # real images whose features are, evenly spread: as many as ADM's reference holds
-GRID = 32  # images that are kept of a row of the table, so that another evaluate.grid up to it draws nothing again
+PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
+FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
+REAL_FEATURES = 10_000  # of real images that are kept, evenly spread: as many as ADM's reference holds
+GRID_IMAGES = 32  # of a row of the table that are kept, so that another evaluate.grid up to it draws nothing again
 FORMAT = 3  # of the cached statistics
-OLDER = re.compile(r"[0-9a-f]{24}\.npz")  # a file of them that does not name the code that made it
+NAMELESS_CODE = re.compile(r"[0-9a-f]{24}\.npz")  # a file of statistics that does not name the code behind them
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Draw:
 
     def places(self, item: int) -> range:
         """The images of one unit of work, counted from 0."""
-        return range(item * ITEM, min((item + 1) * ITEM, self.count))
+        return range(item * PART_IMAGES, min((item + 1) * PART_IMAGES, self.count))
 
     def kept(self, places: np.ndarray) -> np.ndarray:
         """Of which images at ``places`` [B] the features are kept, [B]: of all, or of rounds that are evenly spread."""
@@ -79,7 +78,7 @@ class Draw:
 
     @property
     def items(self) -> int:
-        return math.ceil(self.count / ITEM)
+        return math.ceil(self.count / PART_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,16 @@ class Plan:
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
         settings, classes = self.recipe.evaluate, self.layout.classes
-        keep = min(settings.count, KEEP // (self.facts["dim"] * 4))
+        keep = min(settings.count, FEATURE_BYTES // (self.facts["dim"] * 4))
         if keep < settings.count:
             keep -= keep % classes
-        images = min(settings.count, max(GRID, settings.grid))
+        images = min(settings.count, max(GRID_IMAGES, settings.grid))
         return [self._draw(sampler, keep=keep, images=images, classes=classes) for sampler in self.samplers]
 
     def reference(self) -> Draw:
-        return Draw(None, self.real, keep=min(self.real, REAL_KEPT))
+        return Draw(None, self.real, keep=min(self.real, REAL_FEATURES))
 
-    def second(self) -> Draw | None:
+    def teacher_again(self) -> Draw | None:
         """Another draw of the AR teacher, the yardstick for the flow-matched one; None unless both are
         listed.
         """
@@ -144,14 +143,14 @@ class Plan:
         """The few-step samplers of every exported student; step 0 holds the teacher's for the horizontal
         lines.
         """
-        few = [sampler for sampler in self.samplers if isinstance(sampler, FewStep)]
+        few_step = [sampler for sampler in self.samplers if isinstance(sampler, FewStep)]
         count = self.recipe.evaluate.curve_count
-        if not (few and self.snapshots and count):
+        if not (few_step and self.snapshots and count):
             return {}
-        listed = [sampler for sampler in self.samplers if isinstance(sampler, Autoregressive | FlowMatched)]
-        teachers = [self._draw(sampler, count=count) for sampler in listed or [Autoregressive()]]
+        of_teacher = [sampler for sampler in self.samplers if isinstance(sampler, Autoregressive | FlowMatched)]
+        teachers = [self._draw(sampler, count=count) for sampler in of_teacher or [Autoregressive()]]
         return {0: teachers} | {
-            step: [self._draw(sampler, count=count, student=uri) for sampler in few]
+            step: [self._draw(sampler, count=count, student=uri) for sampler in few_step]
             for step, uri in sorted(self.snapshots.items())
         }
 
@@ -159,11 +158,11 @@ class Plan:
         """All that is to be drawn, those of one student together."""
         out = [self.reference()] if self.real else []
         out += self.table()
-        out += [draw for draw in [self.second()] if draw]
+        out += [draw for draw in [self.teacher_again()] if draw]
         out += [draw for draws in self.curve().values() for draw in draws]
         return list(dict.fromkeys(out))
 
-    def asked(self, draw: Draw) -> str:
+    def request(self, draw: Draw) -> str:
         """Fingerprint of all in the recipe and its files that shapes the statistics of a draw.
 
         Device, batch and compilation are not in it: they change float rounding, as another version of torch does, and
@@ -194,7 +193,7 @@ class Plan:
 
     def key(self, draw: Draw) -> str:
         """Fingerprint of everything that shapes the statistics of a draw."""
-        return fingerprint({"asked": self.asked(draw), "code": self.code(draw)})
+        return fingerprint({"asked": self.request(draw), "code": self.code(draw)})
 
     def fingerprint(self) -> str:
         """Fingerprint of the whole report; compiled and recorded networks are timed anew, not drawn with again."""
@@ -208,7 +207,7 @@ class Plan:
         """The .npz of images that each sampler leaves, where the recipe wants them."""
         if not self.recipe.evaluate.npz:
             return {}
-        names = map(sample_files.file_name, sampler_list.names(self.samplers))
+        names = map(sample_files.file_name, selection.names(self.samplers))
         folder = storage.join(self.recipe.report_uri, "samples")
         return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
 
@@ -219,15 +218,15 @@ class Plan:
 
     def cache(self, draw: Draw) -> str:
         """The file of a draw's statistics, named by what was asked for and by which code made it."""
-        return storage.join(self.shelf, f"{self.asked(draw)[:24]}-{self.code(draw)[:12]}.npz")
+        return storage.join(self.shelf, f"{self.request(draw)[:24]}-{self.code(draw)[:12]}.npz")
 
     def stale(self, draws: list[Draw]) -> list[str]:
         """Why draws are made again of which there are statistics: a sentence for each reason."""
-        there, out = set(storage.listing(self.shelf)), []
-        if any(OLDER.fullmatch(name) for name in there):
+        names, out = set(storage.listing(self.shelf)), []
+        if any(NAMELESS_CODE.fullmatch(name) for name in names):
             out.append(f"Statistics in {self.shelf} that do not say which code drew them are not used.")
-        known = {name.partition("-")[0] for name in there}
-        if changed := [draw.name for draw in draws if self.asked(draw)[:24] in known]:
+        requests = {name.partition("-")[0] for name in names}
+        if changed := [draw.name for draw in draws if self.request(draw)[:24] in requests]:
             out.append(f"Drawn again, because the code that shapes them has changed: {', '.join(changed)}.")
         return out
 
@@ -259,7 +258,7 @@ def inputs(recipe: Recipe) -> Plan:
     settings = recipe.evaluate
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
-    listed = sampler_list.build(settings.samplers, layout, recipe.train.split)
+    listed = selection.build(settings.samplers, layout, recipe.train.split)
     side = scoring.side(settings, layout.image_size)
     features = scoring.check(settings, side, layout.classes)
     facts = {
@@ -287,7 +286,7 @@ def _with_students(plan: Plan) -> Plan:
     of_pairs = fingerprint(manifest.facts(recipe, plan.layout, facts["teacher"]))
     wanted = {"family": facts["family"], "teacher": facts["teacher"], "pairs_fingerprint": of_pairs}
     exported = students.exported(plan.student, wanted)
-    samplers = sampler_list.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
+    samplers = selection.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
     snapshots, left_out = students.snapshots(recipe, plan.student, exported)
     return dataclasses.replace(
         plan,

@@ -18,7 +18,7 @@ from pipeline.evaluation import metrics, scoring
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.evaluation.plan import Draw, Plan
 from pipeline.evaluation.references import References
-from pipeline.evaluation.tally import SCORE_BLOCK, Glance, Statistics
+from pipeline.evaluation.tally import SCORE_BLOCK, Outline, Statistics
 from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
 from pipeline.models import checkpoints
@@ -26,7 +26,7 @@ from pipeline.recipe import fingerprint
 from pipeline.report import comparison
 from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
 from pipeline.report.results import Agreement, Curve, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row
-from pipeline.sampling import listed, speed
+from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings
@@ -73,10 +73,10 @@ def summarise(
     plan: Plan,
     statistics: Mapping[Draw, Statistics],
     times: Times,
-    glances: Mapping[Draw, Glance],
+    outlines: Mapping[Draw, Outline],
     others: list[OtherReport],
 ) -> Results:
-    """Everything the report says, as JSON values; ``glances`` say how the images were made, ``others`` are as
+    """Everything the report says, as JSON values; ``outlines`` say how the images were made, ``others`` are as
     ``workflow.other_reports`` found them.
 
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
@@ -98,7 +98,7 @@ def summarise(
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
-        "made": _origin(plan, times, glances),
+        "made": _origin(plan, times, outlines),
     }
     found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
     found["pair_sets"] = comparison.pair_sets(found, others)
@@ -108,14 +108,14 @@ def summarise(
 def shown(plan: Plan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.paper(settings.samplers)}
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.paper(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
 def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.mask)
-    names, papers = listed.names(plan.samplers), listed.paper(plan.recipe.evaluate.samplers)
+    names, papers = selection.names(plan.samplers), selection.paper(plan.recipe.evaluate.samplers)
     for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
         yield Entry(
             name=name,
@@ -152,7 +152,7 @@ def _gaussian(read: References | None, made: Moments | None) -> Gaussian | None:
 
 
 def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Agreement | None:
-    second = plan.second()
+    second = plan.teacher_again()
     if second is None:
         return None
     first = {type(draw.sampler).__name__: draw for draw in plan.table()}
@@ -163,7 +163,7 @@ def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Referen
     draws = plan.curve()
     if not draws:
         return None
-    named = dict(zip(plan.samplers, listed.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
+    named = dict(zip(plan.samplers, selection.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
 
     def point(step: int, draw: Draw) -> CurvePoint:
         assert draw.sampler is not None
@@ -178,7 +178,7 @@ def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Referen
     }
 
 
-def _origin(plan: Plan, times: Times, glances: Mapping[Draw, Glance]) -> Origin:
+def _origin(plan: Plan, times: Times, outlines: Mapping[Draw, Outline]) -> Origin:
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
@@ -189,7 +189,7 @@ def _origin(plan: Plan, times: Times, glances: Mapping[Draw, Glance]) -> Origin:
         "classes": plan.layout.classes,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
-            for name, sampler in zip(listed.names(plan.samplers), plan.samplers, strict=True)
+            for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
         },
         "teacher": {
             "family": plan.facts["family"],
@@ -222,8 +222,8 @@ def _origin(plan: Plan, times: Times, glances: Mapping[Draw, Glance]) -> Origin:
         else None,
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
-        "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
-        | sampling({draw.name: one.made for draw, one in glances.items()}),
+        "sampling": {"seconds of all actors": round(sum(one.seconds for one in outlines.values()), 1)}
+        | sampling({draw.name: one.origin for draw, one in outlines.items()}),
         "timing": {
             **times.measurement,
             "compiled teacher": recipe.teacher.compile,

@@ -19,7 +19,7 @@ import torch
 
 from pipeline import storage
 from pipeline.evaluation import equal_code
-from pipeline.evaluation.artist import load, load_student
+from pipeline.evaluation.artist import load_models, load_student
 from pipeline.evaluation.plan import Plan
 from pipeline.host import machine, provenance
 from pipeline.numerics.precision import set_products
@@ -112,7 +112,7 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     set_products("fp32")
     watch = machine.Watch(plan.device)
-    models = load(plan, frequencies)
+    models = load_models(plan, frequencies)
     if plan.students:
         models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
     listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))

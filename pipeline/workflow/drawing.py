@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.evaluation import scoring
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.plan import Draw, Plan
-from pipeline.evaluation.tally import Glance, Statistics, glance
+from pipeline.evaluation.tally import Outline, Statistics, outline
 from pipeline.host import provenance
 from pipeline.host.progress import Progress
 from pipeline.sampling import sample_files
@@ -47,10 +47,10 @@ class Shelf(Mapping[Draw, Statistics]):
     def __len__(self) -> int:
         return len(self.draws)
 
-    def glance(self, draw: Draw) -> Glance:
+    def outline(self, draw: Draw) -> Outline:
         """The small parts, without reading the rest."""
         with storage.reading(self.plan.cache(draw)) as file:
-            return glance(file)
+            return outline(file)
 
 
 def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
@@ -91,8 +91,8 @@ def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
     if draw in plan.samples():
         sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
     settings = plan.recipe.evaluate
-    statistics.made = {"date": provenance.now(), "batch": settings.batch, "actors": settings.actors}
-    statistics.made |= {"code": plan.code(draw)[:12]} | provenance.version()
+    statistics.origin = {"date": provenance.now(), "batch": settings.batch, "actors": settings.actors}
+    statistics.origin |= {"code": plan.code(draw)[:12]} | provenance.version()
     storage.write_bytes(plan.cache(draw), statistics.pack())
 
 

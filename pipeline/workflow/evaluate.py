@@ -25,8 +25,7 @@ from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
 from pipeline.report.names import metric_name
 from pipeline.report.results import Results
-from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import sample_files
+from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import OneStepStar
 from pipeline.services import cluster, registry, tracking
 from pipeline.workflow import costs, drawing, other_reports, preflight, status
@@ -64,8 +63,8 @@ def evaluate(recipe: Recipe) -> str:
         frequencies = _frequencies(plan)
         statistics = drawing.collect(plan, frequencies)
         times = times or _timed(plan, frequencies)
-        glances = {draw: statistics.glance(draw) for draw in statistics}
-        results = summary.summarise(plan, statistics, times, glances, others)
+        outlines = {draw: statistics.outline(draw) for draw in statistics}
+        results = summary.summarise(plan, statistics, times, outlines, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = registry.register(run, recipe, results) if recipe.evaluate.register else ""
@@ -76,7 +75,7 @@ def evaluate(recipe: Recipe) -> str:
 
 def said_of(plan: Plan) -> list[str]:
     """What the report will say of its student and its samplers that nobody should find there only."""
-    names = sampler_list.names(plan.samplers)
+    names = selection.names(plan.samplers)
     found = [(name, plan.departures(sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
     asking = ((name, "; ".join(why)) for name, why in found if why)
     return [
@@ -140,8 +139,8 @@ def write(plan: Plan, results: Results, statistics: drawing.Shelf) -> dict[str, 
     own = _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    grids = [images[:columns] for draw in plan.table() if (images := statistics.glance(draw).images) is not None]
-    files = {"samples.png": plots.samples(sampler_list.names(plan.samplers), grids, labels)}
+    grids = [images[:columns] for draw in plan.table() if (images := statistics.outline(draw).images) is not None]
+    files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)
     results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()

@@ -14,7 +14,7 @@ from pipeline.evaluation.plan import Plan
 from pipeline.host.errors import Refused
 from pipeline.report.results import OtherReport
 
-OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
+WITHOUT_COUNT = "it was written before students said from how many pairs they are; distil and evaluate that run again"
 
 
 def read(plan: Plan, title: str) -> list[OtherReport]:
@@ -77,5 +77,7 @@ def _facts(results: Any, uri: str) -> dict[str, Any]:
             f"evaluate.compare names {uri}, which is no report of this package; give the URI of a report.json."
         ) from None
     if "pairs_count" not in student:
-        raise Refused(f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}.")
+        raise Refused(
+            f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {WITHOUT_COUNT}."
+        )
     return facts | {"pairs": student["pairs_count"]}

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.evaluation import inception, plan, scoring, summary, timing
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.tally import Seen
+from pipeline.evaluation.tally import Sight
 from pipeline.recipe import Recipe
 from pipeline.workflow import drawing, evaluate
 
@@ -59,7 +59,7 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
 
     images = scoring.real(recipe.evaluate, 32)
     assert images is not None
-    real = Seen.of(images[:4][0], scoring.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
+    real = Sight.of(images[:4][0], scoring.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
     with np.load(storage.local(storage.join(recipe.report_uri, "reference.npz"))) as file:
         assert np.array_equal(file["mu"], real.mean(0))
         assert str(file["flavour"]) == "pytorch-fid"

@@ -415,7 +415,7 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
 
 
 def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "ITEM", 10)
+    monkeypatch.setattr(plan, "PART_IMAGES", 10)
     made = plan.prepare(changed(recipe, samplers=[{"name": "FewStep"}], batch=4))
     draw = made.table()[0]
     artist = Artist(made, [draw], None)
@@ -423,7 +423,7 @@ def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pyte
     plain = [{"draw": 0, "item": int(row["item"][0]), "statistics": row["statistics"][0]} for row in rows]
     parts = [part for _, part in in_order(plain)]
     assert [part.moments.n for part in parts] == [10, 10, 4]
-    monkeypatch.setattr(plan, "ITEM", 1_000)
+    monkeypatch.setattr(plan, "PART_IMAGES", 1_000)
     whole = artist.statistics(draw, 0)
     for part in parts[1:]:
         parts[0].merge(part)
@@ -446,8 +446,8 @@ def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
         assert (base.key(by_name[name]) == other.key(by_name[name])) is same
     assert base.key(base.reference()) == plan.prepare(changed(recipe, seed=7)).key(base.reference())
     assert len({base.key(draw) for draw in base.draws()}) == len(base.draws())
-    assert base.second() is not None
-    assert base.key(base.second()) != base.key(by_name["teacher, AR"])
+    assert base.teacher_again() is not None
+    assert base.key(base.teacher_again()) != base.key(by_name["teacher, AR"])
 
 
 @pytest.mark.faults("report: sampler changed")
@@ -518,12 +518,12 @@ def test_features_are_kept_as_memory_allows(recipe: Recipe, monkeypatch: pytest.
     assert base.reference().keep == 5_000
     assert {draw.keep for draws in base.curve().values() for draw in draws} == {0}
     assert base.table()[0].kept(np.arange(24)).all()
-    monkeypatch.setattr(plan, "KEEP", 24 * 64 * 4 - 1)
-    monkeypatch.setattr(plan, "REAL_KEPT", 1_000)
+    monkeypatch.setattr(plan, "FEATURE_BYTES", 24 * 64 * 4 - 1)
+    monkeypatch.setattr(plan, "REAL_FEATURES", 1_000)
     draw = base.table()[0]
     assert draw.keep == 20, "whole rounds of ten classes"
     assert base.reference().keep == 1_000
-    monkeypatch.setattr(plan, "KEEP", 15 * 64 * 4)
+    monkeypatch.setattr(plan, "FEATURE_BYTES", 15 * 64 * 4)
     draw = dataclasses.replace(base.table()[0], count=44)
     kept = np.concatenate([draw.kept(part) for part in np.array_split(np.arange(44), 3)])
     assert np.flatnonzero(kept).tolist() == list(range(30, 40)), "one of four whole rounds, however they are cut"
@@ -537,7 +537,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     shutil.copytree(finished[0].report_uri, tmp_path / "report")
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), npz=True, samplers=listed, curve_count=0)
-    monkeypatch.setattr(plan, "ITEM", 10)
+    monkeypatch.setattr(plan, "PART_IMAGES", 10)
     made, drawn = plan.prepare(recipe), []
 
     def here(plan: Any, todo: list[plan.Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
