@@ -18,7 +18,7 @@ HOMES = {  # package -> the modules that may import it
         "training.step",
         "evaluation.artist",
         "workflow.distill",
-        "workflow.evaluate",
+        "workflow.drawing",
     },
     "mlflow": {"services.mlflow_store", "services.tracking", "services.registry"},
     "yaml": {"configuration.recipe_file", "services.tracking", "command_line", "workflow.costs"},

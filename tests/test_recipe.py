@@ -21,7 +21,7 @@ from pipeline.flow.matching import Solver
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.sampling import listed, samplers
+from pipeline.sampling import samplers, selection
 from pipeline.services import cluster
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.teacher import Filter
@@ -127,8 +127,8 @@ def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) 
     files = [f"--config={DEFAULT.parent / file}.yaml" for file in dict.fromkeys([name, name + overlay])]
     recipe, table = parse(None, files), paper_tables()
     layout = checkpoints.config(recipe.teacher).layout
-    built = listed.build(recipe.evaluate.samplers, layout, recipe.train.split)
-    for sampler, figures in zip(built, listed.published(recipe.evaluate.samplers), strict=True):
+    built = selection.build(recipe.evaluate.samplers, layout, recipe.train.split)
+    for sampler, figures in zip(built, selection.published(recipe.evaluate.samplers), strict=True):
         row = paper_row(name, sampler)
         assert figures == (table[row] if row else {}), sampler
 

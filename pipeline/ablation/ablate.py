@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from pipeline import storage
 from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report
 from pipeline.ablation.plan import TEACHER, AblationPlan, Trial
+from pipeline.ablation.results import AblationResults
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe
+from pipeline.report.results import Results
 from pipeline.services import cluster, tracking
 from pipeline.workflow import preflight
 from pipeline.workflow.distill import distill
@@ -41,7 +42,8 @@ def ablate(recipe: Recipe) -> str:
         claim = {"recipe": plan.recipe.resolved(), "mlflow_run": run.id}
         storage.write_json(plan.at("recipe.json"), claim)
         lost = _work(plan)
-        results = report.summarise(plan, _scored(plan, lost)) | {"mlflow_run": run.id}
+        results = report.summarise(plan, _scored(plan, lost))
+        results["mlflow_run"] = run.id
         _write(plan, results, run)
         _link(plan, run, lost)
     where = f"The ablation is {plan.at('ablation.md')}."
@@ -96,7 +98,7 @@ def _work(plan: AblationPlan) -> list[str]:
     return lost
 
 
-def _scored(plan: AblationPlan, lost: list[str]) -> dict[str, dict[str, Any]]:
+def _scored(plan: AblationPlan, lost: list[str]) -> dict[str, Results]:
     """The report of each trial that was not lost, by its name, and the teacher's."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     uris = {trial.name: trial.recipe.report_uri for trial in trials}
@@ -105,7 +107,7 @@ def _scored(plan: AblationPlan, lost: list[str]) -> dict[str, dict[str, Any]]:
     return {name: storage.read_json(storage.join(uri, "report.json")) for name, uri in uris.items()}
 
 
-def _write(plan: AblationPlan, results: dict[str, Any], run: tracking.Run) -> None:
+def _write(plan: AblationPlan, results: AblationResults, run: tracking.Run) -> None:
     """Table, plot and numbers into the ablation's folder and into MLflow."""
     files = {
         "ablation.png": report.plot(results),

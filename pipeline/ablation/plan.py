@@ -27,7 +27,7 @@ from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs.manifest import Facts
 from pipeline.recipe import Recipe, fingerprint, leaves
-from pipeline.sampling import listed as sampler_list
+from pipeline.sampling import selection
 from pipeline.sampling.samplers import FewStep
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.training import plan as training_plan
@@ -204,13 +204,13 @@ def _samplers(recipe: Recipe, before: tuple[int, ...]) -> list[FewStep]:
     for entry in recipe.evaluate.samplers:
         moves = len(before) > 1 and tuple(entry.get("steps", (1,))) == before
         moved = entry | {"steps": list(recipe.train.start_steps)} if moves else entry
-        out += sampler_list.build([moved], layout, recipe.train.split)
+        out += selection.build([moved], layout, recipe.train.split)
     return cast(list[FewStep], out)
 
 
 def _columns(variants: list[Variant]) -> list[str]:
     """What the table calls each few-step sampler; one that follows train.start_steps has no steps in its name."""
-    names = sampler_list.names(variants[0].samplers)
+    names = selection.names(variants[0].samplers)
     moves = [len({variant.samplers[i].steps for variant in variants}) > 1 for i in range(len(names))]
     return ["DD at its start steps" if moving else name for name, moving in zip(names, moves, strict=True)]
 

@@ -15,11 +15,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.ablation.plan import SPLIT, TEACHER, AblationPlan, Variant, text, titled
+from pipeline.ablation.results import AblationResults, AblationRow, Codes, Numbers, Shares, TrialSource
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
 from pipeline.recipe import leaves
-from pipeline.report.markdown import as_markdown, metric_name
+from pipeline.report.markdown import as_markdown
+from pipeline.report.names import metric_name
 from pipeline.report.plots import line, png
+from pipeline.report.results import Results
 from pipeline.report.tables import Table
 
 COMPARED = 4096  # rows of two pair sets whose codes are compared
@@ -28,21 +31,20 @@ PANELS = 3  # panels side by side
 # ---- numbers
 
 
-def summarise(plan: AblationPlan, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults:
     """Everything that the table says, as JSON values; ``scored`` are the trials' reports by name, the lost left out."""
     reports = list(scored.values())
     codes = {key: _codes(plan, key) for key in plan.sets}
-    variants = [
-        _numbers(plan, i, scored) | {"codes": codes[plan.trials[i][0].pairs]} for i in range(len(plan.variants))
-    ]
-    rows = [{"axis": "", "value": None, "base": True} | variants[0]]
+    variants = [_numbers(plan, i, scored, codes[trials[0].pairs]) for i, trials in enumerate(plan.trials)]
+    rows: list[AblationRow] = [{"axis": "", "value": None, "base": True, **variants[0]}]
     for axis in dict.fromkeys(axis for axis, _, _ in plan.rows):
         listed = [(value, i) for one, value, i in plan.rows if one == axis]
         if 0 not in [i for _, i in listed]:
             listed.insert(0, (_base_value(plan.variants[0], axis, [value for value, _ in listed]), 0))
-        rows += [{"axis": axis, "value": value, "base": i == 0} | variants[i] for value, i in listed]
-    teacher = next((row["score"] for row in scored.get(TEACHER, {"rows": []})["rows"] if "sampler" in row), None)
-    found = {
+        rows += [{"axis": axis, "value": value, "base": i == 0, **variants[i]} for value, i in listed]
+    of_teacher = scored[TEACHER]["rows"] if TEACHER in scored else []
+    teacher = next((row["score"] for row in of_teacher if "sampler" in row), None)
+    found: AblationResults = {
         "name": plan.recipe.name,
         "title": reports[0]["title"] if reports else "distance",
         "count": plan.recipe.evaluate.count,
@@ -55,10 +57,10 @@ def summarise(plan: AblationPlan, scored: dict[str, dict[str, Any]]) -> dict[str
     return json.loads(json.dumps(found))
 
 
-def _numbers(plan: AblationPlan, i: int, scored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: Codes | None) -> Numbers:
     """Scores of one variant: by column and seed, None where a trial was lost; their mean and standard deviation."""
     scores: list[list[float | None]] = [[] for _ in plan.columns]
-    trials = []
+    trials: list[TrialSource] = []
     for trial in plan.trials[i]:
         found = scored.get(trial.name)
         rows = [row for row in found["rows"] if "sampler" in row] if found else []
@@ -66,9 +68,16 @@ def _numbers(plan: AblationPlan, i: int, scored: dict[str, dict[str, Any]]) -> d
         for column, sampler in zip(scores, plan.variants[i].samplers, strict=True):
             key = json.dumps({"name": "FewStep"} | asdict(sampler), sort_keys=True)
             column.append(by_sampler.get(key))
-        here = {"seed": trial.seed, "student": trial.recipe.student_uri, "report": trial.recipe.report_uri}
-        student = found["made"]["student"] if found else {}
-        trials.append(here | {"SHA-256": student.get("SHA-256"), "mlflow_run": student.get("mlflow_run")})
+        student = found["made"]["student"] if found else None
+        trials.append(
+            {
+                "seed": trial.seed,
+                "student": trial.recipe.student_uri,
+                "report": trial.recipe.report_uri,
+                "SHA-256": student.get("SHA-256") if student else None,
+                "mlflow_run": student.get("mlflow_run") if student else None,
+            }
+        )
     made = [[score for score in column if score is not None] for column in scores]
     recipe = plan.trials[i][0].recipe
     return {
@@ -77,6 +86,7 @@ def _numbers(plan: AblationPlan, i: int, scored: dict[str, dict[str, Any]]) -> d
         "spread": [stdev(column) if len(column) > 1 else None for column in made],
         "pairs": {"uri": recipe.pairs_uri, "fingerprint": plan.trials[i][0].pairs, "count": recipe.pairs.count},
         "trials": trials,
+        "codes": codes,
     }
 
 
@@ -93,7 +103,7 @@ def _base_value(base: Variant, axis: str, values: Sequence[Any]) -> Any:
     return {name: value for name, value in leaves(tree).items() if name in named}
 
 
-def _codes(plan: AblationPlan, key: str) -> dict[str, Any] | None:
+def _codes(plan: AblationPlan, key: str) -> Codes | None:
     """Of how many codes a pair set differs from the base's on the same noise; None for the base's own and for others.
 
     Only sets of one seed and one layout share noise; how it is rounded may differ.
@@ -104,11 +114,19 @@ def _codes(plan: AblationPlan, key: str) -> dict[str, Any] | None:
     if mine is base or not all(complete) or layouts[0] != layouts[1] or mine.pairs.seed != base.pairs.seed:
         return None
     rows = min(COMPARED, mine.pairs.count, base.pairs.count)
-    ours, theirs = (shards.first_tokens(recipe.pairs_uri, rows) for recipe in (mine, base))
-    return differing(ours, theirs, layouts[0].groups) | {"rows": rows}
+    ours, theirs = (first_tokens(recipe.pairs_uri, rows) for recipe in (mine, base))
+    return {**differing(ours, theirs, layouts[0].groups), "rows": rows}
 
 
-def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> dict[str, float]:
+def first_tokens(uri: str, count: int) -> np.ndarray:
+    """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
+    found = manifest.read(uri)
+    size = found["facts"]["shard_rows"]
+    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
+    return np.concatenate(list(shards.tokens_of(uri, found["facts"], names)))[:count]
+
+
+def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> Shares:
     """Shares of the codes [rows, n] of two sets that differ: of all, and of those that follow equal codes.
 
     A teacher that has drawn another code goes on from there, so one difference brings others along; the second share
@@ -121,7 +139,7 @@ def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> di
     return {"all": float(other.mean()), "after equal codes": float(other[alike].mean())}
 
 
-def scalars(results: dict[str, Any]) -> dict[str, float]:
+def scalars(results: AblationResults) -> dict[str, float]:
     """The table's means for MLflow, a chart each: {"train.lpips_1/DD_1_step/mean": 20.1, ...}."""
     out: dict[str, float] = {}
     for row in results["rows"]:
@@ -131,14 +149,14 @@ def scalars(results: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def _label(row: dict[str, Any]) -> str:
+def _label(row: AblationRow) -> str:
     return f"{row['axis']} {text(row['value'])}" if row["axis"] else "base"
 
 
 # ---- Markdown
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: AblationResults) -> str:
     """One line per value of each axis, the base on top: mean and spread of every few-step sampler."""
     base = results["rows"][0]
     coded = any(row["codes"] for row in results["rows"])
@@ -152,8 +170,9 @@ def table(results: dict[str, Any]) -> str:
         cells = [row["axis"] or "base", value]
         for mean, spread, of_base in zip(row["mean"], row["spread"], base["mean"], strict=True):
             cells += [_pair(mean, spread), f"{mean / of_base:.2f}" if mean is not None and of_base else "-"]
-        codes = row["codes"] or {}
-        cells += [f"{codes[key]:.2%}" if codes else "-" for key in ("all", "after equal codes")] if coded else []
+        codes = row["codes"]
+        shares = [f"{share:.2%}" for share in (codes["all"], codes["after equal codes"])] if codes else ["-", "-"]
+        cells += shares if coded else []
         lines.append(cells)
     return as_markdown(Table(headers, lines, text=2))
 
@@ -164,7 +183,7 @@ def _pair(mean: float | None, spread: float | None) -> str:
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: AblationResults) -> str:
     """Table, plot, how to read them and where each number comes from."""
     title, seeds = results["title"], results["seeds"]
     spread = (
@@ -206,7 +225,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sources(results: dict[str, Any]) -> list[str]:
+def _sources(results: AblationResults) -> list[str]:
     """A line per variant: its pairs, and its students and reports by seed."""
     out = []
     for row in results["rows"]:
@@ -224,7 +243,7 @@ def _sources(results: dict[str, Any]) -> list[str]:
 # ---- the plot
 
 
-def plot(results: dict[str, Any]) -> bytes:
+def plot(results: AblationResults) -> bytes:
     """A panel per axis as PNG: the distance at each value, a line through the means, a dot per seed."""
     axes_of = {row["axis"]: [one for one in results["rows"] if one["axis"] == row["axis"]] for row in results["rows"]}
     del axes_of[""]
@@ -244,7 +263,7 @@ def plot(results: dict[str, Any]) -> bytes:
     return png(figure)
 
 
-def _panel(panel: Any, axis: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
+def _panel(panel: Any, axis: str, rows: list[AblationRow], results: AblationResults) -> None:
     """The values of one axis, in the order of the recipe."""
     places = range(len(rows))
     for i, column in enumerate(results["columns"]):

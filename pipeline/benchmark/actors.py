@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
-from pipeline.evaluation.plan import ITEM, Draw, Plan, prepare
+from pipeline.evaluation.artist import Artist
+from pipeline.evaluation.plan import PART_IMAGES, Draw, Plan, prepare
 from pipeline.evaluation.tally import Statistics
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
@@ -31,8 +32,8 @@ from pipeline.pairs.manifest import Facts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.workflow import evaluate, generate
-from pipeline.workflow.evaluate import Artist
+from pipeline.workflow import generate
+from pipeline.workflow.drawing import parts_of
 
 SHARDS = 4  # of each replica
 PARTS = 4  # of each artist
@@ -145,11 +146,11 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
     """Images drawn and scored by the job's own pool, beside what its networks alone take."""
     listed: list[dict[str, Any]] = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     settings = replace(recipe.evaluate, uri=storage.join(folder, "report"), student=student, samplers=listed)
-    settings = replace(settings, count=ITEM * PARTS * settings.actors, curve_count=0, npz=False)
+    settings = replace(settings, count=PART_IMAGES * PARTS * settings.actors, curve_count=0, npz=False)
     plan = prepare(replace(recipe, run=folder, evaluate=settings))
     section = Section(
         "Evaluation",
-        f"Parts of {ITEM:,} images from {settings.actors} actors of {recipe.cluster.cpus:g} CPU"
+        f"Parts of {PART_IMAGES:,} images from {settings.actors} actors of {recipe.cluster.cpus:g} CPU"
         f" ({recipe.cluster.gpus:g} GPU), from an actor's first part to its last. Drawing (network and decoder) and"
         " scoring share a device, so the slowest stage is that device: both of them; the rest is statistics, hand-over"
         " and waiting.",
@@ -165,13 +166,13 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
 def _scored(plan: Plan, draw: Draw) -> Row:
     """One sampler's row."""
     with tempfile.TemporaryDirectory() as watched:
-        for _ in evaluate.parts_of(plan, [draw], None, WatchedArtist, folder=watched):
+        for _ in parts_of(plan, [draw], None, WatchedArtist, folder=watched):
             pass
         spans = read(watched)
     drawing, scoring = _share(spans, "drawing"), _share(spans, "scoring")
     busy = sum(sum(span.busy.values()) for span in spans) / len(spans)
     share = drawing + scoring
-    row: Row = {"sampler": draw.name, "images / s": share * ITEM * plan.recipe.evaluate.actors / busy}
+    row: Row = {"sampler": draw.name, "images / s": share * PART_IMAGES * plan.recipe.evaluate.actors / busy}
     return row | {"drawing, %": 100 * drawing, "scoring, %": 100 * scoring, "end to end / device": share}
 
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -155,7 +156,8 @@ def _markdown(bench: Bench, sections: list[Section]) -> str:
 def _beside(load: machine.Load, part: str) -> str:
     """How busy others kept the machine: while a section ran, or before one whose work is that of other processes."""
     if part in ALONE:
-        return f"{legend.about_load({'load': vars(load), 'cores': os.cpu_count()})}."
+        facts: Any = vars(load)
+        return f"{legend.about_load(facts, os.cpu_count())}."
     if load.before is None:
         return "This system does not say how busy others kept it."
     return f"In the second before, others kept {load.before:.2f} of the machine's {os.cpu_count()} cores busy."

@@ -21,8 +21,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Condition, Teacher
 from pipeline.numerics import footprint
 from pipeline.recipe import Recipe
-from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import speed
+from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
 from pipeline.sampling.speed import Speed
 from pipeline.settings.teacher import TeacherSettings
@@ -205,8 +204,8 @@ def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     """The teacher with and without flow matching and the recipe's few-step samplers; the paper's speed-ups."""
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers
-    built = sampler_list.build(entries, layout, recipe.train.split)
-    printed = sampler_list.paper(entries)
+    built = selection.build(entries, layout, recipe.train.split)
+    printed = selection.paper(entries)
     few = [s for s in built if isinstance(s, FewStep)] or [FewStep(recipe.train.split)]
     figures = {s: p["speedup"] for s, p in zip(built, printed, strict=True) if "speedup" in p}
     return [Autoregressive(), FlowMatched(), *few], figures

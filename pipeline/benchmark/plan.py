@@ -10,7 +10,7 @@ from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
 from pipeline.benchmark.training import ROWS, STEPS
-from pipeline.evaluation.plan import ITEM
+from pipeline.evaluation.plan import PART_IMAGES
 from pipeline.host.progress import duration
 from pipeline.recipe import Recipe
 
@@ -44,7 +44,7 @@ def _generation(recipe: Recipe) -> tuple[int, str]:
 
 
 def _evaluation(recipe: Recipe) -> tuple[int, str]:
-    images = ITEM * PARTS * recipe.evaluate.actors
+    images = PART_IMAGES * PARTS * recipe.evaluate.actors
     return 0, f"{images:,} images of the teacher and as many of a student, by {recipe.evaluate.actors} actors"
 
 

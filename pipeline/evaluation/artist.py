@@ -1,7 +1,7 @@
 """Who draws the images of a report and looks at them: the models and the scoring network, one unit of work at a time.
 
-``drawn`` and what it calls shape the images, ``looked_at`` their statistics; ``plan`` knows them by name and keeps
-statistics only as long as neither changes.
+``draw_images`` and what it calls shape the images, ``look_at`` their statistics; ``equal_code`` knows them by name, and
+statistics are kept only as long as neither changes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.evaluation import sample_files, scoring
+from pipeline.evaluation import scoring
 from pipeline.evaluation.plan import Draw, Plan
 from pipeline.evaluation.real_images import RealImages
 from pipeline.evaluation.scoring import Features
-from pipeline.evaluation.tally import Seen, Statistics
+from pipeline.evaluation.tally import Sight, Statistics
 from pipeline.host.machine import device_name
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import set_products
+from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import Models, Sampler
 from pipeline.services import cluster
 
@@ -58,7 +59,7 @@ class Artist:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         set_products("fp32")  # of what scores; the models set their own
         self.plan, self.draws, self.working = plan, draws, working
-        self.models = load(plan, frequencies)
+        self.models = load_models(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
         self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
         self.samples = plan.samples()
@@ -83,7 +84,7 @@ class Artist:
         started = time.perf_counter()
         out = Statistics.empty(self.network, self.plan.layout.classes, self.plan.side, draw.count)
         places = np.array(draw.places(item))
-        rows = looked_at(out, self.network, draw, places, self.plan.recipe.evaluate.batch, self.images)
+        rows = look_at(out, self.network, draw, places, self.plan.recipe.evaluate.batch, self.images)
         if draw in self.samples:
             sample_files.write_part(self.samples[draw], self.plan.key(draw), item, rows.pixels)
         out.seconds = time.perf_counter() - started
@@ -100,10 +101,10 @@ class Artist:
         if draw.student and draw.student != self.loaded:
             self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
             self.loaded = draw.student
-        return drawn(self.models, draw.sampler, draw.first + places, self.plan.side)
+        return draw_images(self.models, draw.sampler, draw.first + places, self.plan.side)
 
 
-def drawn(models: Models, sampler: Sampler, ids: np.ndarray, side: int) -> Labelled:
+def draw_images(models: Models, sampler: Sampler, ids: np.ndarray, side: int) -> Labelled:
     """The images of the samples ``ids``, resized to ``side`` pixels as LlamaGen's authors do before they round."""
     images = models.decode(sampler.draw(models, ids), sampler.student)
     if images.shape[-1] != side:
@@ -111,25 +112,25 @@ def drawn(models: Models, sampler: Sampler, ids: np.ndarray, side: int) -> Label
     return images, noise.labels(ids, models.layout.classes)
 
 
-def looked_at(
+def look_at(
     out: Statistics,
     network: Features,
     draw: Draw,
     places: np.ndarray,
     batch: int,
     images: Callable[[Draw, np.ndarray], Labelled],
-) -> Seen:
+) -> Sight:
     """Take the images at ``places`` of a draw into ``out``, which are made ``batch`` at a time; returns what was seen.
 
     A part is summed up at once, however it was batched, so that batches change no sum.
     """
-    seen, labels = [], []
+    sights, labels = [], []
     for some in _batches(places, batch):
-        pixels, known = images(draw, some)
-        seen.append(Seen.of(pixels, network))
-        labels += [] if known is None else [known]
-    rows, known = Seen.joined(seen), np.concatenate(labels) if labels else None
-    out.add(rows, known, network.names_labels, places, draw.kept(places), draw.images)
+        pixels, of_these = images(draw, some)
+        sights.append(Sight.of(pixels, network))
+        labels += [] if of_these is None else [of_these]
+    rows, of_all = Sight.joined(sights), np.concatenate(labels) if labels else None
+    out.add(rows, of_all, network.names_labels, places, draw.kept(places), draw.images)
     return rows
 
 
@@ -144,7 +145,7 @@ def machine(device: str) -> dict[str, str]:
     return {"host": socket.gethostname(), "device": device_name(device)} | versions
 
 
-def load(plan: Plan, frequencies: np.ndarray | None) -> Models:
+def load_models(plan: Plan, frequencies: np.ndarray | None) -> Models:
     """The teacher of a plan on its device; the student is loaded when a draw needs it."""
     teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
     shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
@@ -171,16 +172,16 @@ def seconds_per_image(plan: Plan, samplers: list[Sampler]) -> dict[Sampler, floa
     recipe, batch = plan.recipe, plan.recipe.evaluate.batch
     torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
     set_products("fp32")
-    models, asked = load(plan, None), [sampler for sampler in samplers if not sampler.frequencies]
+    models, asked = load_models(plan, None), [sampler for sampler in samplers if not sampler.frequencies]
     if any(sampler.student for sampler in asked):
-        there = plan.students and load_student(plan, plan.student, models)
-        new = there or checkpoints.new_student(recipe.teacher, models.teacher, plan.built, recipe.train.seed)
-        models = dataclasses.replace(models, student=new.eval().to(plan.device))
-    found = {}
+        student = load_student(plan, plan.student, models) if plan.students else None
+        student = student or checkpoints.new_student(recipe.teacher, models.teacher, plan.built, recipe.train.seed)
+        models = dataclasses.replace(models, student=student.eval().to(plan.device))
+    seconds = {}
     for sampler in asked:
-        call = partial(drawn, models, sampler, np.arange(batch), plan.side)
+        call = partial(draw_images, models, sampler, np.arange(batch), plan.side)
         warm_up(call)
         start = now(plan.device)
         call()
-        found[sampler] = (now(plan.device) - start) / batch
-    return found
+        seconds[sampler] = (now(plan.device) - start) / batch
+    return seconds

@@ -15,31 +15,21 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.evaluation import sample_files, scoring, tally
-from pipeline.host import provenance
-from pipeline.host.errors import Missing, Refused
+from pipeline.evaluation import equal_code, scoring, students, tally
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.sampling import listed as sampler_list
+from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
 
-ITEM = 1_000  # images of one unit of work; divides tally.SCORE_BLOCK
-KEEP = 512 << 20  # bytes of a sampler's features that are kept: precision, recall, KID and standard errors need them
-REAL_KEPT = 10_000  # real images whose features are, evenly spread: as many as ADM's reference holds
-GRID = 32  # images that are kept of a row of the table, so that another evaluate.grid up to it draws nothing again
+PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
+FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
+REAL_FEATURES = 10_000  # of real images that are kept, evenly spread: as many as ADM's reference holds
+GRID_IMAGES = 32  # of a row of the table that are kept, so that another evaluate.grid up to it draws nothing again
 FORMAT = 3  # of the cached statistics
-OLDER = re.compile(r"[0-9a-f]{24}\.npz")  # a file of them that does not name the code that made it
-# What shapes statistics: how images are looked at, and how a sampler's are drawn. ``artist`` imports this module.
-SCORED = (
-    "pipeline.evaluation.artist:looked_at",
-    "pipeline.evaluation.scoring:features",
-    "pipeline.evaluation.scoring:real",
-)
-DRAWN = ("pipeline.evaluation.artist:drawn", "pipeline.evaluation.artist:load", "pipeline.noise:labels")
-SNAPSHOT = re.compile(r"step-(\d+)\.safetensors")  # students exported along the way
+NAMELESS_CODE = re.compile(r"[0-9a-f]{24}\.npz")  # a file of statistics that does not name the code behind them
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,13 @@ class Draw:
         """What is drawn, by whom, for people."""
         if self.sampler is None:
             return "real images"
-        step = SNAPSHOT.search(self.student)
+        step = students.SNAPSHOT.search(self.student)
         name = f"{self.sampler.name} at step {int(step[1])}" if step else self.sampler.name
         return f"{name} from id {self.first}" if self.first else name
 
     def places(self, item: int) -> range:
         """The images of one unit of work, counted from 0."""
-        return range(item * ITEM, min((item + 1) * ITEM, self.count))
+        return range(item * PART_IMAGES, min((item + 1) * PART_IMAGES, self.count))
 
     def kept(self, places: np.ndarray) -> np.ndarray:
         """Of which images at ``places`` [B] the features are kept, [B]: of all, or of rounds that are evenly spread."""
@@ -88,7 +78,7 @@ class Draw:
 
     @property
     def items(self) -> int:
-        return math.ceil(self.count / ITEM)
+        return math.ceil(self.count / PART_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -128,16 +118,16 @@ class Plan:
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
         settings, classes = self.recipe.evaluate, self.layout.classes
-        keep = min(settings.count, KEEP // (self.facts["dim"] * 4))
+        keep = min(settings.count, FEATURE_BYTES // (self.facts["dim"] * 4))
         if keep < settings.count:
             keep -= keep % classes
-        images = min(settings.count, max(GRID, settings.grid))
+        images = min(settings.count, max(GRID_IMAGES, settings.grid))
         return [self._draw(sampler, keep=keep, images=images, classes=classes) for sampler in self.samplers]
 
     def reference(self) -> Draw:
-        return Draw(None, self.real, keep=min(self.real, REAL_KEPT))
+        return Draw(None, self.real, keep=min(self.real, REAL_FEATURES))
 
-    def second(self) -> Draw | None:
+    def teacher_again(self) -> Draw | None:
         """Another draw of the AR teacher, the yardstick for the flow-matched one; None unless both are
         listed.
         """
@@ -146,18 +136,22 @@ class Plan:
             return None
         return self._draw(Autoregressive(), first=self.recipe.evaluate.count)
 
+    def departures(self, sampler: Sampler) -> list[str]:
+        """In what a sampler asks its student for more than it was trained for."""
+        return students.departures(self.exported, self.layout, sampler)
+
     def curve(self) -> dict[int, list[Draw]]:
         """The few-step samplers of every exported student; step 0 holds the teacher's for the horizontal
         lines.
         """
-        few = [sampler for sampler in self.samplers if isinstance(sampler, FewStep)]
+        few_step = [sampler for sampler in self.samplers if isinstance(sampler, FewStep)]
         count = self.recipe.evaluate.curve_count
-        if not (few and self.snapshots and count):
+        if not (few_step and self.snapshots and count):
             return {}
-        listed = [sampler for sampler in self.samplers if isinstance(sampler, Autoregressive | FlowMatched)]
-        teachers = [self._draw(sampler, count=count) for sampler in listed or [Autoregressive()]]
+        of_teacher = [sampler for sampler in self.samplers if isinstance(sampler, Autoregressive | FlowMatched)]
+        teachers = [self._draw(sampler, count=count) for sampler in of_teacher or [Autoregressive()]]
         return {0: teachers} | {
-            step: [self._draw(sampler, count=count, student=uri) for sampler in few]
+            step: [self._draw(sampler, count=count, student=uri) for sampler in few_step]
             for step, uri in sorted(self.snapshots.items())
         }
 
@@ -165,11 +159,11 @@ class Plan:
         """All that is to be drawn, those of one student together."""
         out = [self.reference()] if self.real else []
         out += self.table()
-        out += [draw for draw in [self.second()] if draw]
+        out += [draw for draw in [self.teacher_again()] if draw]
         out += [draw for draws in self.curve().values() for draw in draws]
         return list(dict.fromkeys(out))
 
-    def asked(self, draw: Draw) -> str:
+    def request(self, draw: Draw) -> str:
         """Fingerprint of all in the recipe and its files that shapes the statistics of a draw.
 
         Device, batch and compilation are not in it: they change float rounding, as another version of torch does, and
@@ -195,12 +189,12 @@ class Plan:
         return fingerprint(facts)
 
     def code(self, draw: Draw) -> str:
-        """Digest of all code that shapes the statistics of a draw."""
-        return self.facts["code"]["real images" if draw.sampler is None else type(draw.sampler).__name__]
+        """Digest of all code that shapes the statistics of a draw, or of the oldest that is its equal."""
+        return self.facts["code"][equal_code.REAL if draw.sampler is None else type(draw.sampler).__name__]
 
     def key(self, draw: Draw) -> str:
         """Fingerprint of everything that shapes the statistics of a draw."""
-        return fingerprint({"asked": self.asked(draw), "code": self.code(draw)})
+        return fingerprint({"asked": self.request(draw), "code": self.code(draw)})
 
     def fingerprint(self) -> str:
         """Fingerprint of the whole report; compiled and recorded networks are timed anew, not drawn with again."""
@@ -214,7 +208,7 @@ class Plan:
         """The .npz of images that each sampler leaves, where the recipe wants them."""
         if not self.recipe.evaluate.npz:
             return {}
-        names = map(sample_files.file_name, sampler_list.names(self.samplers))
+        names = map(sample_files.file_name, selection.names(self.samplers))
         folder = storage.join(self.recipe.report_uri, "samples")
         return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
 
@@ -225,15 +219,15 @@ class Plan:
 
     def cache(self, draw: Draw) -> str:
         """The file of a draw's statistics, named by what was asked for and by which code made it."""
-        return storage.join(self.shelf, f"{self.asked(draw)[:24]}-{self.code(draw)[:12]}.npz")
+        return storage.join(self.shelf, f"{self.request(draw)[:24]}-{self.code(draw)[:12]}.npz")
 
     def stale(self, draws: list[Draw]) -> list[str]:
         """Why draws are made again of which there are statistics: a sentence for each reason."""
-        there, out = set(storage.listing(self.shelf)), []
-        if any(OLDER.fullmatch(name) for name in there):
+        names, out = set(storage.listing(self.shelf)), []
+        if any(NAMELESS_CODE.fullmatch(name) for name in names):
             out.append(f"Statistics in {self.shelf} that do not say which code drew them are not used.")
-        known = {name.partition("-")[0] for name in there}
-        if changed := [draw.name for draw in draws if self.asked(draw)[:24] in known]:
+        requests = {name.partition("-")[0] for name in names}
+        if changed := [draw.name for draw in draws if self.request(draw)[:24] in requests]:
             out.append(f"Drawn again, because the code that shapes them has changed: {', '.join(changed)}.")
         return out
 
@@ -265,7 +259,7 @@ def inputs(recipe: Recipe) -> Plan:
     settings = recipe.evaluate
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
-    listed = sampler_list.build(settings.samplers, layout, recipe.train.split)
+    listed = selection.build(settings.samplers, layout, recipe.train.split)
     side = scoring.side(settings, layout.image_size)
     features = scoring.check(settings, side, layout.classes)
     facts = {
@@ -277,7 +271,7 @@ def inputs(recipe: Recipe) -> Plan:
         "features": features,
         "reference": scoring.check_reference(settings, side),
         "dim": scoring.DIMENSIONS[settings.features],
-        "code": _code(recipe, [*listed, Autoregressive()]),
+        "code": equal_code.of_draws(recipe.teacher.family, map(type, [*listed, Autoregressive()])),
     }
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
@@ -287,98 +281,19 @@ def inputs(recipe: Recipe) -> Plan:
     return Plan(recipe, layout, listed, facts["reference"]["images"], facts)
 
 
-def _code(recipe: Recipe, listed: list[Sampler]) -> dict[str, str]:
-    """Digests of the code behind real images' statistics and behind those of each kind of sampler."""
-    out, family = {"real images": provenance.digest(*SCORED)}, recipe.teacher.family
-    for sampler in listed:
-        kind = type(sampler)
-        roots = [*SCORED, *DRAWN, f"{kind.__module__}:{kind.__name__}", f"{family}:Config", f"{family}:Teacher"]
-        roots.append(f"{family}:Tokenizer")
-        if sampler.student:
-            roots += ["pipeline.evaluation.artist:load_student", f"{family}:Student"]
-        if sampler.frequencies:
-            roots.append("pipeline.pairs.shards:token_frequencies")
-        out[kind.__name__] = provenance.digest(*roots)
-    return out
-
-
 def _with_students(plan: Plan) -> Plan:
-    """Look at the student and the students exported along the way; refuse one of another teacher or pair
-    set.
-    """
-    recipe = plan.recipe
-    if not storage.exists(plan.student):
-        raise Missing(f"there is no student at {plan.student}; run jobs/distill.py first or set evaluate.student.")
-    # the authors' own files are .pth and .pt and say nothing of themselves
-    exported = checkpoints.metadata(plan.student) if plan.student.endswith(".safetensors") else {}
-    if exported:
-        _check_student(plan, exported)
-    listed = sampler_list.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
-    found, left_out = _snapshots(plan, exported)
-    students = {uri: storage.sha256(uri) for uri in [plan.student, *found.values()]}
-    plan = dataclasses.replace(plan, samplers=listed, snapshots=found, students=students, exported=exported)
-    return dataclasses.replace(plan, notes=(*_of_heads(plan), *left_out))
-
-
-def _of_heads(plan: Plan) -> list[str]:
-    """What a reader must know of where the heads' split comes from."""
-    recipe, split = plan.recipe, plan.exported.get("split")
-    if split is None:
-        return [
-            f"The student's file {plan.student} does not say with which split and start steps it was trained; the split"
-            f" is the recipe's, {recipe.train.split} where a sampler names none."
-        ]
-    if split != recipe.train.split and any(entry.get("split") is None for entry in recipe.evaluate.samplers):
-        return [f"train.split is {recipe.train.split}, but the student was trained with {split}, and so it draws."]
-    return []
-
-
-def _snapshots(plan: Plan, exported: dict[str, Any]) -> tuple[dict[int, str], list[str]]:
-    """({step: URI} of the students exported on the way to this one, what is said of others in the folder)."""
-    recipe = plan.recipe
-    names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
-    found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
-    ours = {step: uri for step, uri in found.items() if _on_the_way(checkpoints.metadata(uri), exported)}
-    if len(ours) == len(found):
-        return found, []
-    lost = ", ".join(f"{step:,}" for step in sorted(found.keys() - ours.keys()))
-    return ours, [
-        f"The curve over training leaves out the students of step {lost} in {recipe.student_uri}, which are of another"
-        f" run or later than {plan.student}."
-    ]
-
-
-def _on_the_way(earlier: dict[str, Any], student: dict[str, Any]) -> bool:
-    """Whether a student was exported by the run that made ``student``, and not after it; files that say nothing do not
-    count.
-    """
-    run = "recipe_fingerprint" if "recipe_fingerprint" in student else "mlflow_run"
-    same = run in student and earlier.get(run) == student[run]
-    return same and earlier.get("step", 0) <= student.get("step", math.inf)
-
-
-def departures(plan: Plan, sampler: Sampler) -> list[str]:
-    """In what a sampler asks its student for more than it was trained for, as far as the student's file says so."""
-    known = plan.exported
-    out: list[str] = []
-    if not sampler.student or not known:
-        return out
-    split = getattr(sampler, "split")  # noqa: B009  every sampler with a student has one, Sampler has not
-    if split != known.get("split", split):
-        out.append(f"split {split}, trained with {known['split']}")
-    asked = sampler.jumps(plan.layout)
-    if beyond := [step for step in asked if step not in known.get("start_steps", asked)]:
-        at, trained = (", ".join(map(str, steps)) for steps in (beyond, known["start_steps"]))
-        out.append(f"jumps from step {at}, trained from {trained}")
-    return out
-
-
-def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
-    of_pairs = manifest.facts(plan.recipe, plan.layout, plan.facts["teacher"])
-    wanted = {"family": plan.facts["family"], "teacher": plan.facts["teacher"]}
-    for key, value in (wanted | {"pairs_fingerprint": fingerprint(of_pairs)}).items():
-        if settings.get(key) != value:
-            raise Refused(
-                f"the student at {plan.student} was distilled with {key} {settings.get(key)}, but this"
-                f" recipe has {value}; use the recipe that it was distilled with, or set evaluate.student."
-            )
+    """The plan with the student and those exported along the way; refuses one of another teacher or pair set."""
+    recipe, facts = plan.recipe, plan.facts
+    of_pairs = fingerprint(manifest.facts(recipe, plan.layout, facts["teacher"]))
+    wanted = {"family": facts["family"], "teacher": facts["teacher"], "pairs_fingerprint": of_pairs}
+    exported = students.exported(plan.student, wanted)
+    samplers = selection.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
+    snapshots, left_out = students.snapshots(recipe, plan.student, exported)
+    return dataclasses.replace(
+        plan,
+        samplers=samplers,
+        snapshots=snapshots,
+        students={uri: storage.sha256(uri) for uri in [plan.student, *snapshots.values()]},
+        exported=exported,
+        notes=(*students.about_split(recipe, plan.student, exported), *left_out),
+    )

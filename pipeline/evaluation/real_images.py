@@ -28,6 +28,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.digits import networks
 from pipeline.host.errors import Refused, Unfinished
+from pipeline.sampling.sample_files import header
 
 DIGITS = 5_000  # real digits, all of them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -237,16 +238,6 @@ def _cropped(image: Any, side: int) -> np.ndarray:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return np.asarray(image)[top : top + side, left : left + side]
-
-
-def header(file: Any) -> tuple[int, ...]:
-    """Shape of an open .npy of uint8 images; leaves ``file`` at the first pixel."""
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(file)
-    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-        raise Refused(f"the reference's arr_0 is {dtype} of shape {shape}; it must be uint8 [N, H, W, 3].")
-    return shape
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

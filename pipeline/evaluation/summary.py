@@ -9,28 +9,30 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation import comparison, metrics, scoring
+from pipeline.evaluation import metrics, scoring
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
-from pipeline.evaluation.plan import Draw, Plan, departures
+from pipeline.evaluation.plan import Draw, Plan
 from pipeline.evaluation.references import References
-from pipeline.evaluation.tally import SCORE_BLOCK, Glance, Statistics
+from pipeline.evaluation.tally import SCORE_BLOCK, Outline, Statistics
+from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
-from pipeline.sampling import listed, speed
+from pipeline.report import comparison
+from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
+from pipeline.report.results import Agreement, Curve, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row
+from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings
 
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
 NEIGHBOURS = 3  # of precision and recall
-MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
 
 
 @dataclass(frozen=True)
@@ -70,50 +72,50 @@ class Reference:
 def summarise(
     plan: Plan,
     statistics: Mapping[Draw, Statistics],
-    timing: dict[str, Any],
-    glances: Mapping[Draw, Glance],
-    others: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Everything the report says, as JSON values; ``glances`` say how the images were made, ``others`` are as
-    ``comparison.read`` found them.
+    times: Times,
+    outlines: Mapping[Draw, Outline],
+    others: list[OtherReport],
+) -> Results:
+    """Everything the report says, as JSON values; ``outlines`` say how the images were made, ``others`` are as
+    ``workflow.other_reports`` found them.
 
     ``statistics`` may read a draw when it is asked for: hardly more than one is held at a time.
     """
     settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
-    teacher, batch = timing["speeds"].get(Autoregressive(), []), speed.throughput_batch(timing["speeds"].values())
-    entries = _entries(plan, statistics, timing)
-    found: dict[str, Any] = {
+    teacher, batch = times.speeds.get(Autoregressive(), []), speed.throughput_batch(times.speeds.values())
+    rows = numbers(_entries(plan, statistics, times), reference, teacher, batch)
+    found: Results = {
         "name": plan.recipe.name,
         "title": scoring.title(settings),
         "second_title": scoring.second_title(settings),
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
         "shown": shown(plan, others),
-        "rows": numbers(entries, reference, teacher, batch),
+        "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
-        "speed": {"teacher": [asdict(one) for one in teacher], "throughput_batch": batch},
-        "alike": [],
+        "speed": {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch},
+        "alike": comparison.alike(rows),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
-        "made": _made(plan, timing, glances),
+        "made": _origin(plan, times, outlines),
     }
-    found["alike"] = alike(found["rows"])
     found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
-    return found | {"pair_sets": comparison.pair_sets(found, others)}
+    found["pair_sets"] = comparison.pair_sets(found, others)
+    return found
 
 
-def shown(plan: Plan, others: list[dict[str, Any]]) -> str:
+def shown(plan: Plan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": listed.published(settings.samplers)}
+    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.published(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
-def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str, Any]) -> Iterator[Entry]:
+def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
-    names, papers = listed.names(plan.samplers), listed.published(plan.recipe.evaluate.samplers)
+    names, papers = selection.names(plan.samplers), selection.published(plan.recipe.evaluate.samplers)
     for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
         yield Entry(
             name=name,
@@ -122,11 +124,11 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], timing: dict[str
             steps=sampler.steps_label(plan.layout),
             statistics=statistics[draw],
             rounds=draw.rounds(),
-            speeds=timing["speeds"].get(sampler, []),
+            speeds=times.speeds.get(sampler, []),
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
-            departs=departures(plan, sampler),
+            departs=plan.departures(sampler),
         )
 
 
@@ -149,34 +151,34 @@ def _gaussian(read: References | None, made: Moments | None) -> Gaussian | None:
     return read.pooled if read else made.gaussian() if made else None
 
 
-def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> dict[str, float] | None:
-    second = plan.second()
+def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Agreement | None:
+    second = plan.teacher_again()
     if second is None:
         return None
     first = {type(draw.sampler).__name__: draw for draw in plan.table()}
     return agreement(*(statistics[draw] for draw in (first["FlowMatched"], first["Autoregressive"], second)))
 
 
-def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Reference) -> dict[str, Any] | None:
+def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Reference) -> Curve | None:
     draws = plan.curve()
     if not draws:
         return None
-    named = dict(zip(plan.samplers, listed.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
+    named = dict(zip(plan.samplers, selection.names(plan.samplers), strict=True)) | {Autoregressive(): "teacher, AR"}
 
-    def point(draw: Draw) -> tuple[str, float]:
+    def point(step: int, draw: Draw) -> CurvePoint:
         assert draw.sampler is not None
-        return named[draw.sampler], score(statistics[draw], reference)
+        return {"step": step, "name": named[draw.sampler], "score": score(statistics[draw], reference)}
 
-    points = [(step, *point(draw)) for step in sorted(draws) if step for draw in draws[step]]
+    points = [point(step, draw) for step in sorted(draws) for draw in draws[step]]
     return {
         "count": plan.recipe.evaluate.curve_count,
         "steps_per_epoch": plan.exported.get("steps_per_epoch"),
-        "teachers": dict(point(draw) for draw in draws[0]),
-        "points": [{"step": step, "name": name, "score": value} for step, name, value in points],
+        "teachers": {one["name"]: one["score"] for one in points if not one["step"]},
+        "points": [one for one in points if one["step"]],
     }
 
 
-def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) -> dict[str, Any]:
+def _origin(plan: Plan, times: Times, outlines: Mapping[Draw, Outline]) -> Origin:
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
@@ -187,10 +189,16 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         "classes": plan.layout.classes,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
-            for name, sampler in zip(listed.names(plan.samplers), plan.samplers, strict=True)
+            for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
         },
-        "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision")}
-        | {f"{key} SHA-256": value for key, value in plan.facts["teacher"].items()},
+        "teacher": {
+            "family": plan.facts["family"],
+            "config": plan.facts["config"],
+            "filter": plan.facts["filter"],
+            "precision": plan.facts["precision"],
+            "tokenizer SHA-256": plan.facts["teacher"]["tokenizer"],
+            "checkpoint SHA-256": plan.facts["teacher"]["checkpoint"],
+        },
         "solver": dataclasses.asdict(recipe.pairs.solver),
         "student": _student(plan) if plan.students else None,
         "pairs": plan.facts.get("pairs"),
@@ -199,9 +207,7 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         "weights": _weights(settings) if inception else None,
         "dimensions": plan.facts["dim"],
         "features SHA-256": plan.facts["features"],
-        "reference": {"uri": settings.reference if inception else "the digits"}
-        | ({"images": settings.images} if settings.images else {})
-        | plan.facts["reference"],
+        "reference": _reference(plan),
         "pixels across an image": plan.side,
         "real images": plan.real,
         "Inception Score": {"images of a block": SCORE_BLOCK, "order": "sample ids", "weight of a block": "its images"}
@@ -216,12 +222,15 @@ def _made(plan: Plan, timing: dict[str, Any], glances: Mapping[Draw, Glance]) ->
         else None,
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
-        "sampling": {"seconds of all actors": round(sum(one.seconds for one in glances.values()), 1)}
-        | sampling({draw.name: one.made for draw, one in glances.items()}),
-        "timing": {name: value for name, value in timing.items() if name != "speeds"}
-        | {"compiled teacher": recipe.teacher.compile, "compiled student": settings.compile}
-        | {"CUDA graphs of the teacher": recipe.teacher.graphs},
-        "report": provenance.version() | {"written": provenance.now(), "command": shlex.join(["python", *sys.argv])},
+        "sampling": {"seconds of all actors": round(sum(one.seconds for one in outlines.values()), 1)}
+        | sampling({draw.name: one.origin for draw, one in outlines.items()}),
+        "timing": {
+            **times.measurement,
+            "compiled teacher": recipe.teacher.compile,
+            "compiled student": settings.compile,
+            "CUDA graphs of the teacher": recipe.teacher.graphs,
+        },
+        "report": _report(),
         "fingerprint": plan.fingerprint(),
     }
 
@@ -240,56 +249,55 @@ def sampling(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in made.items()}}
 
 
+def _report() -> ReportOrigin:
+    return {**provenance.version(), "written": provenance.now(), "command": shlex.join(["python", *sys.argv])}
+
+
+def _reference(plan: Plan) -> ReferenceOrigin:
+    settings = plan.recipe.evaluate
+    uri = "the digits" if settings.features == "digits" else settings.reference or ""
+    return {"uri": uri} | ({"images": settings.images} if settings.images else {}) | plan.facts["reference"]
+
+
 def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
-def _student(plan: Plan) -> dict[str, Any]:
+def _student(plan: Plan) -> StudentOrigin:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
     """
     own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
-    found = {key: plan.exported[key] for key in own if key in plan.exported}
-    found |= {"registry": plan.registered} if plan.registered else {}
-    here = {"uri": plan.student, "SHA-256": plan.students[plan.student]} | plan.built
-    return here | {"precision": plan.recipe.evaluate.precision} | found
+    exported: Any = {key: plan.exported[key] for key in own if key in plan.exported}
+    place = {"uri": plan.student, "SHA-256": plan.students[plan.student]}
+    origin: Any = place | plan.built | {"precision": plan.recipe.evaluate.precision} | exported
+    if plan.registered:
+        origin["registry"] = plan.registered
+    return origin
 
 
 def numbers(
     entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One dictionary per row, real images first; None where a number does not exist.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows = [_row(entry, reference) | speed.beside_teacher(entry.speeds, ar, batch) for entry in entries]
+    rows: list[Row] = [{**_row(entry, reference), **speed.beside_teacher(entry.speeds, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
-        rows.insert(
-            0, _quality(reference.real) | {"name": "real images", "type": "real", "count": reference.real.moments.n}
-        )
+        count = reference.real.moments.n
+        rows.insert(0, {**_quality(reference.real), "name": "real images", "type": "real", "count": count})
     for row in rows:
-        for key in ("score", "variance"):
-            mine, theirs = row.get(key), teacher and teacher.get(key)
-            row[f"{key}_over_teacher"] = mine / theirs if mine is not None and theirs else None
+        row["score_over_teacher"] = _ratio(row.get("score"), teacher and teacher.get("score"))
+        row["variance_over_teacher"] = _ratio(row.get("variance"), teacher and teacher.get("variance"))
     return rows
 
 
-def alike(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The pairs of rows whose distances are too close to tell one from the other, the nearest first.
-
-    Too close is less than the larger standard error, or than ``MARGIN`` of the distance where that is more: the images
-    are of one seed and one student, and the error knows of neither.
-    """
-    scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
-    found = []
-    for one, other in combinations(scored, 2):
-        apart = other["score"] - one["score"]
-        if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
-            found.append((apart, one["name"], other["name"]))
-    return [(one, other) for _, one, other in sorted(found)]
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return mine / theirs if mine is not None and theirs else None
 
 
 def score(statistics: Statistics, reference: Reference) -> float:
@@ -297,9 +305,9 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference) -> dict[str, Any]:
+def _row(entry: Entry, reference: Reference) -> Row:
     statistics, real = entry.statistics, reference.real
-    row: dict[str, Any] = {
+    row: Row = {
         "name": entry.name,
         "type": entry.type,
         "departs": entry.departs,
@@ -313,23 +321,23 @@ def _row(entry: Entry, reference: Reference) -> dict[str, Any]:
         "sfid": None,
         "second_score": None,
         "seconds": statistics.seconds,
-        "speeds": [asdict(one) for one in entry.speeds],
+        "speeds": list(map(speed.as_json, entry.speeds)),
     }
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:
         row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
-    return row | _of_rows(statistics, entry.rounds, reference) | _quality(statistics)
+    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics)}
 
 
-def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> dict[str, float | None]:
+def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> OfFeatures:
     """What needs the images' features themselves, not their sums alone.
 
     Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
     recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
     """
-    names = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
-    out: dict[str, float | None] = dict.fromkeys(names)
+    out: OfFeatures = {"score_std": None, "score_inf": None}
+    out |= {"precision": None, "recall": None, "kid": None, "kid_std": None}
     if not statistics.features:
         return out
     mine = np.concatenate(statistics.features)
@@ -351,7 +359,7 @@ def _of_rows(statistics: Statistics, rounds: np.ndarray | None, reference: Refer
     return out
 
 
-def _quality(statistics: Statistics) -> dict[str, Any]:
+def _quality(statistics: Statistics) -> Quality:
     """What needs no reference. A network whose classes are the labels, that of the digits, makes no Inception Score."""
     labelled = statistics.labelled
     return {
@@ -362,7 +370,7 @@ def _quality(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> dict[str, float]:
+def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> Agreement:
     """Whether flow matching left the teacher's distribution alone: its distance to an AR draw over that of
     two AR draws.
     """

@@ -27,7 +27,7 @@ THUMBNAIL = 32  # pixel statistics are those of grey thumbnails of at most this 
 
 
 @dataclass(frozen=True)
-class Seen:
+class Sight:
     """What the networks saw of uint8 images [B, 3, H, W]: arrays with a row per image, float32."""
 
     pixels: np.ndarray
@@ -39,7 +39,7 @@ class Seen:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, images: Tensor, network: Features) -> Seen:
+    def of(cls, images: Tensor, network: Features) -> Sight:
         """Images [B, 3, H, W] in [-1, 1], rounded."""
         pixels = to_uint8(images)
         features, logits, spatial = network(pixels)
@@ -48,7 +48,7 @@ class Seen:
         return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second)
 
     @classmethod
-    def joined(cls, parts: Sequence[Seen]) -> Seen:
+    def joined(cls, parts: Sequence[Sight]) -> Sight:
         """The rows of all parts."""
         columns: Any = zip(*(vars(part).values() for part in parts), strict=True)
         rows: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
@@ -63,7 +63,8 @@ class Statistics:
     ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
     is their label, ``labelled`` those that were asked.
     ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
-    says on what the parts were made, each kind once, ``made`` all else that the images depend on no more than rounding.
+    says on what the parts were made, each kind once; ``origin`` says all else of how, on which no more than rounding
+    depends.
     """
 
     moments: Moments
@@ -78,7 +79,7 @@ class Statistics:
     features: list[np.ndarray] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
     machines: list[dict[str, str]] = field(default_factory=list)
-    made: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, network: Features, classes: int, side: int, count: int) -> Statistics:
@@ -124,7 +125,7 @@ class Statistics:
             for key, value in vars(sum_).items()
             if not key.startswith("_")
         }
-        arrays["made"] = np.array(json.dumps(self.made | {"machines": self.machines}))
+        arrays["made"] = np.array(json.dumps(self.origin | {"machines": self.machines}))
         arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
         for key in ("features", "images"):
             if getattr(self, key):
@@ -158,13 +159,13 @@ class Statistics:
         out.seconds = float(arrays["counts"][2])
         out.features = [arrays["features"]] if "features" in arrays else []
         out.images = [arrays["images"]] if "images" in arrays else []
-        out.made = json.loads(str(arrays["made"]))
-        out.machines = out.made.pop("machines")
+        out.origin = json.loads(str(arrays["made"]))
+        out.machines = out.origin.pop("machines")
         return out
 
     def add(
         self,
-        seen: Seen,
+        sight: Sight,
         labels: np.ndarray | None,
         names_labels: bool,
         place: np.ndarray,
@@ -176,41 +177,41 @@ class Statistics:
         Labels may be unknown (None); ``names_labels`` says whether the network's classes are labels. Features are kept
         of the rows in ``keep`` [B], and the first ``images`` of all are.
         """
-        self.moments.add(seen.features)
-        self.pixels.add(seen.thumbnails)
-        self.score.add(seen.logits, place // SCORE_BLOCK)
-        if self.spatial and seen.spatial is not None:
-            self.spatial.add(seen.spatial)
-        if self.second and seen.second is not None:
-            self.second.add(seen.second)
+        self.moments.add(sight.features)
+        self.pixels.add(sight.thumbnails)
+        self.score.add(sight.logits, place // SCORE_BLOCK)
+        if self.spatial and sight.spatial is not None:
+            self.spatial.add(sight.spatial)
+        if self.second and sight.second is not None:
+            self.second.add(sight.second)
         if labels is not None:
-            self.variance.add(seen.thumbnails, labels)
+            self.variance.add(sight.thumbnails, labels)
             if names_labels:
-                self.right += int((seen.logits.argmax(1) == labels).sum())
+                self.right += int((sight.logits.argmax(1) == labels).sum())
                 self.labelled += len(labels)
         if keep.any():
-            self.features.append(seen.features[keep])
+            self.features.append(sight.features[keep])
         if (place < images).any():
-            self.images.append(seen.pixels[place < images])
+            self.images.append(sight.pixels[place < images])
 
 
 def _rows(out: Tensor) -> np.ndarray:
     return out.float().cpu().numpy()
 
 
-class Glance(NamedTuple):
+class Outline(NamedTuple):
     """What is read of packed statistics without the rest: seconds, images of the grid, how they were made."""
 
     seconds: float
     images: np.ndarray | None
-    made: dict[str, Any]
+    origin: dict[str, Any]
 
 
-def glance(file: IO[bytes]) -> Glance:
+def outline(file: IO[bytes]) -> Outline:
     """The small parts of packed statistics."""
     with np.load(file, allow_pickle=False) as arrays:
         images = arrays["images"] if "images" in arrays.files else None
-        return Glance(float(arrays["counts"][2]), images, json.loads(str(arrays["made"])))
+        return Outline(float(arrays["counts"][2]), images, json.loads(str(arrays["made"])))
 
 
 def _packed(m2: np.ndarray) -> np.ndarray:

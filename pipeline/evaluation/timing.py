@@ -10,23 +10,41 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline import storage
+from pipeline.evaluation import equal_code
+from pipeline.evaluation.artist import load_models, load_student
 from pipeline.evaluation.plan import Plan
 from pipeline.host import machine, provenance
+from pipeline.numerics.precision import set_products
 from pipeline.recipe import fingerprint
+from pipeline.report.origin import Measurement
+from pipeline.sampling import speed
 from pipeline.sampling.samplers import Autoregressive, Sampler
 from pipeline.sampling.speed import Speed
+from pipeline.services import cluster
 
-NOTHING: dict[str, Any] = {"key": None, "speeds": {}, "device": None, "threads": None}
+
+@dataclass(frozen=True)
+class Times:
+    """Every sampler's speed at each batch size, and where and when that was measured."""
+
+    speeds: dict[Sampler, list[Speed]]
+    measurement: Measurement
+
+
+NOTHING = Times({}, {"key": None, "device": None, "threads": None})
 
 
 def facts(plan: Plan) -> dict[str, Any]:
     """All that shapes the times and is known before Ray is joined."""
-    recipe, settings, cluster = plan.recipe, plan.recipe.evaluate, plan.recipe.cluster
+    recipe, settings, resources = plan.recipe, plan.recipe.evaluate, plan.recipe.cluster
     found = {
         "batches": sorted({1, *settings.timing_batches}),
         "samplers": list(map(_named, plan.samplers)),
@@ -36,15 +54,15 @@ def facts(plan: Plan) -> dict[str, Any]:
         "compile": [recipe.teacher.compile, settings.compile],
         "graphs": recipe.teacher.graphs,
         "runs on": plan.device,
-        "gpus": cluster.gpus,
-        "cpus": cluster.cpus if cluster.gpus else cluster.cpus * settings.actors,
+        "gpus": resources.gpus,
+        "cpus": resources.cpus if resources.gpus else resources.cpus * settings.actors,
         "torch": importlib.metadata.version("torch"),
-        "code": plan.facts["code"] | {"measuring": provenance.digest("pipeline.sampling.speed:measure")},
+        "code": plan.facts["code"] | {equal_code.MEASURING: equal_code.of_measuring()},
     }
     return json.loads(json.dumps(found))
 
 
-def recalled(plan: Plan) -> dict[str, Any] | None:
+def recalled(plan: Plan) -> Times | None:
     """The times of this plan on the machine that would measure them now; ``NOTHING`` where the recipe names no batch.
 
     None says that they must be measured. A job that joins a cluster cannot know which of its nodes will measure: there
@@ -57,22 +75,60 @@ def recalled(plan: Plan) -> dict[str, Any] | None:
         if entry["facts"] == wanted and (here is None or here.items() <= entry["machine"].items()):
             listed = {json.dumps(_named(sampler)): sampler for sampler in [*plan.samplers, Autoregressive()]}
             speeds = {listed[json.dumps(name)]: [_speed(one) for one in found] for name, found in entry["speeds"]}
-            return entry["machine"] | {"key": entry["key"], "speeds": speeds, "load": entry["load"]}
+            return Times(speeds, entry["machine"] | {"key": entry["key"], "load": entry["load"]})
     return None
 
 
-def keep(plan: Plan, found: dict[str, Any]) -> dict[str, Any]:
-    """Write down what ``evaluate.time_samplers`` found, in the place of what it replaces; returns it with its key."""
-    wanted, where = facts(plan), {name: found[name] for name in ("device", "cores", "threads", "measured", "calls")}
-    key = fingerprint({"facts": wanted, "machine": {name: where[name] for name in ("device", "cores", "threads")}})
-    speeds = [[_named(sampler), [dataclasses.asdict(one) for one in of]] for sampler, of in found["speeds"].items()]
-    entry = {"key": key, "facts": wanted, "machine": where, "load": found["load"], "speeds": speeds}
-    kept = [*(other for other in _entries(plan) if other["key"] != key), entry]
-    storage.write_json(_place(plan), kept)
-    return found | {"key": key}
+def keep(plan: Plan, times: Times) -> Times:
+    """Write down what ``time_samplers`` found, in the place of what it replaces; returns it with its key."""
+    wanted, measured = facts(plan), times.measurement
+    where = {"device": measured["device"], "cores": measured["cores"], "threads": measured["threads"]}
+    key = fingerprint({"facts": wanted, "machine": where})
+    where |= {"measured": measured["measured"], "calls": measured["calls"]}
+    speeds = [[_named(sampler), [dataclasses.asdict(one) for one in of]] for sampler, of in times.speeds.items()]
+    entry = {"key": key, "facts": wanted, "machine": where, "load": measured["load"], "speeds": speeds}
+    storage.write_json(_place(plan), [*(other for other in _entries(plan) if other["key"] != key), entry])
+    return Times(times.speeds, {**measured, "key": key})
 
 
-def _here(plan: Plan) -> dict[str, Any] | None:
+def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> Times:
+    """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
+
+    For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
+    A sampler runs on one GPU, so further ones would stand idle.
+    """
+    settings = plan.recipe.cluster
+    cpus = settings.cpus
+    if not settings.gpus and actors > 1:
+        cpus = max(cpus, min(cpus * actors, cluster.cpus_of_a_node(plan.recipe)))
+    threads = max(1, int(cpus))
+    return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
+
+
+def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> Times:
+    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
+    machine that it was measured on, and what others did there.
+    """
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    set_products("fp32")
+    watch = machine.Watch(plan.device)
+    models = load_models(plan, frequencies)
+    if plan.students:
+        models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
+    listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
+    speeds = speed.measure(models, listed, batches)
+    beside: Any = dataclasses.asdict(watch.load())
+    measurement: Measurement = {
+        **machine.described(plan.device),
+        "threads": torch.get_num_threads(),
+        "measured": provenance.now(),
+        "calls": speed.CALLS,
+        "load": beside,
+    }
+    return Times(speeds, measurement)
+
+
+def _here(plan: Plan) -> Mapping[str, object] | None:
     """What this machine is, where it will be the one that measures."""
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return None

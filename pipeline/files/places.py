@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import fsspec
@@ -31,22 +30,24 @@ def resolve(uri: str) -> str:
         return str(ASSETS / uri.removeprefix("package://"))
     if "://" in uri and not uri.startswith("file://"):
         return uri.rstrip("/")
-    path = Path(uri.removeprefix("file://"))
-    if path.parts[:1] == ("~",):
-        path = local.user().joinpath(*path.parts[1:])
-    return str(path if path.is_absolute() else _base(os.getcwd()) / path)
+    path = _path(uri)
+    return str(path if path.is_absolute() else base() / path)
 
 
-@lru_cache
-def _base(folder: str) -> Path:
+def is_relative(uri: str) -> bool:
+    """Whether a URI means another place in another folder."""
+    return ("://" not in uri or uri.startswith("file://")) and not _path(uri).is_absolute()
+
+
+def base() -> Path:
     """What relative paths start from: the current folder, unless it is one that Ray deletes after the job."""
-    if JOB_FOLDER not in folder:
-        return Path(folder)
-    print(
-        f"Relative paths are taken from {home()}: the job's working directory is deleted when it ends.",
-        flush=True,
-    )
-    return home()
+    folder = os.getcwd()
+    return home() if JOB_FOLDER in folder else Path(folder)
+
+
+def _path(uri: str) -> Path:
+    path = Path(uri.removeprefix("file://"))
+    return local.user().joinpath(*path.parts[1:]) if path.parts[:1] == ("~",) else path
 
 
 def home() -> Path:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -103,6 +103,13 @@ def device_name(device: torch.device | str) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def described(device: torch.device | str) -> dict[str, str | int]:
-    """What times depend on that no recipe says: the device's name and the machine's cores."""
+class Described(TypedDict):
+    """The device's name, and the machine's cores."""
+
+    device: str
+    cores: int
+
+
+def described(device: torch.device | str) -> Described:
+    """What times depend on that no recipe says."""
     return {"device": device_name(device), "cores": os.cpu_count() or 1}

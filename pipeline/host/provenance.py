@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 PACKAGE = "distilled-decoding"
 # They carry bytes, weights that are known by their SHA-256, and sentences: no number depends on how.
 CARRIERS = {
-    f"pipeline.{name}" for name in ("host.errors", "host.progress", "models.mismatch", "report.markdown", "storage")
+    f"pipeline.{name}" for name in ("host.errors", "host.progress", "models.mismatch", "report.names", "storage")
 }
 WHOLE, ALWAYS = "*", ""  # of a module: all of it; what stands outside definitions
 Symbol = tuple[str, str]  # (module, name at its top level)
@@ -255,8 +256,16 @@ class _Plain(ast.NodeTransformer):
 # ---- whose code it is
 
 
-def version() -> dict[str, str | bool | None]:
-    """{version, commit, changed}: of the installed package, of the checkout that the code is in, whether files differ.
+class Version(TypedDict):
+    """The installed package's number, the commit of the checkout that the code is in, whether its files differ."""
+
+    version: str | None
+    commit: str | None
+    changed: bool | None
+
+
+def version() -> Version:
+    """Whose code runs.
 
     Where the code runs without its repository the commit is what MLFLOW_RUN_CONTEXT says (``cluster/submit.py`` sets
     it); None where nobody knows.

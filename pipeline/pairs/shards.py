@@ -243,14 +243,6 @@ def verify(uri: str) -> dict[str, Any]:
     return found
 
 
-def first_tokens(uri: str, count: int) -> np.ndarray:
-    """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
-    found = manifest.read(uri)
-    size = found["facts"]["shard_rows"]
-    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
-    return np.concatenate(list(_tokens(uri, found["facts"], names)))[:count]
-
-
 def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
     """How often each code stands at each position: int64 [n, V], or with ``by_class`` [classes, n, V].
 
@@ -265,7 +257,7 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
         raise Refused(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
     counts = np.zeros(size, dtype=np.int64)
     names = [shard["name"] for shard in found["shards"]]
-    for name, tokens in zip(names, _tokens(uri, known, names), strict=True):
+    for name, tokens in zip(names, tokens_of(uri, known, names), strict=True):
         group = noise.labels(manifest.ids_of(name, known), groups)
         cell = (group[:, None] * length + np.arange(length)) * vocabulary + tokens
         counts += np.bincount(cell.ravel(), minlength=size)
@@ -273,7 +265,7 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
     return counts.reshape((groups, *shape) if by_class else shape)
 
 
-def _tokens(uri: str, known: Facts, names: Sequence[str]) -> Iterator[np.ndarray]:
+def tokens_of(uri: str, known: Facts, names: Sequence[str]) -> Iterator[np.ndarray]:
     """The tokens of each shard, uint16 [b, n], in order; nothing else is read, and ``CHECKERS`` shards at once."""
     with ThreadPoolExecutor(CHECKERS) as pool:
         reading: deque[Future[np.ndarray]] = deque()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from pipeline.report.origin import MachineLoad
+from pipeline.report.protocol import precisions
+from pipeline.report.results import Results
 from pipeline.report.tables import (
     DEPARTS,
     beside_paper,
@@ -16,7 +17,7 @@ from pipeline.report.tables import (
 )
 
 
-def introduction(results: dict[str, Any]) -> str:
+def introduction(results: Results) -> str:
     """What was drawn, for whom it was drawn alike."""
     made = results["made"]
     return (
@@ -56,7 +57,7 @@ ROWS = {
 }
 
 
-def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+def about_rows(results: Results) -> list[tuple[str, str]]:
     """(name, how it draws) of the samplers in the table."""
     there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
     departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
@@ -66,7 +67,7 @@ def about_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     return out + [("note", note) for note in results.get("notes", [])]
 
 
-def about_columns(results: dict[str, Any]) -> list[tuple[str, str]]:
+def about_columns(results: Results) -> list[tuple[str, str]]:
     """(heading, how its numbers were made) of the columns in the table."""
     title, made, short = results["title"], results["made"], short_title(results)
     there = {column.heading for column in [*columns(results), *further_columns(results)]}
@@ -137,7 +138,7 @@ ABOUT_PAPER = (
 )
 
 
-def _about_parameters(results: dict[str, Any]) -> str:
+def _about_parameters(results: Results) -> str:
     text = (
         "of the transformer that draws, without the tokenizer, which decodes for all: the teacher's, or the student's"
     )
@@ -145,31 +146,27 @@ def _about_parameters(results: dict[str, Any]) -> str:
     return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
 
 
-def _about_time(results: dict[str, Any]) -> str:
+def _about_time(results: Results) -> str:
     made = results["made"]
     at = made["timing"]
     if not at["device"]:
         return ""
-    used = [
-        f"{who} in {made[who]['precision']}" for who in ("teacher", "student") if (made.get(who) or {}).get("precision")
-    ]
     return (
         f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
-        + "".join(f", {text}" for text in used)
+        + "".join(f", {text}" for text in precisions(made))
         + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call, the GPU waited for."
-        f" {about_load(at)}."
+        f" {about_load(at['load'], at['cores'])}."
     )
 
 
-def _teachers_time(results: dict[str, Any]) -> str:
+def _teachers_time(results: Results) -> str:
     """The AR teacher's own time at batch 1, where it was measured."""
-    found = [one["ms"] for one in (results.get("speed") or {}).get("teacher", []) if one["batch"] == 1]
+    found = [one["ms"] for one in (results.get("speed") or {"teacher": []})["teacher"] if one["batch"] == 1]
     return f", {ms(found[0])} ms" if found else ""
 
 
-def about_load(timing: dict[str, Any]) -> str:
+def about_load(load: MachineLoad, cores: int | None) -> str:
     """How busy others kept the machine meanwhile, without a full stop; whether that was too much."""
-    load, cores = timing["load"], timing["cores"]
     if load["during"] is None:
         found = f"This system does not say what other processes did; its load average was {load['average']:.1f}"
     else:
@@ -181,9 +178,10 @@ def about_load(timing: dict[str, Any]) -> str:
     return found + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
 
 
-def about_agreement(results: dict[str, Any]) -> str:
+def about_agreement(results: Results) -> str:
     """How near flow matching is to plain sampling."""
     found, title = results["agreement"], results["title"]
+    assert found is not None
     return (
         f"FM teacher against AR teacher: {title} {found['fm_to_ar']:.4f} between the two;"
         f" {found['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
@@ -192,25 +190,29 @@ def about_agreement(results: dict[str, Any]) -> str:
     )
 
 
-def about_speeds(results: dict[str, Any]) -> str:
+def about_speeds(results: Results) -> str:
     """What the table of all batch sizes holds."""
+    at = results["made"]["timing"]
     return (
         "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
-        f" did not fit into the device's memory. {about_load(results['made']['timing'])}."
+        f" did not fit into the device's memory. {about_load(at['load'], at['cores'])}."
     )
 
 
-def about_training(results: dict[str, Any]) -> str:
+def about_training(results: Results) -> str:
     """What the curve over training was drawn with."""
     curve = results["curve"]
+    assert curve is not None
     teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
     return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
 
 
-def about_pairs(results: dict[str, Any]) -> str:
+def about_pairs(results: Results) -> str:
     """Which runs the scores over the count of pairs are from."""
-    found = results["pair_sets"]
-    own = results["made"]["student"]["pairs_count"]
+    found, student = results["pair_sets"], results["made"]["student"]
+    assert found is not None
+    assert student is not None
+    own = student["pairs_count"]
     others = "; ".join(f"{one['pairs']:,} pairs: {one['uri']}" for one in found["reports"])
     return (
         f"{results['title']} of {found['count']:,} images, of students that were distilled from the first pairs of one"

@@ -6,50 +6,47 @@ report.html say.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.report import legend, tables
+from pipeline.report.names import metric_name
 from pipeline.report.protocol import protocol
+from pipeline.report.results import Results
 from pipeline.report.tables import Table
 
 
-def headlines(results: dict[str, Any]) -> dict[str, float]:
+def headlines(results: Results) -> dict[str, float]:
     """The few numbers that MLflow draws: {"DD_1_step/FD": 5.2, "DD_1_step/speed-up_at_batch_1": 40.1, ...}.
 
     The distance of the AR teacher and of each few-step sampler, and the latter's speed-ups over the former at batch 1
     and at the throughput batch. All others are in ``scores``.
     """
-    batch, out = results["speed"]["throughput_batch"], {}
+    batch, out = results["speed"]["throughput_batch"], dict[str, float]()
     for row in results["rows"]:
         kind, name = row.get("sampler", {}).get("name"), metric_name(row["name"])
         if kind in ("Autoregressive", "FewStep"):
             out[f"{name}/{metric_name(results['title'])}"] = row["score"]
-        for key, size in (("speedup", 1), ("throughput_speedup", batch)):
-            if kind == "FewStep" and row.get(key) is not None:
-                out[f"{name}/speed-up_at_batch_{size}"] = row[key]
+        for size, factor in ((1, row.get("speedup")), (batch, row.get("throughput_speedup"))):
+            if kind == "FewStep" and factor is not None:
+                out[f"{name}/speed-up_at_batch_{size}"] = factor
     return out
 
 
-def headline(results: dict[str, Any]) -> str:
+def headline(results: Results) -> str:
     """A report in a few words: "demo, DD 1 step FD 27.10", by its first few-step sampler."""
     rows = [row for row in results["rows"] if "sampler" in row]
     first = next((row for row in rows if row["sampler"]["name"] == "FewStep"), rows[0])
     return f"{results['name']}, {first['name']} {results['title']} {first['score']:.2f}"
 
 
-def scores(results: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def scores(results: Results) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows): every number that the report has of every sampler."""
     keys = dict.fromkeys(key for row in results["rows"] for key, v in row.items() if isinstance(v, int | float))
     return ["name", *keys], [[row["name"], *(row.get(key) for key in keys)] for row in results["rows"]]
 
 
-def metric_name(name: str) -> str:
-    """A sampler's name in MLflow's alphabet: "DD 2 steps (1, 6)" -> "DD_2_steps_1_6"."""
-    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in name.replace("*", "-star"))
-    return "_".join(filter(None, plain.split("_")))
-
-
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """The main table as Markdown."""
     return as_markdown(tables.main(results))
 
@@ -69,7 +66,7 @@ def as_markdown(content: Table) -> str:
     return "\n".join([line(content.headings), "|" + "|".join(rules) + "|", *map(line, content.cells)])
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The whole report."""
     parts = [
         f"# {results['name']}: report",
@@ -93,8 +90,8 @@ def markdown(results: dict[str, Any]) -> str:
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]
-    if results.get("pair_sets"):
-        sizes = as_markdown(tables.over_pairs(results["pair_sets"]))
+    if pair_sets := results.get("pair_sets"):
+        sizes = as_markdown(tables.over_pairs(pair_sets))
         parts += ["## Over the size of the pair set", "![distance over pairs](pairs.png)"]
         parts += [legend.about_pairs(results), sizes]
     parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
@@ -106,12 +103,12 @@ def _legend(entries: list[tuple[str, str]]) -> str:
     return "\n".join(f"* **{term}**: {text}" for term, text in entries)
 
 
-def _nested(tree: dict[str, Any], indent: int) -> str:
+def _nested(tree: Mapping[str, object], indent: int) -> str:
     """Nested settings as an indented list."""
     lines = []
     for key, value in tree.items():
-        inside = isinstance(value, dict) and value
+        inside = value if isinstance(value, dict) else {}
         lines.append(f"{'  ' * indent}* {key}:" + ("" if inside else f" {value}"))
         if inside:
-            lines.append(_nested(value, indent + 1))
+            lines.append(_nested(inside, indent + 1))
     return "\n".join(lines)

@@ -7,12 +7,14 @@ be printed. Every value goes through ``html.escape``.
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from pipeline.report import legend, plots, tables
 from pipeline.report.protocol import protocol
-from pipeline.report.tables import Column, Row, Table
+from pipeline.report.results import Results, Row
+from pipeline.report.tables import Column, Table
 
 HEAD, ROW = ' scope="col"', ' scope="row"'
 WIDE = 14  # columns from which a table is set smaller
@@ -94,7 +96,7 @@ dl dl dt { font-weight: 400; color: var(--soft); }
 """
 
 
-def html(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def html(results: Results, pictures: dict[str, bytes]) -> str:
     """The page of these results; ``pictures`` are the PNG files of ``plots`` by name."""
     sections = _sections(results, pictures)
     links = "".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in sections)
@@ -123,7 +125,7 @@ def html(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
 """
 
 
-def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:
+def _sections(results: Results, pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:
     """(anchor, heading, content) of every part that these results have."""
     table = _results_table(results)
     out = [("images", "Images", _figure(pictures, "samples.png", "One row per sampler, one column per noise."))]
@@ -145,9 +147,9 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
     if results["curve"]:
         text = _figure(pictures, "curve.png", legend.about_training(results))
         out.append(("training", "Over training", text + _plain_table(tables.over_training(results["curve"]))))
-    if results.get("pair_sets"):
+    if pair_sets := results.get("pair_sets"):
         text = _figure(pictures, "pairs.png", legend.about_pairs(results))
-        text += _plain_table(tables.over_pairs(results["pair_sets"]))
+        text += _plain_table(tables.over_pairs(pair_sets))
         out.append(("pairs", "Over the size of the pair set", text))
     out.append(("protocol", "How these images were drawn, scored and timed", _list(protocol(results))))
     made = f'<div class="made">{_nested(results["made"])}</div>'
@@ -155,7 +157,7 @@ def _sections(results: dict[str, Any], pictures: dict[str, bytes]) -> list[tuple
     return out
 
 
-def _cards(results: dict[str, Any]) -> str:
+def _cards(results: Results) -> str:
     """The distance and the speed of the teacher and of the few-step samplers, at a glance."""
     cards = []
     for row in results["rows"]:
@@ -174,7 +176,7 @@ def _cards(results: dict[str, Any]) -> str:
     return f'<ul class="cards">{"".join(cards)}</ul>' if cards else ""
 
 
-def _both_speed_ups(row: dict[str, Any]) -> str:
+def _both_speed_ups(row: Row) -> str:
     """A latency and a throughput in one breath: either alone would say too much."""
     text = f"{tables.speed_up(row, 'speedup')} as fast as the teacher at batch 1"
     if row.get("throughput_speedup"):
@@ -182,7 +184,7 @@ def _both_speed_ups(row: dict[str, Any]) -> str:
     return text
 
 
-def _results_table(results: dict[str, Any]) -> str:
+def _results_table(results: Results) -> str:
     """The main table, the paper's figures in small under ours."""
     columns = tables.columns(results)
     words = {"sampler", "type"}
@@ -201,7 +203,7 @@ def _both(column: Column, row: Row) -> str:
     return ours + (f'<small class="paper">paper {escape(paper)}</small>' if paper else "")
 
 
-def _described(results: dict[str, Any]) -> str:
+def _described(results: Results) -> str:
     """What the columns and the samplers are."""
     rows = legend.about_rows(results)
     text = "<h3>The columns</h3>" + _list(legend.about_columns(results))
@@ -233,12 +235,15 @@ def _list(entries: list[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(text)}</dd>' for term, text in entries)}</dl>"
 
 
-def _nested(tree: dict[str, Any]) -> str:
+def _nested(tree: Mapping[str, object]) -> str:
     """Nested settings as nested lists."""
     parts = []
     for key, value in tree.items():
-        inside = isinstance(value, dict) and value
-        content = _nested(value) if inside else f'<span class="code">{escape(_inline(value))}</span>'
+        content = (
+            _nested(value)
+            if isinstance(value, dict) and value
+            else f'<span class="code">{escape(_inline(value))}</span>'
+        )
         parts.append(f"<dt>{escape(str(key))}</dt><dd>{content}</dd>")
     return f"<dl>{''.join(parts)}</dl>"
 

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from pipeline.report.results import Results
 from pipeline.report.tables import count, throughput_batch, timed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for every eye
@@ -98,7 +99,7 @@ def compressed(png: bytes) -> bytes:
 # ---- the charts
 
 
-def charts(results: dict[str, Any]) -> dict[str, bytes]:
+def charts(results: Results) -> dict[str, bytes]:
     """The charts that these results have numbers for, by file name."""
     drawn = {"tradeoff.png": tradeoff, "curve.png": curve, "pairs.png": pairs}
     there = {
@@ -109,7 +110,7 @@ def charts(results: dict[str, Any]) -> dict[str, bytes]:
     return {name: drawn[name](results) for name in drawn if there[name]}
 
 
-def tradeoff(results: dict[str, Any]) -> bytes:
+def tradeoff(results: Results) -> bytes:
     """Quality against time, as the paper's Fig. 3: a named point per sampler, DD's joined by a line.
 
     A panel for batch 1 and one for the throughput batch, where there is one: in each, all are timed at the same batch.
@@ -158,11 +159,12 @@ def _plain_numbers(axes: Axes) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def curve(results: dict[str, Any]) -> bytes:
+def curve(results: Results) -> bytes:
     """Distance over training, as the paper's Fig. 7: a line per few-step sampler, dashed ones for the teacher at the
     same count.
     """
     data = results["curve"]
+    assert data is not None
     figure, axes = _chart(7.2, 4.2)
     names = list(dict.fromkeys(point["name"] for point in data["points"]))
     for i, name in enumerate(names):
@@ -172,7 +174,8 @@ def curve(results: dict[str, Any]) -> bytes:
         axes.axhline(value, linestyle=style, linewidth=1.5, color="#555555", label=name)
     axes.set_xlabel("optimiser step")
     if each := data.get("steps_per_epoch"):
-        above = axes.secondary_xaxis("top", functions=(lambda step: step / each, lambda epoch: epoch * each))
+        epochs: Any = (lambda step: step / each, lambda epoch: epoch * each)  # and back
+        above = axes.secondary_xaxis("top", functions=epochs)
         above.set_xlabel("epochs")
     axes.set_ylabel(f"{results['title']}, {data['count']:,} images")
     axes.set_ylim(0, 1.08 * max([*(point["score"] for point in data["points"]), *data["teachers"].values()]))
@@ -180,10 +183,12 @@ def curve(results: dict[str, Any]) -> bytes:
     return png(figure)
 
 
-def pairs(results: dict[str, Any]) -> bytes:
+def pairs(results: Results) -> bytes:
     """Distance over the size of the pair set and, as the paper's Fig. 8, over the epochs on each of its sizes."""
     data = results["pair_sets"]
-    panels = list(dict.fromkeys(point["name"] for point in data["curve"]["points"])) if data["curve"] else []
+    assert data is not None
+    curve = data["curve"] or {"count": 0, "axis": "", "points": []}
+    panels = list(dict.fromkeys(point["name"] for point in curve["points"]))
     figure = Figure(figsize=(4.8 * (1 + len(panels)), 4.2), dpi=130, layout="constrained")
     first, *others = np.atleast_1d(figure.subplots(1, 1 + len(panels)))
     for i, name in enumerate(dict.fromkeys(point["name"] for point in data["points"])):
@@ -197,13 +202,12 @@ def pairs(results: dict[str, Any]) -> bytes:
     first.set_ylabel(f"{results['title']}, {data['count']:,} images")
     for axes, name in zip(others, panels, strict=True):
         for i, size in enumerate(sizes):
-            here = [p for p in data["curve"]["points"] if (p["name"], p["pairs"]) == (name, size)]
-            points = sorted((point["x"], point["score"]) for point in here)
-            if points:
-                axes.plot(*zip(*points, strict=True), **line(i), label=f"{size:,} pairs")
+            here = [p for p in curve["points"] if (p["name"], p["pairs"]) == (name, size)]
+            if way := sorted((point["x"], point["score"]) for point in here):
+                axes.plot(*zip(*way, strict=True), **line(i), label=f"{size:,} pairs")
         axes.set_title(name, fontsize=11, color=GREY)
-        axes.set_xlabel(data["curve"]["axis"])
-        axes.set_ylabel(f"{results['title']}, {data['curve']['count']:,} images")
+        axes.set_xlabel(curve["axis"])
+        axes.set_ylabel(f"{results['title']}, {curve['count']:,} images")
     for axes in (first, *others):
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pipeline.report.origin import Origin, StudentOrigin, TeacherOrigin, Timing
+from pipeline.report.results import Results
 
 RESIZED = {  # what Inception sees, by flavour
     "torch-fidelity": "TensorFlow 1's bilinear resize to 299 pixels, (x - 128) / 128",
@@ -10,28 +11,27 @@ RESIZED = {  # what Inception sees, by flavour
 }
 
 
-def protocol(results: dict[str, Any]) -> list[tuple[str, str]]:
+def protocol(results: Results) -> list[tuple[str, str]]:
     """(what, sentences) for drawing, scoring, timing and the run itself; what a report does not know is left out."""
     made = results["made"]
     parts = [("drawn", _drawn(made)), ("scored", _scored(made)), ("timed", _timed(made["timing"]))]
     return [*parts, ("written", _written(made))]
 
 
-def _drawn(made: dict[str, Any]) -> str:
+def _drawn(made: Origin) -> str:
     classes = f" modulo {made['classes']}" if "classes" in made else " modulo the number of classes"
     text = (
         f"{made['count']:,} images a sampler. Sample i, from 0, has class i{classes}, so classes are balanced, and the"
         f" noise and uniform draws of (seed {made['seed']}, i): the same for every sampler, batch and number of actors."
     )
-    who = [f"the {one} in {made[one]['precision']}" for one in ("teacher", "student") if _known(made, one, "precision")]
-    if who:
+    if who := [f"the {network}" for network in precisions(made)]:
         text += f" {' and '.join(who)}.".replace(" the", " The", 1)
-    if _known(made, "teacher", "filter"):
-        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in made['teacher']['filter'].items())}."
+    if found := (made.get("teacher") or {}).get("filter"):
+        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in found.items())}."
     return text
 
 
-def _scored(made: dict[str, Any]) -> str:
+def _scored(made: Origin) -> str:
     text = "Images are rounded to uint8 as PNG savers do, floor(clamp(127.5 y + 128, 0, 255)). "
     if made.get("pixels across an image"):
         text += f"They are scored at {made['pixels across an image']} pixels across. "
@@ -41,15 +41,15 @@ def _scored(made: dict[str, Any]) -> str:
     else:
         text += "The digits scorer sees them as they are, at x / 127.5 - 1, without a resize. "
     text += "It works in float32; means and unbiased covariances are float64 sums, merged in the order of the ids."
-    if _known(made, "reference", "uri"):
-        facts = made["reference"]
+    facts = made.get("reference")
+    if facts and facts.get("uri"):
         count = facts.get("count") or facts.get("images")
         statistics = "statistics made here by the same network" if facts["statistics"] == "made here" else "statistics"
         text += f" Compared with {facts['uri']}: {statistics}" + (f" of {count:,} images." if count else ".")
     return text
 
 
-def _timed(timing: dict[str, Any]) -> str:
+def _timed(timing: Timing) -> str:
     if not timing["device"]:
         return "Speed was not measured."
     day = f" on {timing['measured']}" if timing.get("measured") else ""
@@ -60,8 +60,10 @@ def _timed(timing: dict[str, Any]) -> str:
     )
 
 
-def _written(made: dict[str, Any]) -> str:
-    facts = made.get("report") or {}
+def _written(made: Origin) -> str:
+    facts = made.get("report")
+    if not facts:
+        return "Written by this package."
     text = f"Written {facts['written']}" if facts.get("written") else "Written"
     text += f" by distilled-decoding {facts['version']}" if facts.get("version") else " by this package"
     if facts.get("commit"):
@@ -69,5 +71,10 @@ def _written(made: dict[str, Any]) -> str:
     return text + (f", with: {facts['command']}" if facts.get("command") else ".")
 
 
-def _known(made: dict[str, Any], part: str, key: str) -> bool:
-    return bool((made.get(part) or {}).get(key))
+def precisions(made: Origin) -> list[str]:
+    """Each network that drew and its precision, where the report knows it: "teacher in bf16"."""
+    networks: dict[str, TeacherOrigin | StudentOrigin | None] = {
+        "teacher": made.get("teacher"),
+        "student": made.get("student"),
+    }
+    return [f"{who} in {one['precision']}" for who, one in networks.items() if one and one.get("precision")]

@@ -7,10 +7,32 @@ then parameters, steps and time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-Row = dict[str, Any]
+from pipeline.report.results import Curve, PairSets, Results, Row, SpeedAtBatch
+
 DEPARTS = "†"
+Shown = Literal[  # what a column may take out of a row as it is
+    "type",
+    "score",
+    "second_score",
+    "score_over_teacher",
+    "score_inf",
+    "inception_score",
+    "pixel_score",
+    "sfid",
+    "kid",
+    "accuracy",
+    "variance_over_teacher",
+    "precision",
+    "recall",
+    "parameters",
+    "steps",
+    "ms",
+    "throughput",
+]
+SpeedUp = Literal["speedup", "throughput_speedup"]
+Error = Literal["score_std", "inception_score_std"]
 MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
 
 
@@ -37,7 +59,7 @@ class Column(NamedTuple):
         return self.form(figures[self.key]) if self.key in figures else ""
 
 
-def columns(results: dict[str, Any]) -> list[Column]:
+def columns(results: Results) -> list[Column]:
     """The main table's columns; one that no row fills is left out."""
     title, short = results["title"], short_title(results)
     second = results.get("second_title")  # which is the flavour of the paper's FID, then
@@ -68,7 +90,7 @@ def columns(results: dict[str, Any]) -> list[Column]:
     return _filled(found, results)
 
 
-def further_columns(results: dict[str, Any]) -> list[Column]:
+def further_columns(results: Results) -> list[Column]:
     """Other distances between the same images and the same reference; one that no row has is left out."""
     short, two = short_title(results), "{:.2f}".format
     found = [
@@ -79,12 +101,12 @@ def further_columns(results: dict[str, Any]) -> list[Column]:
     return _filled(found, results)
 
 
-def kernel_distance(results: dict[str, Any]) -> str:
+def kernel_distance(results: Results) -> str:
     """KID is that of Inception's features alone."""
     return "KID x 1000" if short_title(results) == "FID" else "KD x 1000"
 
 
-def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
+def _filled(found: list[Column], results: Results) -> list[Column]:
     shown = [(column, column.key in ("precision", "recall")) for column in found]  # the paper's where ours lack images
     return [
         column
@@ -93,7 +115,7 @@ def _filled(found: list[Column], results: dict[str, Any]) -> list[Column]:
     ]
 
 
-def further(results: dict[str, Any]) -> Table | None:
+def further(results: Results) -> Table | None:
     """The other distances of every row that has one; None without any."""
     found = further_columns(results)
     rows = [row for row in results["rows"] if any(column.text(row) for column in found)]
@@ -101,7 +123,7 @@ def further(results: dict[str, Any]) -> Table | None:
     return Table(["sampler", *(column.heading for column in found)], cells) if rows else None
 
 
-def main(results: dict[str, Any]) -> Table:
+def main(results: Results) -> Table:
     """The report's table, the most telling of the paper's figures behind ours."""
     shown: list[tuple[str, Callable[[Row], str]]] = []
     for column in columns(results):
@@ -113,7 +135,7 @@ def main(results: dict[str, Any]) -> Table:
     return Table([heading for heading, _ in shown], cells, 1 + typed)
 
 
-def beside_paper(results: dict[str, Any]) -> Table | None:
+def beside_paper(results: Results) -> Table | None:
     """Ours and the paper's figures side by side, for the rows that the paper has; None without any."""
     rows = [row for row in results["rows"] if row.get("paper")]
     both = [column for column in columns(results) if any(column.printed(row) for row in rows)]
@@ -124,35 +146,36 @@ def beside_paper(results: dict[str, Any]) -> Table | None:
     return Table(["sampler", *headings], [[row["name"], *line] for row, line in zip(rows, cells, strict=True)])
 
 
-def speeds(results: dict[str, Any]) -> Table:
+def speeds(results: Results) -> Table:
     """Milliseconds per image at every batch size, in brackets without decoding."""
     rows = [row for row in results["rows"] if row.get("speeds")]
     batches = sorted({speed["batch"] for row in rows for speed in row["speeds"]})
     cells = []
     for row in rows:
-        by_batch = {speed["batch"]: speed for speed in row["speeds"]}
+        by_batch: dict[int, SpeedAtBatch] = {speed["batch"]: speed for speed in row["speeds"]}
         found = [by_batch.get(batch) for batch in batches]
         cells.append([row["name"], *(f"{ms(one['ms'])} ({ms(one['network_ms'])})" if one else "-" for one in found)])
     return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
 
 
-def throughput_batch(results: dict[str, Any]) -> int | None:
+def throughput_batch(results: Results) -> int | None:
     """The batch of images a second: the largest at which all samplers were timed; None where that is 1, or none."""
-    return (results.get("speed") or {}).get("throughput_batch")
+    found = results.get("speed")
+    return found.get("throughput_batch") if found else None
 
 
-def timed(results: dict[str, Any]) -> list[Row]:
+def timed(results: Results) -> list[Row]:
     """The rows that have a place in quality against time."""
     return [row for row in results["rows"] if row.get("ms") and (row.get("score") or 0) > 0]
 
 
-def over_training(curve: dict[str, Any]) -> Table:
+def over_training(curve: Curve) -> Table:
     """The distance of every student exported along the way."""
     scores = {(point["step"], point["name"]): f"{point['score']:.2f}" for point in curve["points"]}
     return _crossed("optimiser step", str, scores)
 
 
-def over_pairs(pair_sets: dict[str, Any]) -> Table:
+def over_pairs(pair_sets: PairSets) -> Table:
     """The distance of every sampler over the count of pairs."""
     scores = {(point["pairs"], point["name"]): f"{point['score']:.2f}" for point in pair_sets["points"]}
     return _crossed("pairs", "{:,}".format, scores)
@@ -172,30 +195,31 @@ def marked(row: Row) -> str:
     return row["name"] + (f" {DEPARTS}" if row.get("departs") else "")
 
 
-def _text(key: str, form: Callable[[Any], str]) -> Callable[[Row], str]:
+def _text(key: Shown, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
 
-def speed_up(row: Row, key: str) -> str:
+def speed_up(row: Row, key: SpeedUp) -> str:
     """So many times as fast as the AR teacher, with its standard error; the teacher's own has none."""
     if row.get(key) is None:
         return ""
-    error = row.get(f"{key}_std")
+    error = row.get("speedup_std") if key == "speedup" else row.get("throughput_speedup_std")
     return f"{row[key]:,.1f}x" + (f" ± {error:,.{1 if error >= 0.1 else 2}f}" if error else "")
 
 
-def _with_error(key: str, error: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+def _with_error(key: Shown, error: Error, form: Callable[[Any], str]) -> Callable[[Row], str]:
     """A number with its standard error behind it, where there is one."""
 
     def text(row: Row) -> str:
-        if row.get(key) is None:
+        value, deviation = row.get(key), row.get(error)
+        if value is None:
             return ""
-        return form(row[key]) + (f" ± {form(row[error])}" if row.get(error) is not None else "")
+        return form(value) + (f" ± {form(deviation)}" if deviation is not None else "")
 
     return text
 
 
-def short_title(results: dict[str, Any]) -> str:
+def short_title(results: Results) -> str:
     """FID or FD, without what stands behind it."""
     return results["title"].split()[0]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.host.stopwatch import WARM_UP, now, warm_up
+from pipeline.report.results import Pace, SpeedAtBatch
 from pipeline.sampling.samplers import Inputs, Models, Sampler
 
 LEAST, MOST = 3, 20  # rounds at one size: an error needs several
@@ -33,6 +34,11 @@ class Speed:
     network_ms: float
     ms: float
     rounds: tuple[float, ...]
+
+
+def as_json(speed: Speed) -> SpeedAtBatch:
+    """A speed as report.json holds it."""
+    return {"batch": speed.batch, "network_ms": speed.network_ms, "ms": speed.ms, "rounds": speed.rounds}
 
 
 @torch.no_grad()
@@ -131,14 +137,14 @@ def throughput_batch(speeds: Iterable[Sequence[Speed]]) -> int | None:
     return max(common, default=None)
 
 
-def beside_teacher(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int | None) -> dict[str, float]:
+def beside_teacher(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int | None) -> Pace:
     """A row's figures of speed, each over the AR teacher's at the same batch: at batch 1 and at the throughput batch.
 
     "ms" per image, "speedup" and "speedup_std" at batch 1; "throughput" in images a second, "throughput_speedup" and
     "throughput_speedup_std" at ``batch``, which is "throughput_batch". What was not timed is missing.
     """
     own, theirs = ({one.batch: one for one in speeds} for speeds in (mine, teacher))
-    out: dict[str, float] = {}
+    out: Pace = {}
     if 1 in own:
         out["ms"] = own[1].ms
         if 1 in theirs:

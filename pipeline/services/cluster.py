@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline import storage
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
+from pipeline.files.places import is_relative
 from pipeline.host import signals
 from pipeline.host.errors import Outage, Refused
 from pipeline.recipe import Recipe
@@ -194,14 +195,23 @@ def _waiting_for(recipe: Recipe, found: int, replicas: int, what: str) -> str:
 def portable(recipe: Recipe) -> Recipe:
     """The same recipe with paths that mean the same in every process, whatever its working directory.
 
-    package:// stays: each node has its own installed copy. So does models:/, which MLflow resolves.
+    package:// stays: each node has its own installed copy. So does models:/, which MLflow resolves. Where relative
+    paths do not start from the working directory, a line says from where.
     """
+    relative: list[str] = []
 
     def fixed(uri: str) -> str:
-        stays = uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER))
-        return uri if stays else storage.resolve(uri)
+        if uri == FORMULA or uri.startswith(("package://", "models:/", PLACEHOLDER)):
+            return uri
+        relative.extend([uri] if is_relative(uri) else [])
+        return storage.resolve(uri)
 
-    return fields.mapped(recipe, fixed)
+    out = fields.mapped(recipe, fixed)
+    if relative and (start := storage.resolve(".")) != os.getcwd():
+        print(
+            f"Relative paths are taken from {start}: the job's working directory is deleted when it ends.", flush=True
+        )
+    return out
 
 
 def _join() -> None:

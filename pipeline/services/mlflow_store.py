@@ -49,11 +49,15 @@ PLACES = (  # where the database holds places of artifacts
 
 
 class Store(NamedTuple):
-    """A tracking URI, where a new experiment's artifacts go (None: the server decides), and the file of a SQLite one"""
+    """A tracking URI, where a new experiment's artifacts go (None: the server decides), and the file of a SQLite one.
+
+    ``note`` says what a user would not expect of the place, for whoever opens it.
+    """
 
     uri: str
     artifacts: str | None = None
     database: Path | None = None
+    note: str = ""
 
 
 def loaded() -> ModuleType:
@@ -82,21 +86,20 @@ def check(recipe: Recipe) -> None:
 def of(recipe: Recipe) -> Store:
     """The store of a recipe's runs: MLFLOW_TRACKING_URI, or SQLite at <run>/mlflow.db with artifacts beside it.
 
-    Where ``run`` is remote, SQLite is in ~/distilled-decoding, which is said aloud.
+    Where ``run`` is remote, SQLite is in ~/distilled-decoding.
     """
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
         return _named(chosen)
     check(recipe)
-    folder = storage.resolve(recipe.run)
+    folder, note = storage.resolve(recipe.run), ""
     if storage.is_remote(folder):
         folder = str(places.home())
-        print(
+        note = (
             f"run is {recipe.run}, where MLflow's SQLite store cannot live: it is {folder}/mlflow.db on this machine;"
-            " set MLFLOW_TRACKING_URI for a server.",
-            file=sys.stderr,
+            " set MLFLOW_TRACKING_URI for a server."
         )
-    return _in_file(f"sqlite:///{folder}/mlflow.db", Path(folder, "mlflow.db"))
+    return _in_file(f"sqlite:///{folder}/mlflow.db", Path(folder, "mlflow.db"))._replace(note=note)
 
 
 def _named(uri: str) -> Store:
@@ -117,7 +120,12 @@ def _in_file(uri: str, database: Path) -> Store:
 
 
 def opened(store: Store) -> Any:
-    """MLflow's client of a store, a SQLite one whole and with its artifacts in place. ValueError, one sentence."""
+    """MLflow's client of a store, a SQLite one whole and with its artifacts in place, after saying its note.
+
+    Raises ValueError, one sentence.
+    """
+    if store.note:
+        print(store.note, file=sys.stderr)
     with usable(store):
         mlflow = loaded()
         if store.database:

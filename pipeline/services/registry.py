@@ -17,7 +17,9 @@ from typing import Any
 from pipeline import storage
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.report import markdown
+from pipeline.report.names import metric_name
+from pipeline.report.origin import StudentOrigin
+from pipeline.report.results import Results
 from pipeline.services import mlflow_store, tracking
 from pipeline.services.mlflow_store import first_line, without_credentials
 
@@ -126,7 +128,7 @@ def check(recipe: Recipe) -> None:
         client.search_registered_models(max_results=1)
 
 
-def registered(recipe: Recipe, results: dict[str, Any]) -> str | None:
+def registered(recipe: Recipe, results: Results) -> str | None:
     """The version that already holds this student with this report, as a sentence, or None; gives the alias its due."""
     name, store = recipe.evaluate.register or "", mlflow_store.of(recipe)
     client = mlflow_store.opened(store)
@@ -135,12 +137,12 @@ def registered(recipe: Recipe, results: dict[str, Any]) -> str | None:
         return found and f"The student is models:/{name}/{found.version} already; {_promoted(client, name, found)}."
 
 
-def register(run: tracking.Run, recipe: Recipe, results: dict[str, Any]) -> str:
+def register(run: tracking.Run, recipe: Recipe, results: Results) -> str:
     """Register the student of a written report, unless it is; move the alias if it is the best; returns what was done.
 
     Raises RuntimeError where the registry fails: the report is there, and the same command registers its student.
     """
-    name, student = recipe.evaluate.register or "", results["made"]["student"]["uri"]
+    name, student = recipe.evaluate.register or "", _student(results)["uri"]
     tags = _tags(results) | {"file": storage.local(student).name, "report": recipe.report_uri}
     try:
         found = _same(run.client, name, tags)
@@ -154,15 +156,15 @@ def register(run: tracking.Run, recipe: Recipe, results: dict[str, Any]) -> str:
         ) from error
 
 
-def _tags(results: dict[str, Any]) -> dict[str, str]:
+def _tags(results: Results) -> dict[str, str]:
     """What a version says of itself: its student, its report, what made them, and the score of each sampler.
 
     ``score`` is that of the first few-step sampler listed, of ``steps`` steps: what students are compared by.
     """
-    made, student = results["made"], results["made"]["student"]
+    made, student = results["made"], _student(results)
     rows = [row for row in results["rows"] if "sampler" in row]
     first = next(row for row in rows if row["sampler"]["name"] == "FewStep")
-    tags = {f"score/{markdown.metric_name(row['name'])}": row["score"] for row in rows}
+    tags: dict[str, str | float] = {f"score/{metric_name(row['name'])}": row["score"] for row in rows}
     tags |= {
         "score": first["score"],
         "sampler": first["name"],
@@ -174,11 +176,18 @@ def _tags(results: dict[str, Any]) -> dict[str, str]:
         "student_sha256": student["SHA-256"],
         "report_fingerprint": results["fingerprint"],
     }
-    tags |= {f"teacher_{name}": made["teacher"][f"{name} SHA-256"] for name in ("tokenizer", "checkpoint")}
-    tags |= {} if first.get("score_std") is None else {"score_error": first["score_std"]}
-    known = {"step": "step", "pairs_fingerprint": "pairs_fingerprint", "mlflow_run": "distill_run"}
-    tags |= {tag: student[key] for key, tag in known.items() if key in student}
+    tags |= {"teacher_tokenizer": made["teacher"]["tokenizer SHA-256"]}
+    tags |= {"teacher_checkpoint": made["teacher"]["checkpoint SHA-256"]}
+    optional: dict[str, str | float | None] = {"score_error": first.get("score_std"), "step": student.get("step")}
+    optional |= {"pairs_fingerprint": student.get("pairs_fingerprint"), "distill_run": student.get("mlflow_run")}
+    tags |= {tag: value for tag, value in optional.items() if value is not None}
     return {key: value if isinstance(value, str) else f"{value:.17g}" for key, value in tags.items()}
+
+
+def _student(results: Results) -> StudentOrigin:
+    student = results["made"]["student"]
+    assert student is not None  # ``check`` has seen a FewStep among the samplers
+    return student
 
 
 def _same(client: Any, name: str, tags: dict[str, str]) -> Any:

@@ -1,200 +1,36 @@
 """Draw, score and time every sampler that a recipe lists, then write the report.
 
-A fixed pool of Ray Data actors draws fixed ranges of sample ids and returns float64 statistics; the driver merges them
-in the order of the ids, so neither the number of actors nor who finishes first changes a digit. A finished sampler's
-statistics stay in <report>/cache under a fingerprint of all that shaped them, and a rerun draws only what is missing.
-Inception's weights travel to the actors as shared arrays, never as a module. Speed is measured afterwards, in one
-process with the pool gone.
+Images come from ``drawing``, which draws only what is missing. Speed is measured afterwards, in one process with the
+pool gone. report.json is written last and says that the report is complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-import ray.data
-import torch
 
 from pipeline import noise, storage
-from pipeline.evaluation import comparison, references, sample_files, scoring, summary, timing
-from pipeline.evaluation.artist import Artist, load, load_student
-from pipeline.evaluation.plan import Draw, Plan, departures, prepare
+from pipeline.evaluation import references, scoring, summary, timing
+from pipeline.evaluation.plan import Plan, prepare
 from pipeline.evaluation.references import References
-from pipeline.evaluation.tally import Glance, Statistics, glance
-from pipeline.host import machine, provenance
-from pipeline.host.progress import Progress
-from pipeline.numerics.precision import set_products
+from pipeline.evaluation.timing import Times
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
-from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import speed
-from pipeline.sampling.samplers import Autoregressive, OneStepStar
+from pipeline.report.names import metric_name
+from pipeline.report.results import Results
+from pipeline.sampling import sample_files, selection
+from pipeline.sampling.samplers import OneStepStar
 from pipeline.services import cluster, registry, tracking
-from pipeline.workflow import costs, preflight, status
+from pipeline.workflow import costs, drawing, other_reports, preflight, status
 
 SHOWN = (".html", ".md", "report.json", ".png")  # the files of a report that MLflow gets, by how their names end
-RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
-
-# ---- the statistics
-
-
-class Shelf(Mapping[Draw, Statistics]):
-    """The statistics of the finished draws of a plan, read when asked for: one may hold half a gigabyte."""
-
-    def __init__(self, plan: Plan, draws: list[Draw]) -> None:
-        self.plan, self.draws = plan, draws
-
-    def __getitem__(self, draw: Draw) -> Statistics:
-        return Statistics.unpack(storage.read_bytes(self.plan.cache(draw)))
-
-    def __iter__(self) -> Iterator[Draw]:
-        return iter(self.draws)
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def glance(self, draw: Draw) -> Glance:
-        """The small parts, without reading the rest."""
-        with storage.reading(self.plan.cache(draw)) as file:
-            return glance(file)
-
-
-def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
-    """The statistics of all draws: out of the cache, or drawn now and put there."""
-    draws = plan.draws()
-    finished = in_cache(plan)
-    todo = [draw for draw in draws if draw not in finished]
-    if not todo:
-        return Shelf(plan, draws)
-    for sentence in plan.stale(todo):
-        print(sentence, file=sys.stderr, flush=True)
-    total, done = (sum(draw.items for draw in some) for some in (draws, finished))
-    growing: dict[Draw, Statistics] = {}
-    parts = dict.fromkeys(range(len(todo)), 0)
-    with Progress(total, "parts", done=done) as progress:
-        for i, part in in_order(parts_of(plan, todo, frequencies)):
-            draw = todo[i]
-            if parts[i]:
-                growing[draw].merge(part)
-            else:
-                growing[draw] = part
-            parts[i] += 1
-            if parts[i] == draw.items:
-                _finish(plan, draw, growing.pop(draw))
-            progress.update(note=draw.name)
-    return Shelf(plan, draws)
-
-
-def in_cache(plan: Plan) -> list[Draw]:
-    """The draws of a plan of which nothing is missing: their statistics, and the images where they are wanted."""
-    there = set(storage.listing(plan.shelf))
-    draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in there]
-    return [draw for draw in draws if _saved(plan, draw)]
-
-
-def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
-    """Put a whole draw away: its images, if they are wanted, and then its statistics, which say that it is done."""
-    if draw in plan.samples():
-        sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
-    settings = plan.recipe.evaluate
-    statistics.made = {"date": provenance.now(), "batch": settings.batch, "actors": settings.actors}
-    statistics.made |= {"code": plan.code(draw)[:12]} | provenance.version()
-    storage.write_bytes(plan.cache(draw), statistics.pack())
-
-
-def _saved(plan: Plan, draw: Draw) -> bool:
-    """Whether a draw's images are in their file, if the recipe wants them there."""
-    wanted = plan.samples().get(draw)
-    return wanted is None or sample_files.holds(wanted, plan.key(draw))
-
-
-def parts_of(
-    plan: Plan, todo: list[Draw], frequencies: np.ndarray | None, artist: type[Artist] = Artist, **more: Any
-) -> Iterable[dict[str, Any]]:
-    """The parts of all draws as the actors finish them: {draw, item, statistics}.
-
-    ``artist`` is the actor's class, ``more`` what its constructor takes beside the usual.
-    """
-    weights = scoring.weights(plan.recipe.evaluate)
-    units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
-    actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
-    beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
-    with cluster.session(plan.recipe, actors, "sampling actors"), beat:
-        shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
-        dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-            artist,
-            fn_constructor_args=(plan, todo, frequencies, shared),
-            fn_constructor_kwargs={"working": beat.announcer.working, **more},
-            batch_size=1,
-            **cluster.pool(plan.recipe, actors, RETRIES),
-        )
-        yield from beat.rows(dataset)
-
-
-def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:
-    """(draw, part), the parts of each draw in the order of their ids, whoever came first.
-
-    One that comes before its turn waits in a temporary file: parts of Inception's features have tens of megabytes, and
-    a slow first one may let hundreds pass.
-    """
-    following: dict[int, int] = defaultdict(int)
-    with tempfile.TemporaryDirectory(prefix="dd-parts-") as folder:
-        for row in rows:
-            i, part = row["draw"], row["statistics"]
-            early = Path(folder, f"{i}-{row['item']}")
-            if row["item"] != following[i]:
-                early.write_bytes(part)
-                continue
-            while part is not None:
-                yield i, Statistics.unpack(part)
-                following[i] += 1
-                waiting = Path(folder, f"{i}-{following[i]}")
-                part = waiting.read_bytes() if waiting.exists() else None
-                waiting.unlink(missing_ok=True)
-
-
-def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> dict[str, Any]:
-    """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
-
-    For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
-    A sampler runs on one GPU, so further ones would stand idle.
-    """
-    settings = plan.recipe.cluster
-    cpus = settings.cpus
-    if not settings.gpus and actors > 1:
-        cpus = max(cpus, min(cpus * actors, cluster.cpus_of_a_node(plan.recipe)))
-    threads = max(1, int(cpus))
-    return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
-
-
-def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> dict[str, Any]:
-    """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
-    machine that it was measured on, and what others did there.
-    """
-    torch.set_num_threads(min(threads, os.cpu_count() or 1))
-    set_products("fp32")
-    watch = machine.Watch(plan.device)
-    models = load(plan, frequencies)
-    if plan.students:
-        models = dataclasses.replace(models, student=load_student(plan, plan.student, models))
-    listed = list(dict.fromkeys([*plan.samplers, Autoregressive()]))
-    speeds = speed.measure(models, listed, batches)
-    found = machine.described(plan.device) | {"threads": torch.get_num_threads(), "measured": provenance.now()}
-    return found | {"calls": speed.CALLS, "speeds": speeds, "load": dataclasses.asdict(watch.load())}
-
-
-# ---- the job
 
 
 def evaluate(recipe: Recipe) -> str:
@@ -212,23 +48,23 @@ def evaluate(recipe: Recipe) -> str:
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     if recipe.status:
         return status.of_evaluation(plan)
-    others = comparison.read(plan, scoring.title(recipe.evaluate))
+    others = other_reports.read(plan, scoring.title(recipe.evaluate))
     for sentence in said_of(plan):
         print(sentence, file=sys.stderr, flush=True)
     earlier, times = _earlier(plan), timing.recalled(plan)
-    shown = times and {"shown": summary.shown(plan, others), "timing": times["key"]}
+    shown = times and {"shown": summary.shown(plan, others), "timing": times.measurement["key"]}
     if earlier and _shows(earlier) == shown and _complete(plan, earlier):
         return f"{markdown.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
-    if in_cache(plan) != plan.draws():
+    if drawing.in_cache(plan) != plan.draws():
         with cluster.session(recipe, recipe.evaluate.actors, "sampling actors"):
             preflight.check_workers(recipe, "evaluate", recipe.report_uri)
     with tracking.Run.start(recipe, "evaluate") as run:
         run.mark(recipe.report_uri)
         frequencies = _frequencies(plan)
-        statistics = collect(plan, frequencies)
+        statistics = drawing.collect(plan, frequencies)
         times = times or _timed(plan, frequencies)
-        glances = {draw: statistics.glance(draw) for draw in statistics}
-        results = summary.summarise(plan, statistics, times, glances, others)
+        outlines = {draw: statistics.outline(draw) for draw in statistics}
+        results = summary.summarise(plan, statistics, times, outlines, others)
         files = write(plan, results, statistics)
         _log(run, plan, results, files)
         said = registry.register(run, recipe, results) if recipe.evaluate.register else ""
@@ -239,8 +75,8 @@ def evaluate(recipe: Recipe) -> str:
 
 def said_of(plan: Plan) -> list[str]:
     """What the report will say of its student and its samplers that nobody should find there only."""
-    names = sampler_list.names(plan.samplers)
-    found = [(name, departures(plan, sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
+    names = selection.names(plan.samplers)
+    found = [(name, plan.departures(sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
     asking = ((name, "; ".join(why)) for name, why in found if why)
     return [
         *plan.notes,
@@ -248,38 +84,39 @@ def said_of(plan: Plan) -> list[str]:
     ]
 
 
-def _timed(plan: Plan, frequencies: np.ndarray | None) -> dict[str, Any]:
+def _timed(plan: Plan, frequencies: np.ndarray | None) -> Times:
     """What ``time_samplers`` finds with the pool's cores, after keeping it for the next report of the same samplers."""
     settings = plan.recipe.evaluate
     print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
-    found = timing.keep(plan, time_alone(plan, frequencies, settings.timing_batches, settings.actors))
-    print(f"{legend.about_load(found)}.", file=sys.stderr, flush=True)
-    return found
+    times = timing.keep(plan, timing.time_alone(plan, frequencies, settings.timing_batches, settings.actors))
+    print(f"{legend.about_load(times.measurement['load'], times.measurement['cores'])}.", file=sys.stderr, flush=True)
+    return times
 
 
-def _earlier(plan: Plan) -> dict[str, Any] | None:
+def _earlier(plan: Plan) -> Results | None:
     """The results of a report that is there already and was made from the same images and networks.
 
     What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
     that times. Then it is written again, from the statistics and the times that are there.
     """
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    results = storage.read_json(uri) if storage.exists(uri) else {}
-    return results if results.get("fingerprint") == plan.fingerprint() and "shown" in results else None
+    results: Results | None = storage.read_json(uri) if storage.exists(uri) else None
+    same = results and results.get("fingerprint") == plan.fingerprint() and "shown" in results
+    return results if same else None
 
 
-def _shows(results: dict[str, Any]) -> dict[str, Any]:
+def _shows(results: Results) -> dict[str, Any]:
     """What a report shows beside its images: its form, the figures beside its own, its times."""
     return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
 
 
-def _complete(plan: Plan, results: dict[str, Any]) -> bool:
+def _complete(plan: Plan, results: Results) -> bool:
     """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
     there = set(storage.listing(plan.recipe.report_uri))
-    return set(results["files"]) <= there and all(_saved(plan, draw) for draw in plan.draws())
+    return set(results["files"]) <= there and all(drawing.saved(plan, draw) for draw in plan.draws())
 
 
-def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
+def _nothing_missing(plan: Plan, results: Results) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
     names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(SHOWN)]
@@ -295,15 +132,15 @@ def _nothing_missing(plan: Plan, results: dict[str, Any]) -> str:
         return f"{said} {registry.register(run, plan.recipe, results)}"
 
 
-def write(plan: Plan, results: dict[str, Any], statistics: Shelf) -> dict[str, bytes]:
+def write(plan: Plan, results: Results, statistics: drawing.Shelf) -> dict[str, bytes]:
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
     own = _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
     labels = noise.labels(range(columns), plan.layout.classes)
-    grids = [images[:columns] for draw in plan.table() if (images := statistics.glance(draw).images) is not None]
-    files = {"samples.png": plots.samples(sampler_list.names(plan.samplers), grids, labels)}
+    grids = [images[:columns] for draw in plan.table() if (images := statistics.outline(draw).images) is not None]
+    files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)
     results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()
@@ -334,7 +171,7 @@ def sweep(plan: Plan) -> None:
                 storage.remove(storage.join(plan.shelf, name))
 
 
-def _write_reference(plan: Plan, statistics: Shelf) -> list[str]:
+def _write_reference(plan: Plan, statistics: drawing.Shelf) -> list[str]:
     """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them.
 
     Returns the name of the file, if there is one.
@@ -357,13 +194,11 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     return counts if by_class else counts[None]
 
 
-def _log(
-    run: tracking.Run, plan: Plan, results: dict[str, Any], files: Mapping[str, bytes | Callable[[], bytes]]
-) -> None:
+def _log(run: tracking.Run, plan: Plan, results: Results, files: Mapping[str, bytes | Callable[[], bytes]]) -> None:
     """Numbers, pictures and links into MLflow."""
     run.metrics(markdown.headlines(results))
-    for point in (results["curve"] or {"points": []})["points"]:
-        run.metrics({f"curve/{markdown.metric_name(point['name'])}": point["score"]}, step=point["step"])
+    for point in results["curve"]["points"] if results["curve"] else []:
+        run.metrics({f"curve/{metric_name(point['name'])}": point["score"]}, step=point["step"])
     for name, content in files.items():
         run.artifact(name, content)
     run.table("scores.json", *markdown.scores(results))
@@ -377,5 +212,5 @@ def _log(
         run.link("pairs", pairs_fingerprint=known)
         run.dataset("pairs", plan.recipe.pairs_uri, known, "training")
     reference = results["made"]["reference"]
-    run.dataset("reference", str(reference["uri"]), fingerprint(reference), "evaluation")
+    run.dataset("reference", str(reference["uri"]), fingerprint(dict(reference)), "evaluation")
     run.conclude(markdown.headline(results), markdown.table(results))

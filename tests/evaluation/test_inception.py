@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.evaluation import inception, scoring
 from pipeline.evaluation.inception import Inception
-from pipeline.evaluation.tally import Seen, Statistics
+from pipeline.evaluation.tally import Sight, Statistics
 from pipeline.settings.evaluate import EvaluateSettings, Flavour
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "eval.json").read_text())["inception_formula_weights"]
@@ -70,7 +70,7 @@ def test_statistics_do_not_depend_on_the_batch() -> None:
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     packed = []
     for batch in (1, 2, 3):
-        seen = Seen.joined([Seen.of(part, network) for part in images.split(batch)])
+        seen = Sight.joined([Sight.of(part, network) for part in images.split(batch)])
         statistics = Statistics.empty(network, 10, 32, 3)
         statistics.add(seen, None, False, np.arange(3), np.full(3, True), 2)
         packed.append(statistics.pack())

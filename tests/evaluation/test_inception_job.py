@@ -14,11 +14,11 @@ from inception_weights import weights
 from PIL import Image
 
 from pipeline import storage
-from pipeline.evaluation import inception, plan, scoring, summary
-from pipeline.evaluation.tally import Seen
+from pipeline.evaluation import inception, plan, scoring, summary, timing
+from pipeline.evaluation.artist import Artist
+from pipeline.evaluation.tally import Sight
 from pipeline.recipe import Recipe
-from pipeline.workflow import evaluate
-from pipeline.workflow.evaluate import Artist
+from pipeline.workflow import drawing, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
 ) -> None:
     """The actors are given the weights; what they and the network of this process see is the same, bit for bit."""
     monkeypatch.setattr(inception, "formula", weights)
-    monkeypatch.setattr(evaluate, "time_alone", lambda plan, *rest: evaluate.time_samplers(plan, *rest[:2], threads=1))
+    monkeypatch.setattr(timing, "time_alone", lambda plan, *rest: timing.time_samplers(plan, *rest[:2], threads=1))
     seen: list[Any] = []  # instead of roots of 2048 x 2048, which take seconds
     monkeypatch.setattr(summary, "frechet", lambda a, b: seen.append((a, b)) or 7.0)
     text = evaluate.evaluate(recipe)
@@ -59,14 +59,14 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
 
     images = scoring.real(recipe.evaluate, 32)
     assert images is not None
-    real = Seen.of(images[:4][0], scoring.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
+    real = Sight.of(images[:4][0], scoring.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
     with np.load(storage.local(storage.join(recipe.report_uri, "reference.npz"))) as file:
         assert np.array_equal(file["mu"], real.mean(0))
         assert str(file["flavour"]) == "pytorch-fid"
         assert int(file["count"]) == 4
 
     # a report on the statistics that this one leaves: nothing is drawn again, and the distance is the same
-    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("drawn again"))
     again = changed(recipe, reference=storage.join(recipe.report_uri, "reference.npz"))
     evaluate.evaluate(again)
     other = storage.read_json(storage.join(recipe.report_uri, "report.json"))

@@ -16,7 +16,7 @@ from pipeline.command_line import DEFAULT, parse
 from pipeline.digits import networks
 from pipeline.evaluation import inception, scoring, summary
 from pipeline.evaluation.summary import Entry, Reference
-from pipeline.evaluation.tally import Seen, Statistics
+from pipeline.evaluation.tally import Sight, Statistics
 from pipeline.models.convnet import to_uint8
 from pipeline.report import tables
 from pipeline.settings.evaluate import EvaluateSettings
@@ -158,7 +158,7 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     parts = []
     for rows in (np.arange(5), np.arange(5, 9)):
         part = Statistics.empty(network, 10, 8, 9)
-        part.add(Seen.of(images[rows], network), None, False, rows, np.full(len(rows), True), 0)
+        part.add(Sight.of(images[rows], network), None, False, rows, np.full(len(rows), True), 0)
         parts.append(Statistics.unpack(part.pack()))
     parts[0].merge(parts[1])
     mean, cov = parts[0].moments.gaussian()

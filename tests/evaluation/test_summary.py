@@ -19,6 +19,7 @@ from pipeline.evaluation.metrics import (
 )
 from pipeline.evaluation.summary import Entry, Reference
 from pipeline.evaluation.tally import Statistics
+from pipeline.report import comparison
 
 RNG = np.random.default_rng(0)
 OF_ROWS = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
@@ -127,7 +128,7 @@ def test_rows_that_cannot_be_told_apart_are_named() -> None:
         ("f", None, None),
     ]
     named = [{"name": name, "score": score, "score_std": error} for name, score, error in rows]
-    assert summary.alike(named) == [("d", "e"), ("a", "b")], "the nearest first"
+    assert comparison.alike(named) == [("d", "e"), ("a", "b")], "the nearest first"
 
 
 def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +142,6 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
             yield Entry(f"sampler {i}", "FewStep", {}, 1, statistics(0.5))
 
     seen: list[list[int]] = []
-    monkeypatch.setattr(summary, "_of_rows", lambda *args: seen.append(list(alive)) or {})
+    monkeypatch.setattr(summary, "_of_features", lambda *args: seen.append(list(alive)) or {})
     assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]

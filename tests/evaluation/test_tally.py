@@ -11,7 +11,7 @@ import torch
 
 from pipeline.evaluation import scoring
 from pipeline.evaluation.metrics import Moments, pixel_frechet
-from pipeline.evaluation.tally import Seen, Statistics, glance, spread, thumbnails
+from pipeline.evaluation.tally import Sight, Statistics, outline, spread, thumbnails
 from pipeline.models.convnet import to_uint8
 from pipeline.settings.evaluate import EvaluateSettings
 
@@ -30,7 +30,7 @@ def statistics_of(images: torch.Tensor, labels: np.ndarray, parts: list[int], ba
         part = Statistics.empty(network, 10, 32, len(images))
         for i in range(start, start + size, batch):
             rows = np.arange(i, min(i + batch, start + size))
-            part.add(Seen.of(images[rows], network), labels[rows], True, rows, np.full(len(rows), True), 4)
+            part.add(Sight.of(images[rows], network), labels[rows], True, rows, np.full(len(rows), True), 4)
         part = Statistics.unpack(part.pack())
         out = part if out is None else merged(out, part)
         start += size
@@ -72,7 +72,7 @@ def test_scored_pixels_are_those_of_a_png() -> None:
 def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
     network = scoring.features(EvaluateSettings(), "cpu")
     statistics = Statistics.empty(network, 10, 32, 4)
-    statistics.add(Seen.of(some_images(4), network), None, True, np.arange(4), np.full(4, False), 0)
+    statistics.add(Sight.of(some_images(4), network), None, True, np.arange(4), np.full(4, False), 0)
     assert (statistics.labelled, statistics.variance.value(), statistics.features, statistics.images) == (
         0,
         None,
@@ -81,15 +81,15 @@ def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
     )
 
 
-def test_a_glance_reads_seconds_and_grid_alone() -> None:
+def test_an_outline_reads_seconds_and_grid_alone() -> None:
     statistics = statistics_of(some_images(6), np.arange(6), [6], 6)
     statistics.seconds = 1.5
-    statistics.machines, statistics.made = [{"host": "a"}], {"batch": 6}
-    seen = glance(io.BytesIO(statistics.pack()))
-    assert (seen.seconds, seen.made) == (1.5, {"batch": 6, "machines": [{"host": "a"}]})
-    assert np.array_equal(seen.images, to_uint8(some_images(6)[:4]).numpy())
+    statistics.machines, statistics.origin = [{"host": "a"}], {"batch": 6}
+    found = outline(io.BytesIO(statistics.pack()))
+    assert (found.seconds, found.origin) == (1.5, {"batch": 6, "machines": [{"host": "a"}]})
+    assert np.array_equal(found.images, to_uint8(some_images(6)[:4]).numpy())
     again = Statistics.unpack(statistics.pack())
-    assert (again.machines, again.made) == (statistics.machines, statistics.made)
+    assert (again.machines, again.origin) == (statistics.machines, statistics.origin)
     again.merge(replace(statistics, machines=[{"host": "a"}, {"host": "b"}]))
     assert again.machines == [{"host": "a"}, {"host": "b"}]
 
@@ -122,7 +122,7 @@ def test_spatial_features_are_summed_and_travel() -> None:
     images, parts = some_images(9), []
     for rows in (np.arange(4), np.arange(4, 9)):
         part = Statistics.empty(network, 10, 32, 9)
-        part.add(Seen.of(images[rows], network), None, True, rows, np.full(len(rows), False), 0)
+        part.add(Sight.of(images[rows], network), None, True, rows, np.full(len(rows), False), 0)
         parts.append(Statistics.unpack(part.pack()))
     whole = merged(*parts).spatial
     assert whole is not None

@@ -20,6 +20,7 @@ from step import error, step, stirred, with_precision
 from tiny import Family, tiny
 
 from pipeline.evaluation import plan
+from pipeline.evaluation.artist import Artist
 from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, nearest
@@ -30,7 +31,6 @@ from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models, WithTeacher
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.training import step as training_step
-from pipeline.workflow.evaluate import Artist
 
 # Relative errors, |found - exact| / |exact|. bfloat16 has 8 bits, so a rounding is 0.004 at most: a few of them in a
 # row in what a network says (0.003 to 0.011 found), their mean in a loss (0.001 to 0.002), more in gradients, which

@@ -13,6 +13,7 @@ from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments, 
 from pipeline.evaluation.summary import Entry, Reference
 from pipeline.evaluation.tally import Statistics
 from pipeline.report import legend, markdown, tables
+from pipeline.report.names import metric_name
 from pipeline.sampling.samplers import SAMPLERS
 from pipeline.sampling.speed import Speed
 
@@ -332,4 +333,4 @@ def test_mlflow_gets_a_few_numbers_and_a_table_of_all() -> None:
 
 
 def test_names_of_samplers_are_made_fit_for_files_and_tags() -> None:
-    assert markdown.metric_name("onestep* given the class") == "onestep-star_given_the_class"
+    assert metric_name("onestep* given the class") == "onestep-star_given_the_class"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.report import page, plots, tables
-from tests.evaluation.test_comparison import PAIR_SETS
 from tests.report.test_markdown import RESULTS, with_paper
+from tests.workflow.test_other_reports import PAIR_SETS
 
 VOID = {"meta", "img"}
 

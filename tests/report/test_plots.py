@@ -12,8 +12,8 @@ from matplotlib.text import Annotation
 from PIL import Image
 
 from pipeline.report import plots
-from tests.evaluation.test_comparison import PAIR_SETS
 from tests.report.test_markdown import RESULTS
+from tests.workflow.test_other_reports import PAIR_SETS
 
 RNG = np.random.default_rng(0)
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pipeline import noise
 from pipeline.flow import matching, oracle
 from pipeline.models.base import Choose, Condition, Layout, Prediction, Student, Teacher, Tokenizer, nearest
-from pipeline.sampling import listed as sampler_list
-from pipeline.sampling import samplers
+from pipeline.sampling import samplers, selection
 from pipeline.sampling.samplers import (
     Autoregressive,
     FewStep,
@@ -314,7 +313,7 @@ def test_a_recipe_lists_samplers_by_name() -> None:
         {"name": "Skip", "n": 1},
         {"name": "OneStepStar", "given_class": True},
     ]
-    built = sampler_list.build(listed, LAYOUT, split=2)
+    built = selection.build(listed, LAYOUT, split=2)
     assert built == [
         FewStep(2),
         FewStep(1, (1, 3)),
@@ -324,7 +323,7 @@ def test_a_recipe_lists_samplers_by_name() -> None:
         Skip(1),
         OneStepStar(True),
     ]
-    assert sampler_list.names(built) == [
+    assert selection.names(built) == [
         "DD 1 step",
         "DD 2 steps (1, 3)",
         "DD pre-trained-2-3",
@@ -338,8 +337,8 @@ def test_a_recipe_lists_samplers_by_name() -> None:
 def test_figures_of_the_paper_are_no_part_of_a_sampler() -> None:
     figures = {"fid": 9.94, "is": 193.6, "parameters": 327_000_000, "speedup": 6.3}
     listed = [{"name": "FewStep", "paper": figures}, {"name": "Skip", "n": 1}]
-    assert sampler_list.build(listed, LAYOUT, split=2) == [FewStep(2), Skip(1)]
-    assert sampler_list.paper(listed) == [figures, {}]
+    assert selection.build(listed, LAYOUT, split=2) == [FewStep(2), Skip(1)]
+    assert selection.paper(listed) == [figures, {}]
 
 
 def test_every_sampler_has_a_type_of_the_papers_tables() -> None:
@@ -354,7 +353,7 @@ def test_every_sampler_has_a_type_of_the_papers_tables() -> None:
 
 
 def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
-    assert sampler_list.names([FewStep(1), FewStep(2), Skip(1)]) == [
+    assert selection.names([FewStep(1), FewStep(2), Skip(1)]) == [
         "DD 1 step, split 1",
         "DD 1 step, split 2",
         "skip-1",
@@ -391,17 +390,17 @@ def test_samplers_that_differ_in_the_split_are_told_apart() -> None:
 )
 def test_a_wrong_entry_is_one_sentence(entry: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
-        sampler_list.build([entry], LAYOUT, split=2)
+        selection.build([entry], LAYOUT, split=2)
     assert "\n" not in str(caught.value)
 
 
 def test_no_samplers_and_double_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluate\.samplers is empty"):
-        sampler_list.build([], LAYOUT, 1)
+        selection.build([], LAYOUT, 1)
     with pytest.raises(ValueError, match="twice"):
-        sampler_list.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)
+        selection.build([{"name": "Skip", "n": 1}] * 2, LAYOUT, 1)
     with pytest.raises(ValueError, match="twice"):
-        sampler_list.build([{"name": "Skip", "n": 1}, {"name": "Skip", "n": 1, "paper": {"fid": 9.52}}], LAYOUT, 1)
+        selection.build([{"name": "Skip", "n": 1}, {"name": "Skip", "n": 1, "paper": {"fid": 9.52}}], LAYOUT, 1)
 
 
 def test_missing_models_are_one_sentence() -> None:

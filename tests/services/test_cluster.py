@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from pipeline.files import places
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.settings.cluster import ClusterSettings
@@ -39,6 +40,21 @@ def test_a_portable_recipe_has_no_relative_path(tmp_path: Path, monkeypatch: pyt
     assert (got.evaluate.student, got.evaluate.reference) == (str(tmp_path / "s.pth"), str(tmp_path / "r.npz"))
     assert (got.evaluate.uri, got.evaluate.inception) == (None, None)
     assert cluster.portable(got) == got
+
+
+def test_a_submitted_job_says_once_where_its_relative_paths_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = tmp_path / places.JOB_FOLDER / "_ray_pkg_0123"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    got = cluster.portable(cluster.portable(Recipe(run="runs/a", train=TrainSettings(uri="student"))))
+    assert got.run == str(tmp_path / "distilled-decoding/runs/a")
+    said = f"Relative paths are taken from {tmp_path}/distilled-decoding: the job's working directory is deleted"
+    assert capsys.readouterr().out.count(said) == 1
+    cluster.portable(Recipe(run="s3://bucket/run"))
+    assert capsys.readouterr().out == "", "there is no relative path"
 
 
 @pytest.fixture

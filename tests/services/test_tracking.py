@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe, fingerprint
-from pipeline.services import tracking
+from pipeline.services import mlflow_store, tracking
 from pipeline.services.mlflow_names import PARAMETERS, fitted, flattened, parameters
 from pipeline.services.tracking import MARKER, Run
 from pipeline.settings.studies import AblationSettings
@@ -281,7 +281,10 @@ def test_a_remote_run_folder_has_its_store_on_this_machine(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    with Run.start(replace(recipe, run="s3://bucket/run"), "distill") as run:
+    remote = replace(recipe, run="s3://bucket/run")
+    assert "cannot live" in mlflow_store.of(remote).note
+    assert capsys.readouterr().err == "", "who asks where it is only asks"
+    with Run.start(remote, "distill") as run:
         pass
     place = tmp_path / "distilled-decoding" / "mlflow.db"
     assert run.uri == f"sqlite:///{place}"

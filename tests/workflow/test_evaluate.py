@@ -18,7 +18,8 @@ import torch
 
 from pipeline import noise, storage
 from pipeline.digits import networks
-from pipeline.evaluation import plan, sample_files, summary
+from pipeline.evaluation import plan, students, summary, timing
+from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.metrics import frechet
 from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
@@ -27,12 +28,12 @@ from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, tables
-from pipeline.sampling import samplers, speed
+from pipeline.sampling import sample_files, samplers, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, Models
 from pipeline.sampling.speed import Speed
 from pipeline.settings.cluster import ClusterSettings
-from pipeline.workflow import evaluate
-from pipeline.workflow.evaluate import Artist, in_order
+from pipeline.workflow import drawing, evaluate
+from pipeline.workflow.drawing import in_order
 
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "Autoregressive"},
@@ -213,7 +214,7 @@ def test_the_agreement_compares_two_ar_draws_of_different_ids(finished: tuple[Re
 
 def test_a_finished_report_is_not_made_again(finished: tuple[Recipe, str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, text = finished
-    monkeypatch.setattr(evaluate, "collect", None)
+    monkeypatch.setattr(drawing, "collect", None)
     again = evaluate.evaluate(recipe)
     assert "Nothing is missing" in again
     assert again.split("\n\n")[0] == text.split("\n\n")[0]
@@ -224,16 +225,16 @@ def test_a_rerun_draws_nothing_that_is_in_the_cache(
 ) -> None:
     recipe, _ = finished
     drawn = []
-    monkeypatch.setattr(evaluate, "parts_of", lambda plan, todo, frequencies: drawn.extend(todo) or [])
+    monkeypatch.setattr(drawing, "parts_of", lambda plan, todo, frequencies: drawn.extend(todo) or [])
     made = plan.prepare(recipe)
-    statistics = evaluate.collect(made, None)
+    statistics = drawing.collect(made, None)
     assert drawn == []
     assert set(statistics) == set(made.draws())
     beside = plan.prepare(changed(recipe, uri=f"{recipe.run}/beside", cache=f"{recipe.report_uri}/cache"))
-    assert set(evaluate.collect(beside, None)) == set(made.draws())
+    assert set(drawing.collect(beside, None)) == set(made.draws())
     assert drawn == [], "two reports may share a cache"
     other = plan.prepare(changed(recipe, seed=99))
-    evaluate.collect(other, None)
+    drawing.collect(other, None)
     assert [draw.sampler for draw in drawn if draw.sampler is None] == []
     assert len(drawn) == len(other.draws()) - 1
 
@@ -247,8 +248,8 @@ def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_t
     other = tmp_path / "other.json"  # of a run on half as many pairs
     half = before | {"made": before["made"] | {"student": before["made"]["student"] | {"pairs_count": 20}}}
     other.write_text(json.dumps(half))
-    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
-    monkeypatch.setattr(evaluate, "time_alone", lambda *args: pytest.fail("it measures speed again"))
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(timing, "time_alone", lambda *args: pytest.fail("it measures speed again"))
     figures = {"fid": 9.94, "seconds": 0.021}
     listed = [entry | ({"paper": figures} if i == 2 else {}) for i, entry in enumerate(SAMPLERS)]
     again = changed(recipe, uri=str(tmp_path / "report"), samplers=listed, compare=(str(other),))
@@ -270,16 +271,16 @@ def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_dr
     """More actors (so threads), another batch, another machine, times lost, a report of the commit before."""
     cache, few = f"{finished[0].report_uri}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), cache=cache, samplers=few, curve_count=0)
-    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(evaluate.cluster, "connect", lambda recipe: None)
     asked: list[tuple[int, ...]] = []
 
     def timed(plan: Any, frequencies: Any, batches: tuple[int, ...], actors: int) -> dict[str, Any]:
         asked.append(batches)
-        return evaluate.time_samplers(plan, frequencies, batches, threads=1)
+        return timing.time_samplers(plan, frequencies, batches, threads=1)
 
-    monkeypatch.setattr(evaluate, "time_alone", timed)
+    monkeypatch.setattr(timing, "time_alone", timed)
     monkeypatch.setattr(machine, "BEFORE", 0.0)
     sizes = [Speed(batch, 1.0, 2.0, (2.0, 2.0, 2.0)) for batch in (1, 2)]
     monkeypatch.setattr(speed, "measure", lambda models, listed, batches: dict.fromkeys(listed, sizes))
@@ -335,8 +336,8 @@ def test_numbers_do_not_depend_on_actors_or_batch(finished: tuple[Recipe, str], 
 def test_speed_is_timed_with_the_cores_of_the_pool_on_one_machine(
     recipe: Recipe, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, actors: int, threads: int
 ) -> None:
-    monkeypatch.setattr(evaluate, "time_samplers", lambda plan, frequencies, batches, threads: threads)
-    assert evaluate.time_alone(plan.prepare(recipe), None, (1,), actors) == threads  # the machine has 4
+    monkeypatch.setattr(timing, "time_samplers", lambda plan, frequencies, batches, threads: threads)
+    assert timing.time_alone(plan.prepare(recipe), None, (1,), actors) == threads  # the machine has 4
 
 
 def test_a_dry_run_plans_and_draws_nothing(recipe: Recipe, ray_cluster: None, tmp_path: Path) -> None:
@@ -365,8 +366,8 @@ def test_a_report_of_which_a_file_is_gone_is_written_again(
     """From the statistics and times that are there; and what killed evaluations left is swept."""
     recipe = changed(finished[0], uri=str(tmp_path / "report"))
     shutil.copytree(finished[0].report_uri, recipe.report_uri)
-    monkeypatch.setattr(evaluate, "parts_of", lambda *args: pytest.fail("it draws again"))
-    monkeypatch.setattr(evaluate, "time_alone", lambda *args: pytest.fail("it measures speed again"))
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(timing, "time_alone", lambda *args: pytest.fail("it measures speed again"))
     before = storage.listing(recipe.report_uri)
     left = [f"cache/{'0' * 24}-{'1' * 12}.npz", f"samples/a.npz{sample_files.PART}{'0' * 24}-00001"]
     left.append(f"cache/{storage.TEMPORARY}x.npz@nowhere")
@@ -414,7 +415,7 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
 
 
 def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "ITEM", 10)
+    monkeypatch.setattr(plan, "PART_IMAGES", 10)
     made = plan.prepare(changed(recipe, samplers=[{"name": "FewStep"}], batch=4))
     draw = made.table()[0]
     artist = Artist(made, [draw], None)
@@ -422,7 +423,7 @@ def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pyte
     plain = [{"draw": 0, "item": int(row["item"][0]), "statistics": row["statistics"][0]} for row in rows]
     parts = [part for _, part in in_order(plain)]
     assert [part.moments.n for part in parts] == [10, 10, 4]
-    monkeypatch.setattr(plan, "ITEM", 1_000)
+    monkeypatch.setattr(plan, "PART_IMAGES", 1_000)
     whole = artist.statistics(draw, 0)
     for part in parts[1:]:
         parts[0].merge(part)
@@ -438,15 +439,15 @@ def test_every_fact_that_shapes_a_draw_is_in_its_key(recipe: Recipe) -> None:
     by_name = {draw.name: draw for draw in base.table()}
     solver = dataclasses.replace(recipe, pairs=dataclasses.replace(recipe.pairs, solver=plan_solver()))
     with pytest.MonkeyPatch.context() as patch:  # another solver is another pair set, and this student is not of it
-        patch.setattr(plan, "_check_student", lambda *args: None)
+        patch.setattr(students, "exported", lambda uri, wanted: base.exported)
         patch.setattr(manifest, "read", lambda *args: {"fingerprint": "x", "count": 1})
         other = plan.prepare(solver)
     for name, same in [("teacher, AR", True), ("DD 1 step", True), ("teacher, FM", False)]:
         assert (base.key(by_name[name]) == other.key(by_name[name])) is same
     assert base.key(base.reference()) == plan.prepare(changed(recipe, seed=7)).key(base.reference())
     assert len({base.key(draw) for draw in base.draws()}) == len(base.draws())
-    assert base.second() is not None
-    assert base.key(base.second()) != base.key(by_name["teacher, AR"])
+    assert base.teacher_again() is not None
+    assert base.key(base.teacher_again()) != base.key(by_name["teacher, AR"])
 
 
 @pytest.mark.faults("report: sampler changed")
@@ -468,19 +469,19 @@ def test_a_changed_sampler_is_drawn_again_and_its_reason_said(
         plan.prepare(recipe),
         changed_source("x = models.jump(x, inputs, t", "x = 0.5 * models.jump(x, inputs, t"),
     )
-    again = [draw.name for draw in base.draws() if draw not in evaluate.in_cache(halved)]
+    again = [draw.name for draw in base.draws() if draw not in drawing.in_cache(halved)]
     assert set(again) == {draw.name for draw in base.draws() if isinstance(draw.sampler, FewStep)}
     assert evaluate._earlier(halved) is None
     drawn: list[str] = []
-    monkeypatch.setattr(evaluate, "parts_of", lambda plan, todo, _: drawn.extend(draw.name for draw in todo) or [])
-    evaluate.collect(halved, None)
+    monkeypatch.setattr(drawing, "parts_of", lambda plan, todo, _: drawn.extend(draw.name for draw in todo) or [])
+    drawing.collect(halved, None)
     assert drawn == again
     assert "Drawn again, because the code that shapes them has changed: DD 1 step" in capsys.readouterr().err
     decoder = changed_source("self.post_quant_conv(quantized)", "0.5 * self.post_quant_conv(quantized)")
     scoring_path = changed_source("pixels.float() / 127.5 - 1", "pixels.float() / 127 - 1")
     words = changed_source("Alg. 3: the student jumps", "Algorithm 3: it jumps")
-    assert evaluate.in_cache(scoring_path) == []
-    assert [draw.name for draw in evaluate.in_cache(decoder)] == ["real images"]
+    assert drawing.in_cache(scoring_path) == []
+    assert [draw.name for draw in drawing.in_cache(decoder)] == ["real images"]
     assert words.fingerprint() == base.fingerprint()
 
 
@@ -490,8 +491,8 @@ def test_statistics_of_an_earlier_version_are_named_and_not_used(
     made = plan.prepare(changed(recipe, uri=str(tmp_path)))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"{'0' * 24}.npz").write_bytes(b"old")
-    monkeypatch.setattr(evaluate, "parts_of", lambda *args: [])
-    evaluate.collect(made, None)
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: [])
+    drawing.collect(made, None)
     assert "that do not say which code drew them are not used" in capsys.readouterr().err
 
 
@@ -517,12 +518,12 @@ def test_features_are_kept_as_memory_allows(recipe: Recipe, monkeypatch: pytest.
     assert base.reference().keep == 5_000
     assert {draw.keep for draws in base.curve().values() for draw in draws} == {0}
     assert base.table()[0].kept(np.arange(24)).all()
-    monkeypatch.setattr(plan, "KEEP", 24 * 64 * 4 - 1)
-    monkeypatch.setattr(plan, "REAL_KEPT", 1_000)
+    monkeypatch.setattr(plan, "FEATURE_BYTES", 24 * 64 * 4 - 1)
+    monkeypatch.setattr(plan, "REAL_FEATURES", 1_000)
     draw = base.table()[0]
     assert draw.keep == 20, "whole rounds of ten classes"
     assert base.reference().keep == 1_000
-    monkeypatch.setattr(plan, "KEEP", 15 * 64 * 4)
+    monkeypatch.setattr(plan, "FEATURE_BYTES", 15 * 64 * 4)
     draw = dataclasses.replace(base.table()[0], count=44)
     kept = np.concatenate([draw.kept(part) for part in np.array_split(np.arange(44), 3)])
     assert np.flatnonzero(kept).tolist() == list(range(30, 40)), "one of four whole rounds, however they are cut"
@@ -536,7 +537,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     shutil.copytree(finished[0].report_uri, tmp_path / "report")
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), npz=True, samplers=listed, curve_count=0)
-    monkeypatch.setattr(plan, "ITEM", 10)
+    monkeypatch.setattr(plan, "PART_IMAGES", 10)
     made, drawn = plan.prepare(recipe), []
 
     def here(plan: Any, todo: list[plan.Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
@@ -546,8 +547,8 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
             for item in reversed(range(draw.items)):
                 yield {k: v[0] for k, v in artist({"draw": np.array([i]), "item": np.array([item])}).items()}
 
-    monkeypatch.setattr(evaluate, "parts_of", here)
-    shelf = evaluate.collect(made, None)
+    monkeypatch.setattr(drawing, "parts_of", here)
+    shelf = drawing.collect(made, None)
     assert drawn == [["teacher, AR", "DD 1 step"]], "whose statistics were there, but no images"
     samples = tmp_path / "report" / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["DD_1_step.npz", "teacher_AR.npz"]
@@ -556,12 +557,12 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     assert images.shape == (24, 32, 32, 3)
     grid = np.concatenate(shelf[made.table()[1]].images)
     assert np.array_equal(images.transpose(0, 3, 1, 2), grid), "all 24, though the grid has 5 columns"
-    evaluate.collect(made, None)
+    drawing.collect(made, None)
     assert len(drawn) == 1, "nothing is missing"
     before = (samples / "DD_1_step.npz").read_bytes()
     (samples / "DD_1_step.npz").unlink()
-    assert not evaluate._saved(made, made.table()[1])
-    evaluate.collect(made, None)
+    assert not drawing.saved(made, made.table()[1])
+    drawing.collect(made, None)
     assert drawn[1] == ["DD 1 step"]
     with np.load(samples / "DD_1_step.npz") as file:
         assert np.array_equal(file["arr_0"], images)
@@ -652,7 +653,7 @@ def test_a_student_draws_as_it_was_trained_and_departures_are_said(
     made = plan.prepare(other)
     assert [sampler.split for sampler in made.samplers] == [3, 3, 2, 3, 3]  # type: ignore[attr-defined]
     assert made.notes == ("train.split is 1, but the student was trained with 3, and so it draws.",)
-    assert [plan.departures(made, sampler) for sampler in made.samplers] == [
+    assert [made.departures(sampler) for sampler in made.samplers] == [
         [],
         ["jumps from step 3, trained from 1, 2"],
         ["split 2, trained with 3"],
@@ -672,7 +673,7 @@ def test_a_student_draws_as_it_was_trained_and_departures_are_said(
     (tmp_path / "theirs.pth").write_bytes(Path(tmp_path, "student.safetensors").read_bytes())
     silent = plan.prepare(changed(other, student=str(tmp_path / "theirs.pth")))
     assert "does not say with which split and start steps it was trained" in silent.notes[0]
-    assert not any(plan.departures(silent, sampler) for sampler in silent.samplers)
+    assert not any(silent.departures(sampler) for sampler in silent.samplers)
 
 
 def test_the_curve_holds_students_of_the_students_own_run(recipe: Recipe, tmp_path: Path) -> None:

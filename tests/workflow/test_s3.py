@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from pipeline import command_line, noise, storage
 from pipeline.command_line import parse
+from pipeline.evaluation import timing
 from pipeline.files import places
 from pipeline.host.errors import Outage, Refused
 from pipeline.pairs import manifest, passes
@@ -33,7 +34,7 @@ from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.services.heartbeat import Heartbeat
 from pipeline.training.observer import Observer
-from pipeline.workflow import evaluate, generate
+from pipeline.workflow import drawing, generate
 from pipeline.workflow.distill import distill
 from pipeline.workflow.evaluate import evaluate as evaluate_job
 from pipeline.workflow.generate import generate as generate_job
@@ -364,7 +365,7 @@ def make_pairs(recipe: Recipe) -> None:
 
 def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -> list[str]:
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
-    committed, log, rows = generate.commits, Observer.log, evaluate.parts_of
+    committed, log, rows = generate.commits, Observer.log, drawing.parts_of
 
     def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
@@ -402,11 +403,11 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     with server.failing(every(4, *FAULTS)):
         distill(recipe)
 
-    patch.setattr(evaluate, "time_alone", stop)
+    patch.setattr(timing, "time_alone", stop)
     with pytest.raises(Stopped):
         evaluate_job(recipe)
-    patch.setattr(evaluate, "time_alone", lambda plan, *rest: evaluate.time_samplers(plan, *rest[:2], threads=1))
-    patch.setattr(evaluate, "parts_of", noted)
+    patch.setattr(timing, "time_alone", lambda plan, *rest: timing.time_samplers(plan, *rest[:2], threads=1))
+    patch.setattr(drawing, "parts_of", noted)
     evaluate_job(recipe)
     return drawn
 

@@ -10,7 +10,7 @@ import pytest
 from s3server import BUCKET, Relay
 
 from pipeline import storage
-from pipeline.evaluation import sample_files
+from pipeline.sampling import sample_files
 
 KEY = "0123456789abcdef" * 4
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
+from typing import Any
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.evaluation.real_images import header
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.report.markdown import metric_name
+from pipeline.report.names import metric_name
 
 BLOCK = 4 << 20
 PART = ".part-"
@@ -77,6 +77,16 @@ def holds(uri: str, key: str) -> bool:
         raise
     except (ValueError, OSError, EOFError, zipfile.BadZipFile):
         return False
+
+
+def header(file: Any) -> tuple[int, ...]:
+    """Shape of an open .npy of uint8 images; leaves ``file`` at the first pixel."""
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = reader(file)
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+        raise Refused(f"the reference's arr_0 is {dtype} of shape {shape}; it must be uint8 [N, H, W, 3].")
+    return shape
 
 
 def _shape(uri: str) -> tuple[int, ...]:

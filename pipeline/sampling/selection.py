@@ -1,4 +1,4 @@
-"""The samplers that a recipe lists, from its YAML: {name: FewStep, steps: [1, 6]} -> FewStep(steps=(1, 6)).
+"""A recipe's selection of samplers, from its YAML: {name: FewStep, steps: [1, 6]} -> FewStep(steps=(1, 6)).
 
 An entry may hold the figures that the paper prints for it, ``paper: {fid: 7.82, speedup: 3.7}``. They stand beside
 ours in the report and are no part of the sampler.

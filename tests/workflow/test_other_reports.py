@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation import comparison
 from pipeline.evaluation.plan import Plan
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe
+from pipeline.report import comparison
 from pipeline.sampling.samplers import FewStep
 from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.workflow import other_reports
 
 PAIR_SETS: dict[str, Any] = {
     "count": 5000,
@@ -73,7 +74,7 @@ def written(folder: Path, name: str, content: Any) -> str:
 
 def test_scores_are_collected_by_the_count_of_pairs(tmp_path: Path) -> None:
     uris = [written(tmp_path, f"{n}.json", results(n, score)) for n, score in ((600, 9.0), (900, 8.0))]
-    others = comparison.read(plan(tmp_path, *uris), "FD")
+    others = other_reports.read(plan(tmp_path, *uris), "FD")
     found = comparison.pair_sets(results(1200, 7.0), others)
     assert found is not None
     assert found["points"] == [
@@ -90,7 +91,7 @@ def test_a_row_counts_where_its_sampler_is_the_same(tmp_path: Path) -> None:
     other = results(600, 9.0)
     other["rows"][2] |= {"sampler": {"name": "FewStep", "steps": [1, 2]}}  # under the same name
     uri = written(tmp_path, "other.json", other)
-    found = comparison.pair_sets(results(1200, 7.0), comparison.read(plan(tmp_path, uri), "FD"))
+    found = comparison.pair_sets(results(1200, 7.0), other_reports.read(plan(tmp_path, uri), "FD"))
     assert found is not None
     assert [point["pairs"] for point in found["points"]] == [1200]
 
@@ -102,13 +103,13 @@ def test_curves_need_every_report_and_epochs_every_length(tmp_path: Path) -> Non
         (lambda other: results(600, 9.0, steps_per_epoch=None), "optimiser step"),
     ]:
         uri = written(tmp_path, "other.json", change(results(600, 9.0)))
-        found = comparison.pair_sets(results(1200, 7.0), comparison.read(plan(tmp_path, uri), "FD"))
+        found = comparison.pair_sets(results(1200, 7.0), other_reports.read(plan(tmp_path, uri), "FD"))
         assert found is not None
         assert (found["curve"] and found["curve"]["axis"]) == expected
 
 
 def test_nothing_to_compare_is_no_comparison(tmp_path: Path) -> None:
-    assert comparison.read(plan(tmp_path), "FD") == []
+    assert other_reports.read(plan(tmp_path), "FD") == []
     assert comparison.pair_sets(results(1200, 7.0), []) is None
 
 
@@ -145,7 +146,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_reports_that_cannot_be_compared_are_refused(tmp_path: Path, other: Any, sentence: str) -> None:
     uri = written(tmp_path, "other.json", other)
     with pytest.raises(ValueError, match=sentence) as caught:
-        comparison.read(plan(tmp_path, uri), "FD")
+        other_reports.read(plan(tmp_path, uri), "FD")
     assert uri in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -155,8 +156,8 @@ def test_a_student_without_a_count_and_a_missing_report_are_refused(tmp_path: Pa
     silent = plan(tmp_path, uri)
     del silent.exported["pairs_count"]
     with pytest.raises(ValueError, match="needs a student that says from how many pairs"):
-        comparison.read(silent, "FD")
+        other_reports.read(silent, "FD")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        comparison.read(plan(tmp_path, str(tmp_path / "none.json")), "FD")
+        other_reports.read(plan(tmp_path, str(tmp_path / "none.json")), "FD")
     with pytest.raises(ValueError, match=r"as many as .*other\.json"):
-        comparison.read(plan(tmp_path, uri, uri), "FD")
+        other_reports.read(plan(tmp_path, uri, uri), "FD")

@@ -1,4 +1,4 @@
-"""Scores over the size of the pair set, out of the reports of several runs (the paper's Fig. 8).
+"""The reports of other runs that a recipe wants beside its own, once they are known to be comparable.
 
 A pair set grows without changing what is there, so runs that differ in ``pairs.count`` alone saw nested sets. Nothing
 is drawn or trained here: each run wrote its report, and this one reads them.
@@ -12,18 +12,19 @@ from typing import Any
 from pipeline import storage
 from pipeline.evaluation.plan import Plan
 from pipeline.host.errors import Refused
+from pipeline.report.results import OtherReport
 
-OLDER = "it was written before students said from how many pairs they are; distil and evaluate that run again"
+WITHOUT_COUNT = "it was written before students said from how many pairs they are; distil and evaluate that run again"
 
 
-def read(plan: Plan, title: str) -> list[dict[str, Any]]:
+def read(plan: Plan, title: str) -> list[OtherReport]:
     """The reports at ``evaluate.compare``, {"uri", "SHA-256", "results"} each, in the recipe's order.
 
     Raises FileNotFoundError or ValueError, one sentence, for one that is not there or not a report, and for one whose
     scores this report's cannot stand beside: scored by another network or on other images, a student of another
     precision or another pair set, or of as many pairs as one before it.
     """
-    out: list[dict[str, Any]] = []
+    out: list[OtherReport] = []
     uris = plan.recipe.evaluate.compare
     if not uris:
         return out
@@ -76,53 +77,7 @@ def _facts(results: Any, uri: str) -> dict[str, Any]:
             f"evaluate.compare names {uri}, which is no report of this package; give the URI of a report.json."
         ) from None
     if "pairs_count" not in student:
-        raise Refused(f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {OLDER}.")
+        raise Refused(
+            f"evaluate.compare names {uri}, which does not hold the count of its student's pairs; {WITHOUT_COUNT}."
+        )
     return facts | {"pairs": student["pairs_count"]}
-
-
-def pair_sets(results: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The scores of this report and the others over the count of pairs: {count, points, curve, reports}.
-
-    ``results`` needs its rows, curve and made. Rows are those of samplers with a student; another report's row counts
-    where its sampler is the same. The curve holds the students exported along the way, over epochs where every report
-    knows its own, else over optimiser steps.
-    """
-    if not others:
-        return None
-    named = {json.dumps(row["sampler"]): row["name"] for row in results["rows"] if _of_student(row)}
-    points, curves = [], []
-    for found in [results, *(other["results"] for other in others)]:
-        pairs = found["made"]["student"]["pairs_count"]
-        here = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in found["rows"]}
-        points += [
-            {"pairs": pairs, "name": here[row["name"]], "score": row["score"]}
-            for row in found["rows"]
-            if here[row["name"]]
-        ]
-        curves.append((pairs, here, found["curve"]))
-    reports = [
-        {"uri": other["uri"], "SHA-256": other["SHA-256"], "pairs": other["results"]["made"]["student"]["pairs_count"]}
-        for other in others
-    ]
-    return {"count": results["made"]["count"], "points": points, "curve": _curve(curves), "reports": reports}
-
-
-def _of_student(row: dict[str, Any]) -> bool:
-    return row.get("type") in ("DD", "DD + AR")
-
-
-def _curve(curves: list[tuple[int, dict[str, str | None], dict[str, Any] | None]]) -> dict[str, Any] | None:
-    """The students exported along the way of every report, if all have them, of equally many images each."""
-    there = [(pairs, here, curve) for pairs, here, curve in curves if curve]
-    if len(there) < len(curves) or len({curve["count"] for _, _, curve in there}) > 1:
-        return None
-    epochs = all(curve.get("steps_per_epoch") for _, _, curve in there)
-    points = [
-        {"pairs": pairs, "name": here[point["name"]], "score": point["score"]}
-        | {"x": point["step"] / curve["steps_per_epoch"] if epochs else point["step"]}
-        for pairs, here, curve in there
-        for point in curve["points"]
-        if here.get(point["name"])
-    ]
-    axis = "epochs" if epochs else "optimiser step"
-    return {"count": there[0][2]["count"], "axis": axis, "points": points}

@@ -1,0 +1,122 @@
+"""The JSON value of ablation.json, field by field; ``report`` makes and formats it. None: there is no such number."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+_AfterEqualCodes = TypedDict("_AfterEqualCodes", {"after equal codes": float})
+
+
+class Shares(_AfterEqualCodes):
+    """How two pair sets' codes differ on the same noise.
+
+    Attributes:
+        all: share of the codes that differ.
+        after equal codes: share of those that differ among the codes that follow equal ones.
+    """
+
+    all: float
+
+
+class Codes(Shares):
+    """How a pair set's codes differ from the base's.
+
+    Attributes:
+        rows: pairs that were compared.
+    """
+
+    rows: int
+
+
+class PairsSource(TypedDict):
+    """Where a variant's pairs are.
+
+    Attributes:
+        uri: of the set.
+        fingerprint: of the set.
+        count: the first pairs of it that the students saw.
+    """
+
+    uri: str
+    fingerprint: str
+    count: int
+
+
+_Sha256 = TypedDict("_Sha256", {"SHA-256": str | None})
+
+
+class TrialSource(_Sha256):
+    """Where one seed's numbers are from.
+
+    Attributes:
+        seed: of the training.
+        student: URI of its folder.
+        report: URI of its folder.
+        SHA-256: of the student's file; None where the report was not made.
+        mlflow_run: id of the run that distilled it; None where nobody knows.
+    """
+
+    seed: int
+    student: str
+    report: str
+    mlflow_run: str | None
+
+
+class Numbers(TypedDict):
+    """What is measured of a variant, column after column.
+
+    Attributes:
+        scores: by column and seed, distances to the reference; None where a trial was lost.
+        mean: over the seeds; None where all are lost.
+        spread: standard deviation (n - 1) over the seeds; None of fewer than two.
+        pairs: where its pairs are.
+        trials: where the numbers are from, seed after seed.
+        codes: None of the base's own set, and of sets of other noise.
+    """
+
+    scores: list[list[float | None]]
+    mean: list[float | None]
+    spread: list[float | None]
+    pairs: PairsSource
+    trials: list[TrialSource]
+    codes: Codes | None
+
+
+class AblationRow(Numbers):
+    """A line of the table.
+
+    Attributes:
+        axis: what is varied; empty of the base on top.
+        value: what it is set to, as the recipe lists it; None of the base on top.
+        base: whether that is the base's own value.
+    """
+
+    axis: str
+    value: Any
+    base: bool
+
+
+class AblationResults(TypedDict):
+    """The JSON value of ablation.json.
+
+    Attributes:
+        name: the recipe's.
+        title: what the distance is called.
+        count: images of each score.
+        evaluation_seed: of the images' noise.
+        seeds: of the trainings.
+        columns: names of the few-step samplers.
+        teacher: the AR teacher's distance; None where it is not listed or was lost.
+        rows: the base on top, then every axis with its values.
+        mlflow_run: id of the ablation's run.
+    """
+
+    name: str
+    title: str
+    count: int
+    evaluation_seed: int
+    seeds: list[int]
+    columns: list[str]
+    teacher: float | None
+    rows: list[AblationRow]
+    mlflow_run: NotRequired[str]

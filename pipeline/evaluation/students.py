@@ -1,0 +1,89 @@
+"""The student of a report, and those exported on the way to it: what their files say, and whether they fit.
+
+The authors' own files say nothing of themselves, so nothing of them is checked here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from pipeline import storage
+from pipeline.host.errors import Missing, Refused
+from pipeline.models import checkpoints
+from pipeline.models.base import Layout
+from pipeline.recipe import Recipe
+from pipeline.sampling.samplers import Sampler
+
+Exported = dict[str, Any]  # what distillation wrote into a student's file; empty of the authors' own
+SNAPSHOT = re.compile(r"step-(\d+)\.safetensors")  # students exported along the way
+
+
+def exported(uri: str, wanted: dict[str, Any]) -> Exported:
+    """What the student's file says of itself.
+
+    Raises Missing where there is none, and Refused for one that was distilled with another value of anything in
+    ``wanted``: family, teacher, pair set.
+    """
+    if not storage.exists(uri):
+        raise Missing(f"there is no student at {uri}; run jobs/distill.py first or set evaluate.student.")
+    found = checkpoints.metadata(uri) if uri.endswith(".safetensors") else {}  # the authors' are .pth and .pt
+    for key, value in wanted.items() if found else ():
+        if found.get(key) != value:
+            raise Refused(
+                f"the student at {uri} was distilled with {key} {found.get(key)}, but this recipe has {value}; use the"
+                " recipe that it was distilled with, or set evaluate.student."
+            )
+    return found
+
+
+def snapshots(recipe: Recipe, uri: str, student: Exported) -> tuple[dict[int, str], list[str]]:
+    """({step: URI} of the students exported on the way to the one at ``uri``, what is said of others in the folder)."""
+    names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
+    found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
+    ours = {step: place for step, place in found.items() if _on_the_way(checkpoints.metadata(place), student)}
+    if len(ours) == len(found):
+        return found, []
+    others = ", ".join(f"{step:,}" for step in sorted(found.keys() - ours.keys()))
+    return ours, [
+        f"The curve over training leaves out the students of step {others} in {recipe.student_uri}, which are of"
+        f" another run or later than {uri}."
+    ]
+
+
+def _on_the_way(snapshot: Exported, student: Exported) -> bool:
+    """Whether a snapshot was exported by the run that made ``student``, and not after it; files that say nothing do
+    not count.
+    """
+    run = "recipe_fingerprint" if "recipe_fingerprint" in student else "mlflow_run"
+    same = run in student and snapshot.get(run) == student[run]
+    return same and snapshot.get("step", 0) <= student.get("step", math.inf)
+
+
+def about_split(recipe: Recipe, uri: str, student: Exported) -> list[str]:
+    """What a reader must know of where the heads' split comes from."""
+    split = student.get("split")
+    if split is None:
+        return [
+            f"The student's file {uri} does not say with which split and start steps it was trained; the split is the"
+            f" recipe's, {recipe.train.split} where a sampler names none."
+        ]
+    if split != recipe.train.split and any(entry.get("split") is None for entry in recipe.evaluate.samplers):
+        return [f"train.split is {recipe.train.split}, but the student was trained with {split}, and so it draws."]
+    return []
+
+
+def departures(student: Exported, layout: Layout, sampler: Sampler) -> list[str]:
+    """In what a sampler asks its student for more than it was trained for, as far as the student's file says so."""
+    out: list[str] = []
+    if not sampler.student or not student:
+        return out
+    split = getattr(sampler, "split")  # noqa: B009  every sampler with a student has one, Sampler has not
+    if split != student.get("split", split):
+        out.append(f"split {split}, trained with {student['split']}")
+    asked = sampler.jumps(layout)
+    if beyond := [step for step in asked if step not in student.get("start_steps", asked)]:
+        at, trained = (", ".join(map(str, steps)) for steps in (beyond, student["start_steps"]))
+        out.append(f"jumps from step {at}, trained from {trained}")
+    return out

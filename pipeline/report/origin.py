@@ -1,0 +1,239 @@
+"""How the numbers of a report came about: the part ``made`` of report.json, field by field, for ``results``."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class MachineLoad(TypedDict):
+    """What others did on a machine while something was timed there; None where the system does not say.
+
+    Attributes:
+        average: the system's load average over the minute before, ourselves included.
+        before: cores that others kept busy in the second before.
+        during: cores that others kept busy meanwhile.
+        gpu: per cent of the time that the GPU worked just before.
+        busy: whether others took so much that times are longer than on a quiet machine.
+    """
+
+    average: float
+    before: float | None
+    during: float | None
+    gpu: float | None
+    busy: bool
+
+
+class Measurement(TypedDict):
+    """Where and when speed was measured. Where it was not, ``device`` is None and there are ``key``, ``threads`` alone.
+
+    Attributes:
+        key: fingerprint of all that shapes the times.
+        device: the name of the GPU or CPU.
+        threads: of torch.
+        cores: of the machine.
+        measured: when, in UTC.
+        calls: how often each sampler was called, in words.
+        load: what else the machine did.
+    """
+
+    key: NotRequired[str | None]
+    device: str | None
+    threads: int | None
+    cores: NotRequired[int]
+    measured: NotRequired[str]
+    calls: NotRequired[str]
+    load: NotRequired[MachineLoad]
+
+
+_HowNetworksRan = TypedDict(
+    "_HowNetworksRan",
+    {
+        "compiled teacher": NotRequired[bool],
+        "compiled student": NotRequired[bool],
+        "CUDA graphs of the teacher": NotRequired[bool],
+    },
+)
+
+
+class Timing(Measurement, _HowNetworksRan):
+    """Where, when and how speed was measured.
+
+    Attributes:
+        compiled teacher: whether ``torch.compile`` made the teacher faster.
+        compiled student: whether it made the student faster.
+        CUDA graphs of the teacher: whether its steps were recorded once and played again.
+    """
+
+
+_Sha256 = TypedDict("_Sha256", {"SHA-256": str})
+_TeacherFiles = TypedDict("_TeacherFiles", {"tokenizer SHA-256": str, "checkpoint SHA-256": str})
+
+
+class TeacherOrigin(_TeacherFiles):
+    """The teacher that was drawn with.
+
+    Attributes:
+        family: the module of its family.
+        config: its architecture's numbers, as the family has them.
+        filter: guidance and filter of its probabilities.
+        precision: of its networks, fp32, fp16, bf16 or tf32.
+        tokenizer SHA-256: of the tokenizer's file.
+        checkpoint SHA-256: of the transformer's file.
+    """
+
+    family: str
+    config: dict[str, Any]
+    filter: dict[str, Any]
+    precision: str
+
+
+class StudentOrigin(_Sha256):
+    """The student that was drawn with, and what distillation wrote into its file (nothing into the authors' own).
+
+    Attributes:
+        uri: of its file.
+        SHA-256: of that file.
+        mask: its attention mask.
+        precision: in which it drew.
+        step: optimiser steps that it was trained for.
+        steps_per_epoch: of its training, None where the pairs were not counted.
+        start_steps: AR steps that it was trained to jump from.
+        split: leading AR steps of the logits head.
+        pairs_count: pairs that it was distilled from.
+        pairs_fingerprint: of their set.
+        mlflow_run: id of the run that distilled it.
+        registry: models:/NAME/VERSION, where it came from the registry.
+    """
+
+    uri: str
+    mask: str
+    precision: str
+    step: NotRequired[int]
+    steps_per_epoch: NotRequired[int | None]
+    start_steps: NotRequired[list[int]]
+    split: NotRequired[int]
+    pairs_count: NotRequired[int]
+    pairs_fingerprint: NotRequired[str]
+    mlflow_run: NotRequired[str]
+    registry: NotRequired[str]
+
+
+class PairsOrigin(TypedDict):
+    """The pair set whose token frequencies were drawn from.
+
+    Attributes:
+        fingerprint: of the set.
+        count: pairs in it.
+    """
+
+    fingerprint: str
+    count: int
+
+
+_ReferenceFiles = TypedDict(
+    "_ReferenceFiles", {"SHA-256": NotRequired[str], "images SHA-256": NotRequired[str], "sFID": NotRequired[bool]}
+)
+
+
+class ReferenceOrigin(_ReferenceFiles):
+    """What images were compared with; of the digits ``uri``, ``images`` and ``statistics`` alone.
+
+    Attributes:
+        uri: of statistics or of images, or "the digits".
+        images: real images there, 0 where there are statistics alone.
+        SHA-256: of what is at ``uri``.
+        images SHA-256: of the recipe's file of images, where it names one.
+        statistics: "read" from a file, or "made here".
+        count: images behind statistics that were read; None where their file does not say.
+        sFID: whether statistics that were read have spatial features.
+        second: ``statistics`` of the second flavour, where two are scored.
+    """
+
+    uri: str
+    images: int
+    statistics: str
+    count: NotRequired[int | None]
+    second: NotRequired[str]
+
+
+class ReportOrigin(TypedDict):
+    """Who wrote the report.
+
+    Attributes:
+        version: of this package; None where it is not installed.
+        commit: of its checkout; None where nobody knows.
+        changed: whether its files differ from that commit.
+        written: when, in UTC.
+        command: the command line.
+    """
+
+    version: str | None
+    commit: str | None
+    changed: bool | None
+    written: str
+    command: str
+
+
+_OriginOfNumbers = TypedDict(
+    "_OriginOfNumbers",
+    {
+        "features SHA-256": dict[str, str],
+        "pixels across an image": NotRequired[int],
+        "real images": NotRequired[int],
+        "Inception Score": NotRequired[dict[str, Any] | None],
+        "KID": NotRequired[dict[str, Any] | None],
+        "precision and recall": NotRequired[dict[str, Any] | None],
+        "features kept": NotRequired[dict[str, int]],
+        "standard error and limit": NotRequired[str],
+    },
+)
+
+
+class Origin(_OriginOfNumbers):
+    """What somebody needs who wants the same numbers.
+
+    Attributes:
+        count: images a sampler.
+        seed: of noise and uniform draws.
+        classes: labels, which samples take in turn.
+        samplers: [class, fields] of each by its name.
+        teacher: who drew the teacher's rows.
+        solver: settings of flow matching.
+        student: who drew the student's rows; None without any.
+        pairs: the set whose token frequencies were drawn from; None where no sampler does.
+        features: the kind of scoring network, digits or inception.
+        flavour: how Inception saw images; None of the digits.
+        weights: where Inception's came from; None of the digits.
+        dimensions: of a feature.
+        features SHA-256: of the scoring network's files by their names, and the flavour.
+        reference: what images were compared with.
+        pixels across an image: as it was scored.
+        real images: in the reference; 0 where it is statistics alone.
+        Inception Score: its blocks; None of the digits.
+        KID: its subsets, kernel and seed; None where no features were kept.
+        precision and recall: k and how many images; None where there were none, and of the digits.
+        features kept: {"images", "real images"}, how many.
+        standard error and limit: how they were estimated.
+        sampling: when, on which machines, by which code, and in how many seconds of all actors.
+        timing: where and how speed was measured.
+        report: who wrote it.
+        fingerprint: that of ``Results``.
+    """
+
+    count: int
+    seed: int
+    classes: NotRequired[int]
+    samplers: NotRequired[dict[str, list[Any]]]
+    teacher: TeacherOrigin
+    solver: NotRequired[dict[str, Any]]
+    student: StudentOrigin | None
+    pairs: NotRequired[PairsOrigin | None]
+    features: NotRequired[str]
+    flavour: NotRequired[str | None]
+    weights: NotRequired[str | None]
+    dimensions: int
+    reference: ReferenceOrigin
+    sampling: NotRequired[dict[str, Any]]
+    timing: Timing
+    report: NotRequired[ReportOrigin]
+    fingerprint: NotRequired[str]
