@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 
 from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
 from pipeline.settings.train import TrainSettings
-from pipeline.training import perceptual, plan
 from pipeline.training import step as training_step
 from pipeline.training.losses import Loss, cross_entropy, summary
-from pipeline.training.perceptual import Lpips, trunk_file
 
 LAYOUT = Layout(groups=(1, 4, 9), vocabulary=11, code_dim=3, classes=2, image_size=16)
 SETTINGS = TrainSettings(start_steps=(1, 2), split=2, cross_entropy=0.1, lpips=1.0)
@@ -148,77 +145,6 @@ def test_counts_survive_autocast() -> None:
     assert sums[:, 0].tolist() == [300, 300]
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"start_steps": (1, 4)}, "train.start_steps holds 4, but the teacher's AR steps run from 1 to 3"),
-        ({"split": 4}, "train.split is 4, but the teacher has 3 AR steps"),
-        ({"split": 3}, "has no embedding to train"),
-        ({"lpips": 0.0}, "nothing trains the embedding head"),
-        ({"cross_entropy": 0.0}, "nothing trains the logits"),
-        ({"perceptual": "vgg"}, "vgg16-397923af.pth are missing"),
-    ],
-)
-def test_contradictions_are_one_sentence(
-    change: dict, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=sentence) as caught:
-        plan.check_losses(replace(SETTINGS, **change), LAYOUT)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_digits_network_is_refused_for_larger_images() -> None:
-    with pytest.raises(ValueError, match="made for images of 32 pixels, and the teacher's have 256; use vgg"):
-        plan.check_losses(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=256))
-
-
-def test_consistent_settings_pass() -> None:
-    plan.check_losses(replace(SETTINGS, lpips=0.0, split=3), LAYOUT)
-    plan.check_losses(replace(SETTINGS, perceptual="digits"), replace(LAYOUT, image_size=32))
-    plan.check_losses(
-        replace(SETTINGS, perceptual="digits", split=0, cross_entropy=0.0), replace(LAYOUT, image_size=32)
-    )
-
-
-def test_a_missing_or_wrong_trunk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"alexnet-owt-7be5be79\.pth are missing .* on every machine"):
-        Lpips("alex")
-    wrong = tmp_path / "hub" / "checkpoints" / perceptual.TRUNKS["alex"]
-    wrong.parent.mkdir(parents=True)
-    wrong.write_bytes(b"another file of that name")
-    with pytest.raises(ValueError, match="damaged or another file"):
-        trunk_file("alex")
-
-
-@pytest.mark.parametrize("kind", ["vgg", "alex"])
-def test_lpips_is_frozen_and_differentiable_in_the_image(kind: str) -> None:
-    network = Lpips(kind, pretrained=False)
-    assert not any(p.requires_grad for p in network.parameters())
-    assert not any(m.training for m in network.modules()), "its dropout must stay off"
-    a, b = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    a.requires_grad_()
-    distance = network(a, b)
-    assert distance.shape == (2,)
-    assert torch.equal(network(b, b), torch.zeros(2))
-    distance.sum().backward()
-    assert a.grad.isfinite().all()
-    assert a.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert torch.allclose(distance, network.net(a, b).view(2))
-        assert not torch.allclose(distance, network.net(a, b, normalize=True).view(2)), "images are in [-1, 1]"
-
-
-def test_where_channels_lie_changes_rounding_only() -> None:
-    network = Lpips("alex", pretrained=False)
-    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    convolutions = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)]
-    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
-    a, b = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    assert torch.allclose(network(a, b), plain(a, b), rtol=1e-5)
-
-
 def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) -> None:
     """Of a real tokenizer and its perceptual network, in a step of training."""
     recipe = tiny(tmp_path)
@@ -234,10 +160,3 @@ def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) 
     loss(student(x, t, Condition(torch.zeros(2, dtype=torch.long))), tokens, t)[0].backward()
     assert [image.requires_grad for image in decoded] == [False, True], "the teacher's, then the student's"
     assert all(p.grad is None for net in frozen for p in net.parameters())
-
-
-def test_the_digits_network_comes_with_the_package() -> None:
-    network = perceptual.network("digits")
-    image = torch.zeros(2, 3, 32, 32)
-    assert network(image, image).tolist() == [0, 0]
-    assert network(image, image + 0.5).min() > 0
