@@ -211,8 +211,8 @@ class Student(nn.Module):
     ``codebook`` [V, C] comes from the tokenizer and is not part of the state_dict; ``layers`` are the transformer's
     repeated blocks. ``released`` are the places in a file of the authors' at which their own scripts look for the
     weights; () where they released no student. ``settings`` are those of ``TrainSettings.student_options`` that the
-    constructor, after config and codebook, and ``from_teacher`` take by name. With a recipe that sets another one, it
-    is refused in the words of ``no_choice``.
+    constructor, after config and codebook, and ``from_teacher`` take by name; a recipe that sets another one is refused
+    in the words of ``no_choice``.
     """
 
     layout: Layout

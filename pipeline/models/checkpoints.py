@@ -31,7 +31,7 @@ from pipeline.models.mismatch import advice
 from pipeline.models.weight_files import CheckpointError
 from pipeline.numerics.compilation import compiled
 from pipeline.settings.teacher import TeacherSettings
-from pipeline.settings.train import TrainSettings
+from pipeline.settings.train import STUDENT
 
 PREFIXES = ("module.", "_orig_mod.")
 DERIVED = ("freqs_cis",)  # tables that every loader recomputes
@@ -169,13 +169,12 @@ def config(settings: TeacherSettings) -> Any:
 def student_options(settings: TeacherSettings, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``asked``, as ``TrainSettings.student_options`` or a student's file has them, what the family's student takes.
 
-    Refused if another one has not the value that every recipe has.
+    Refused if another one is not as by default.
     """
     kind = family(settings).Student
     for name, value in asked.items():
-        default = getattr(TrainSettings, name)
-        if name not in kind.settings and value != default:
-            raise Refused(f"train.{name} is {value}; {kind.no_choice}, use {default}.")
+        if name not in kind.settings and value != STUDENT[name]:
+            raise Refused(f"train.{name} is {value}; {kind.no_choice}, use {STUDENT[name]}.")
     return {name: value for name, value in asked.items() if name in kind.settings}
 
 

@@ -21,6 +21,10 @@ from pipeline.configuration.fields import (
 )
 from pipeline.numerics.precision import Precision
 
+# What shapes a student where its family takes it, as it is by default. Code that draws with students asks for this
+# alone, so that provenance counts no other setting of training as a part of how they draw.
+STUDENT = {"mask": "released"}
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -91,7 +95,7 @@ class TrainSettings:
     @property
     def student_options(self) -> dict[str, Any]:
         """The settings that shape a student where its family takes them, by their names in exported files too."""
-        return {"mask": self.mask}
+        return {name: getattr(self, name) for name in STUDENT}
 
     def __post_init__(self) -> None:
         fields.check(self, "train")

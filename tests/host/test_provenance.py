@@ -97,6 +97,13 @@ def test_a_local_name_is_not_the_function_of_that_name() -> None:
     assert not {"teacher", "student", "parameters"} & reached
 
 
+def test_settings_of_training_are_no_part_of_how_a_student_draws() -> None:
+    """Or one more of them would have every student's images drawn again."""
+    reached = provenance.texts("pipeline.evaluation.artist:load_student")
+    assert ("pipeline.models.checkpoints", "student_options") in reached
+    assert ("pipeline.settings.train", "TrainSettings") not in reached
+
+
 def test_what_code_does_not_say_by_name_stands_for_its_module() -> None:
     whole = {name for module, name in provenance.texts("pipeline.noise:nothing") if "noise" in module}
     assert {"gaussian", "uniform", "labels"} <= whole

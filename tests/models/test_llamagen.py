@@ -22,6 +22,7 @@ from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import LlamaNetwork, log_probabilities, rotary
 from pipeline.pairs import manifest
 from pipeline.settings.teacher import Filter, TeacherSettings
+from pipeline.settings.train import TrainSettings
 
 VQ = golden.load("llamagen_vq")
 GPT = golden.load("llamagen_gpt_c2i")
@@ -571,7 +572,7 @@ def test_input_layer_is_the_least_squares_fit():
 
 def test_llamagen_has_no_choice_of_mask():
     settings = TeacherSettings(family="pipeline.models.llamagen")
-    assert checkpoints.student_options(settings, {"mask": "released"}) == {}
+    assert checkpoints.student_options(settings, TrainSettings().student_options) == {}
     sentence = "train.mask is paper; LlamaGen students are causal and have no such choice, use released."
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         checkpoints.student_options(settings, {"mask": "paper"})
