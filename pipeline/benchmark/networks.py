@@ -205,7 +205,7 @@ def listed(recipe: Recipe) -> tuple[list[Sampler], dict[Sampler, float]]:
     layout = checkpoints.config(recipe.teacher).layout
     entries = recipe.evaluate.samplers
     built = selection.build(entries, layout, recipe.train.split)
-    printed = selection.paper(entries)
+    printed = selection.published(entries)
     few = [s for s in built if isinstance(s, FewStep)] or [FewStep(recipe.train.split)]
     figures = {s: p["speedup"] for s, p in zip(built, printed, strict=True) if "speedup" in p}
     return [Autoregressive(), FlowMatched(), *few], figures

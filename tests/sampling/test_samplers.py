@@ -338,7 +338,7 @@ def test_figures_of_the_paper_are_no_part_of_a_sampler() -> None:
     figures = {"fid": 9.94, "is": 193.6, "parameters": 327_000_000, "speedup": 6.3}
     listed = [{"name": "FewStep", "paper": figures}, {"name": "Skip", "n": 1}]
     assert selection.build(listed, LAYOUT, split=2) == [FewStep(2), Skip(1)]
-    assert selection.paper(listed) == [figures, {}]
+    assert selection.published(listed) == [figures, {}]
 
 
 def test_every_sampler_has_a_type_of_the_papers_tables() -> None:
