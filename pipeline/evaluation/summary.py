@@ -244,8 +244,8 @@ def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for key in one["machines"][0]:
             facts[key] = ", ".join(sorted({machine[key] for machine in one["machines"]}))
         groups.setdefault(json.dumps(facts), []).append(name)
-    found = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
-    alike = next(iter(found.values())) if len(found) == 1 else found
+    by_names = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
+    alike = next(iter(by_names.values())) if len(by_names) == 1 else by_names
     return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in origins.items()}}
 
 
@@ -269,16 +269,16 @@ def _student(plan: Plan) -> StudentOrigin:
     """
     own = ("step", "steps_per_epoch", "start_steps", "split", "pairs_count", "pairs_fingerprint", "mlflow_run")
     exported: Any = {key: plan.exported[key] for key in own if key in plan.exported}
-    found: StudentOrigin = {
+    student: StudentOrigin = {
         "uri": plan.student,
         "SHA-256": plan.students[plan.student],
         "mask": plan.mask,
         "precision": plan.recipe.evaluate.precision,
     }
-    found |= exported
+    student |= exported
     if plan.registered:
-        found["registry"] = plan.registered
-    return found
+        student["registry"] = plan.registered
+    return student
 
 
 def numbers(

@@ -117,21 +117,23 @@ def tradeoff(results: Results) -> bytes:
     """
     rows, batch = timed(results), throughput_batch(results)
     panels = [(1, [(row, row["ms"]) for row in rows])]
-    if batch and (found := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
-        panels.append((batch, found))
+    if batch and (throughputs := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
+        panels.append((batch, throughputs))
     figure = Figure(figsize=(8.2 if len(panels) == 1 else 13.0, 5.0), dpi=130, layout="constrained")
     panes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for axes, (size, found) in zip(panes, panels, strict=True):
+    for axes, (size, points) in zip(panes, panels, strict=True):
         plain(axes)
-        _points(axes, [(row["type"], at, row["score"]) for row, at in found])
+        _points(axes, [(row["type"], at, row["score"]) for row, at in points])
         axes.set_xlabel(f"milliseconds per image at batch {size}, decoding included")
         axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
-        _from_zero_or_log(axes, [row["score"] for row, _ in found])
+        _from_zero_or_log(axes, [row["score"] for row, _ in points])
         _plain_numbers(axes)
     _fix_layout(figure)
-    for axes, (_, found) in zip(panes, panels, strict=True):
-        order = sorted(range(len(found)), key=lambda i: (not found[i][0]["type"].startswith("DD"), found[i][1]))
-        _name_points(figure, axes, [(at, row["score"]) for row, at in found], [row["name"] for row, _ in found], order)
+    for axes, (_, points) in zip(panes, panels, strict=True):
+        order = sorted(range(len(points)), key=lambda i: (not points[i][0]["type"].startswith("DD"), points[i][1]))
+        _name_points(
+            figure, axes, [(at, row["score"]) for row, at in points], [row["name"] for row, _ in points], order
+        )
     return png(figure)
 
 

@@ -27,8 +27,8 @@ def _drawn(origin: Origin) -> str:
     )
     if who := [f"the {network}" for network in precisions(origin)]:
         text += f" {' and '.join(who)}.".replace(" the", " The", 1)
-    if found := (origin.get("teacher") or {}).get("filter"):
-        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in found.items())}."
+    if guidance := (origin.get("teacher") or {}).get("filter"):
+        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in guidance.items())}."
     return text
 
 
