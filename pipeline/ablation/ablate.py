@@ -38,7 +38,7 @@ def ablate(recipe: Recipe) -> str:
     if recipe.dry_run:
         return ablation_plan.describe(plan)
     storage.check_writable(plan.at())
-    with tracking.Run.start(plan.recipe, "ablate", _earlier(plan)) as run:
+    with tracking.Run.start(plan.recipe, "ablate", _last_run(plan)) as run:
         claim = {"recipe": plan.recipe.resolved(), "mlflow_run": run.id}
         storage.write_json(plan.at("recipe.json"), claim)
         lost = _work(plan)
@@ -56,11 +56,11 @@ def ablate(recipe: Recipe) -> str:
     return f"{report.table(results)}\n\n{where}"
 
 
-def _earlier(plan: AblationPlan) -> str | None:
+def _last_run(plan: AblationPlan) -> str | None:
     """The MLflow run of the same ablation, begun before."""
     place = plan.at("recipe.json")
-    there = storage.read_json(place) if storage.exists(place) else {}
-    return there.get("mlflow_run") if there.get("recipe") == plan.recipe.resolved() else None
+    claim = storage.read_json(place) if storage.exists(place) else {}
+    return claim.get("mlflow_run") if claim.get("recipe") == plan.recipe.resolved() else None
 
 
 def _work(plan: AblationPlan) -> list[str]:
@@ -126,8 +126,8 @@ def _link(plan: AblationPlan, run: tracking.Run, lost: list[str]) -> None:
     """Tag the MLflow runs behind the table with the ablation's, whoever started them."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     for trial in {trial.pairs: trial for trial in trials}.values():
-        for made in manifest.read(trial.recipe.pairs_uri)["made"]:
-            run.adopt(made["mlflow_run"], variant=_names(trials, pairs=trial.pairs))
+        for job in manifest.read(trial.recipe.pairs_uri)["made"]:
+            run.adopt(job["mlflow_run"], variant=_names(trials, pairs=trial.pairs))
     for trial in {trial.student: trial for trial in trials}.values():
         exported = checkpoints.metadata(storage.join(trial.recipe.student_uri, "student.safetensors"))
         run.adopt(exported["mlflow_run"], variant=_names(trials, student=trial.student))

@@ -249,8 +249,8 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
     def trial(variant: Variant, seed: int) -> Trial:
         """One variant with one seed, its folders by fingerprint."""
         varied = replace(variant.recipe, train=replace(variant.recipe.train, seed=seed))
-        known = facts(varied)
-        pairs, student = fingerprint(known), _student(varied, known)
+        of_pairs = facts(varied)
+        pairs, student = fingerprint(of_pairs), _student(varied, of_pairs)
         # Two columns may become one sampler, e.g. when train.start_steps is [1].
         samplers = [{"name": "FewStep"} | asdict(sampler) for sampler in dict.fromkeys(variant.samplers)]
         uri = storage.join(recipe.ablation_uri, "reports", variant.folder, f"seed-{seed}")
@@ -260,23 +260,23 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
             train=replace(varied.train, uri=place("students", student)),
             evaluate=replace(varied.evaluate, uri=uri, samplers=samplers),
         )
-        _check(varied, known, variant)
+        _check(varied, of_pairs, variant)
         return Trial(variant.label, seed, varied, pairs, student)
 
     return [[trial(variant, seed) for seed in recipe.ablate.seeds] for variant in variants]
 
 
-def _student(recipe: Recipe, known: Facts) -> str:
+def _student(recipe: Recipe, pairs: Facts) -> str:
     """The fingerprint of the recipe's student."""
-    layout, teacher = checkpoints.config(recipe.teacher).layout, known["teacher"]
-    return training_plan.TrainingPlan(recipe, layout, teacher, fingerprint(known)).fingerprint
+    layout, teacher = checkpoints.config(recipe.teacher).layout, pairs["teacher"]
+    return training_plan.TrainingPlan(recipe, layout, teacher, fingerprint(pairs)).fingerprint
 
 
-def _check(recipe: Recipe, known: Facts, variant: Variant) -> None:
+def _check(recipe: Recipe, pairs: Facts, variant: Variant) -> None:
     """What the three jobs would refuse, as far as nothing has to be there yet."""
     layout = checkpoints.config(recipe.teacher).layout
     try:
-        training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), known))
+        training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), pairs))
         scoring.check(recipe.evaluate, layout.image_size, layout.classes)
     except ValueError as error:
         if not variant.axis:
@@ -299,10 +299,10 @@ def _check_changes(variants: list[Variant], trials: list[list[Trial]]) -> None:
 
 def _teacher(recipe: Recipe) -> Recipe | None:
     """The recipe that scores the AR teacher, what the students are compared with; None where none is listed."""
-    listed = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
+    teachers = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
     uri = storage.join(recipe.ablation_uri, "reports", TEACHER)
-    settings = replace(_alone(recipe), samplers=listed, uri=uri, timing_batches=())
-    return replace(recipe, evaluate=settings, dry_run=False) if listed else None
+    settings = replace(_alone(recipe), samplers=teachers, uri=uri, timing_batches=())
+    return replace(recipe, evaluate=settings, dry_run=False) if teachers else None
 
 
 def _alone(recipe: Recipe) -> EvaluateSettings:
@@ -322,12 +322,12 @@ def describe(plan: AblationPlan) -> str:
         seeds = ", ".join(f"{trial.seed}: {trial.student[:SHORT]}" for trial in some)
         lines.append(f"variant   {variant.label}; pairs {some[0].pairs[:SHORT]}; students by seed {seeds}")
     for key, recipe in plan.sets.items():
-        there = (manifest.complete(recipe.pairs_uri) or {"count": 0})["count"]
-        state = f"{min(there, recipe.pairs.count):,} of {recipe.pairs.count:,} are in a complete set"
+        count = (manifest.complete(recipe.pairs_uri) or {"count": 0})["count"]
+        state = f"{min(count, recipe.pairs.count):,} of {recipe.pairs.count:,} are in a complete set"
         lines.append(f"pairs     {key[:SHORT]} at {recipe.pairs_uri}; {state}")
     for key, trial in plan.students.items():
-        there = storage.exists(storage.join(trial.recipe.student_uri, "student.safetensors"))
-        lines.append(f"student   {key[:SHORT]} at {trial.recipe.student_uri}; {'there' if there else 'to train'}")
+        exists = storage.exists(storage.join(trial.recipe.student_uri, "student.safetensors"))
+        lines.append(f"student   {key[:SHORT]} at {trial.recipe.student_uri}; {'there' if exists else 'to train'}")
     done = sum(storage.exists(storage.join(trial.recipe.report_uri, "report.json")) for trial in trials)
     lines.append(f"reports   {done} of {len(trials)} are there, as far as they are of these students")
     left = sum(line.endswith("to train") for line in lines)

@@ -44,7 +44,7 @@ def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults
         rows += [{"axis": axis, "value": value, "base": i == 0, **variants[i]} for value, i in listed]
     of_teacher = scored[TEACHER]["rows"] if TEACHER in scored else []
     teacher = next((row["score"] for row in of_teacher if "sampler" in row), None)
-    found: AblationResults = {
+    results: AblationResults = {
         "name": plan.recipe.name,
         "title": reports[0]["title"] if reports else "distance",
         "count": plan.recipe.evaluate.count,
@@ -54,7 +54,7 @@ def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults
         "teacher": teacher,
         "rows": rows,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(results))
 
 
 def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: Codes | None) -> Numbers:
@@ -78,12 +78,12 @@ def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: Code
                 "mlflow_run": student.get("mlflow_run") if student else None,
             }
         )
-    made = [[score for score in column if score is not None] for column in scores]
+    complete = [[score for score in column if score is not None] for column in scores]
     recipe = plan.trials[i][0].recipe
     return {
         "scores": scores,
-        "mean": [fmean(column) if column else None for column in made],
-        "spread": [stdev(column) if len(column) > 1 else None for column in made],
+        "mean": [fmean(column) if column else None for column in complete],
+        "spread": [stdev(column) if len(column) > 1 else None for column in complete],
         "pairs": {"uri": recipe.pairs_uri, "fingerprint": plan.trials[i][0].pairs, "count": recipe.pairs.count},
         "trials": trials,
         "codes": codes,

@@ -117,10 +117,10 @@ def of_checkout(folder: Path) -> dict[str, str]:
     question = f"FAMILIES = {FAMILIES!r}\n{QUESTION}"
     environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
     command = [sys.executable, "-c", question]
-    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise Refused(f"{folder} does not say which code is there: {found.stderr.strip()}")
-    places, digests = json.loads(found.stdout.splitlines()[-1])
+    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise Refused(f"{folder} does not say which code is there: {answer.stderr.strip()}")
+    places, digests = json.loads(answer.stdout.splitlines()[-1])
     if not all(Path(place).is_relative_to(folder.resolve()) for place in places):  # an installed one answered
         raise Refused(f"{folder} holds no checkout of this package; give the folder that has pipeline/ in it.")
     return digests

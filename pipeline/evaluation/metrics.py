@@ -152,8 +152,8 @@ class InceptionScore:
 
     def error(self) -> float | None:
         """Standard error of ``value``, from the spread of the whole blocks; None of fewer than five."""
-        found = self.scores()[self.n[self.n > 0] == self.n.max()]
-        return float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) >= FEWEST else None
+        scores = self.scores()[self.n[self.n > 0] == self.n.max()]
+        return float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) >= FEWEST else None
 
     def scores(self) -> np.ndarray:
         """The score of each block."""
@@ -233,12 +233,12 @@ def kid(
     Subsets are drawn as torch-fidelity draws them, smaller ones where a set is smaller than ``size``.
     """
     size, rng = min(size, len(generated), len(real)), np.random.RandomState(seed)
-    found = []
+    distances = []
     for _ in range(subsets):
         x = generated[rng.choice(len(generated), size, replace=False)]
         y = real[rng.choice(len(real), size, replace=False)]
-        found.append(mmd2(x.astype(np.float64), y.astype(np.float64)))
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(mmd2(x.astype(np.float64), y.astype(np.float64)))
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def mmd2(x: np.ndarray, y: np.ndarray) -> float:

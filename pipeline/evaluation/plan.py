@@ -246,8 +246,8 @@ def prepare(recipe: Recipe) -> Plan:
     plan = inputs(recipe)
     if any(sampler.frequencies for sampler in plan.samplers):
         expected = fingerprint(manifest.facts(recipe, plan.layout, plan.facts["teacher"]))
-        found = manifest.read(recipe.pairs_uri, expected)
-        plan.facts["pairs"] = {"fingerprint": found["fingerprint"], "count": found["count"]}
+        pairs = manifest.read(recipe.pairs_uri, expected)
+        plan.facts["pairs"] = {"fingerprint": pairs["fingerprint"], "count": pairs["count"]}
     return _with_students(plan) if any(sampler.student for sampler in plan.samplers) else plan
 
 

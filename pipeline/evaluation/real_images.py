@@ -57,7 +57,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
                 f" makes {side}x{side}; give a reference of that size."
             )
         return array if len(array) else None
-    files = _shown(uri) if storage.is_folder(uri) else {"": ""}
+    files = _visible(uri) if storage.is_folder(uri) else {"": ""}
     tables = [storage.join(uri, name) if name else uri for name in files if (name or uri).endswith(".parquet")]
     pictures = [storage.join(uri, name) for name in files if name.lower().endswith(SUFFIXES)]
     if not tables and not pictures:
@@ -74,10 +74,10 @@ def fingerprint(uri: str) -> str:
     """SHA-256 of a file, or of the names, sizes and times of change of all files in a folder."""
     if not storage.is_folder(uri):
         return storage.sha256(uri)
-    return hashlib.sha256(json.dumps(_shown(uri)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_visible(uri)).encode()).hexdigest()
 
 
-def _shown(uri: str) -> dict[str, str]:
+def _visible(uri: str) -> dict[str, str]:
     """``storage.below`` without hidden files and folders and what systems lay beside images: nobody means those."""
 
     def hidden(part: str) -> bool:

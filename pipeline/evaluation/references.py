@@ -63,14 +63,15 @@ def read(uri: str) -> References | None:
     names = set(arrays)
     if {"mu", "sigma"} <= names:
         spatial = (arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= names else None
-        found = References((arrays["mu"], arrays["sigma"]), spatial, None)
+        statistics = References((arrays["mu"], arrays["sigma"]), spatial, None)
         if "flavour" in names:
-            facts = {key: str(arrays[key]) for key in ("flavour", "weights")}
-            found = References(found.pooled, spatial, stated=True, count=int(arrays["count"]), **facts)  # type: ignore[arg-type]
+            facts: dict[str, Any] = {key: str(arrays[key]) for key in ("flavour", "weights")}
+            facts |= {"stated": True, "count": int(arrays["count"])}
+            statistics = References(statistics.pooled, spatial, **facts)
         elif spatial or "arr_0" in names:
-            found = References(found.pooled, spatial, "torch-fidelity")
+            statistics = References(statistics.pooled, spatial, "torch-fidelity")
     elif {"m", "s"} <= names:
-        found = References((arrays["m"], arrays["s"]), None, "pytorch-fid")
+        statistics = References((arrays["m"], arrays["s"]), None, "pytorch-fid")
     elif "arr_0" in names:
         return None
     else:
@@ -78,28 +79,30 @@ def read(uri: str) -> References | None:
             f"evaluate.reference {uri} holds {', '.join(sorted(names)) or 'nothing'}; it must hold mu and sigma, m and"
             " s, or images as arr_0."
         )
-    _check_shapes(found, uri)
-    return found
+    _check_shapes(statistics, uri)
+    return statistics
 
 
-def check(found: References, settings: EvaluateSettings) -> Flavour:
+def check(statistics: References, settings: EvaluateSettings) -> Flavour:
     """The flavour of statistics, once it is certain that they were made by the network that scores; ValueError, one
     sentence, where they were not or nobody says.
     """
     uri, said = settings.reference, settings.reference_flavour
-    if (found.weights == FORMULA) != (settings.inception == FORMULA):
+    if (statistics.weights == FORMULA) != (settings.inception == FORMULA):
         theirs, ours = (
-            "random weights" if name == FORMULA else "trained weights" for name in (found.weights, settings.inception)
+            "random weights" if name == FORMULA else "trained weights"
+            for name in (statistics.weights, settings.inception)
         )
         raise Refused(
             f"evaluate.reference {uri} was made with {theirs} and evaluate.inception is {ours}; give a folder of images"
             " as the reference, or the other weights."
         )
-    if found.stated and said and said != found.flavour:
+    if statistics.stated and said and said != statistics.flavour:
         raise Refused(
-            f"evaluate.reference_flavour is {said}, but {uri} says that it is {found.flavour}; leave the field out."
+            f"evaluate.reference_flavour is {said}, but {uri} says that it is {statistics.flavour}; leave the field"
+            " out."
         )
-    flavour = said or found.flavour
+    flavour = said or statistics.flavour
     if flavour is None:
         raise Refused(
             f"evaluate.reference {uri} holds mu and sigma alone, which does not tell the flavour; set"
@@ -114,14 +117,18 @@ def check(found: References, settings: EvaluateSettings) -> Flavour:
     return flavour
 
 
-def packed(found: References) -> bytes:
+def packed(statistics: References) -> bytes:
     """Statistics as our .npz, which says its flavour, its network and how many images it saw."""
-    arrays: dict[str, Any] = {"mu": found.pooled[0], "sigma": found.pooled[1]}
-    if found.spatial:
-        arrays |= {"mu_s": found.spatial[0], "sigma_s": found.spatial[1]}
+    arrays: dict[str, Any] = {"mu": statistics.pooled[0], "sigma": statistics.pooled[1]}
+    if statistics.spatial:
+        arrays |= {"mu_s": statistics.spatial[0], "sigma_s": statistics.spatial[1]}
     buffer = io.BytesIO()
     np.savez(
-        buffer, **arrays, flavour=np.array(found.flavour), weights=np.array(found.weights), count=np.array(found.count)
+        buffer,
+        **arrays,
+        flavour=np.array(statistics.flavour),
+        weights=np.array(statistics.weights),
+        count=np.array(statistics.count),
     )
     return buffer.getvalue()
 
@@ -159,8 +166,8 @@ def _double(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
 
 
-def _check_shapes(found: References, uri: str) -> None:
-    wanted = [("pooled", found.pooled, inception.FEATURES), ("spatial", found.spatial, inception.SPATIAL)]
+def _check_shapes(statistics: References, uri: str) -> None:
+    wanted = [("pooled", statistics.pooled, inception.FEATURES), ("spatial", statistics.spatial, inception.SPATIAL)]
     for name, gaussian, dim in wanted:
         if gaussian is None:
             continue

@@ -95,13 +95,13 @@ def meaning(settings: EvaluateSettings) -> str:
             "Fréchet distance of features of an Inception network with random weights, in the flavour"
             f" {settings.flavours[0]}. It is not FID: a rehearsal, which compares with nothing"
         )
-    known = {
+    comparability = {
         "torch-fidelity": "comparable with ADM, VAR and LlamaGen; the Distilled Decoding paper's are pytorch-fid's",
         "pytorch-fid": "as in the Distilled Decoding paper; ADM, VAR and LlamaGen report torch-fidelity's",
     }
     return (
         f"Fréchet distance of Inception features to the reference, preprocessed as {settings.flavours[0]} does,"
-        f" {known[settings.flavours[0]]}, which scales and resizes images differently"
+        f" {comparability[settings.flavours[0]]}, which scales and resizes images differently"
     )
 
 
@@ -138,30 +138,30 @@ def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, An
     for name, place in (("reference", uri), ("images", settings.images)):
         if place and not storage.exists(place):
             raise Missing(f"evaluate.{name} {place} is not there; check the path, or fetch ADM's.")
-    found, images = statistics(settings), real(settings, image_size)
+    files, images = statistics(settings), real(settings, image_size)
     facts: dict[str, Any] = {"SHA-256": real_images.fingerprint(uri), "images": len(images) if images else 0}
     if settings.images:
         facts["images SHA-256"] = real_images.fingerprint(settings.images)
         if not images:
             raise Refused(f"evaluate.images {settings.images} holds no images; precision, recall and KID need some.")
     first, *others = settings.flavours
-    if first in found:
-        facts |= {"statistics": "read", "count": found[first].count, "sFID": found[first].spatial is not None}
+    if first in files:
+        facts |= {"statistics": "read", "count": files[first].count, "sFID": files[first].spatial is not None}
     else:
         facts["statistics"] = "made here"
     if others:
-        facts["second"] = "read" if others[0] in found else "made here"
+        facts["second"] = "read" if others[0] in files else "made here"
     if "made here" in facts.values():
-        _check_count(settings, facts["images"], list(found))
+        _check_count(settings, facts["images"], list(files))
     return facts
 
 
-def _check_count(settings: EvaluateSettings, count: int, found: list[Flavour]) -> None:
+def _check_count(settings: EvaluateSettings, count: int, flavours: list[Flavour]) -> None:
     """Refuse images too few for statistics; warn of those whose covariance is singular."""
     uri = settings.images or settings.reference
-    if found and not count:
+    if flavours and not count:
         raise Refused(
-            f"evaluate.flavour is both, and evaluate.reference {uri} holds statistics of {found[0]} alone; give real"
+            f"evaluate.flavour is both, and evaluate.reference {uri} holds statistics of {flavours[0]} alone; give real"
             " images or ADM's .npz as evaluate.images, or one flavour."
         )
     if count < 2:
@@ -182,8 +182,8 @@ def statistics(settings: EvaluateSettings) -> dict[Flavour, References]:
     Raises ValueError, one sentence, for those of a flavour or a network that the recipe does not score with.
     """
     out: dict[Flavour, References] = {}
-    if found := references.read(settings.reference or ""):
-        out[references.check(found, settings)] = found
+    if file := references.read(settings.reference or ""):
+        out[references.check(file, settings)] = file
     beside = references.read(settings.images) if settings.images else None
     if (
         beside

@@ -28,24 +28,24 @@ def exported(uri: str, wanted: dict[str, Any]) -> Exported:
     """
     if not storage.exists(uri):
         raise Missing(f"there is no student at {uri}; run jobs/distill.py first or set evaluate.student.")
-    found = checkpoints.metadata(uri) if uri.endswith(".safetensors") else {}  # the authors' are .pth and .pt
-    for key, value in wanted.items() if found else ():
-        if found.get(key) != value:
+    settings = checkpoints.metadata(uri) if uri.endswith(".safetensors") else {}  # the authors' are .pth and .pt
+    for key, value in wanted.items() if settings else ():
+        if settings.get(key) != value:
             raise Refused(
-                f"the student at {uri} was distilled with {key} {found.get(key)}, but this recipe has {value}; use the"
-                " recipe that it was distilled with, or set evaluate.student."
+                f"the student at {uri} was distilled with {key} {settings.get(key)}, but this recipe has {value}; use"
+                " the recipe that it was distilled with, or set evaluate.student."
             )
-    return found
+    return settings
 
 
 def snapshots(recipe: Recipe, uri: str, student: Exported) -> tuple[dict[int, str], list[str]]:
     """({step: URI} of the students exported on the way to the one at ``uri``, what is said of others in the folder)."""
     names = storage.listing(recipe.student_uri) if recipe.evaluate.curve_count else []
-    found = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
-    ours = {step: place for step, place in found.items() if _on_the_way(checkpoints.metadata(place), student)}
-    if len(ours) == len(found):
-        return found, []
-    others = ", ".join(f"{step:,}" for step in sorted(found.keys() - ours.keys()))
+    folder = {int(m[1]): storage.join(recipe.student_uri, m[0]) for m in map(SNAPSHOT.fullmatch, names) if m}
+    ours = {step: place for step, place in folder.items() if _on_the_way(checkpoints.metadata(place), student)}
+    if len(ours) == len(folder):
+        return folder, []
+    others = ", ".join(f"{step:,}" for step in sorted(folder.keys() - ours.keys()))
     return ours, [
         f"The curve over training leaves out the students of step {others} in {recipe.student_uri}, which are of"
         f" another run or later than {uri}."

@@ -84,13 +84,13 @@ def summarise(
     settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
     teacher, batch = times.speeds.get(Autoregressive(), []), speed.throughput_batch(times.speeds.values())
     rows = numbers(_entries(plan, statistics, times), reference, teacher, batch)
-    found: Results = {
+    results: Results = {
         "name": plan.recipe.name,
         "title": scoring.title(settings),
         "second_title": scoring.second_title(settings),
         "meaning": scoring.meaning(settings),
         "fingerprint": plan.fingerprint(),
-        "shown": shown(plan, others),
+        "shown": frame(plan, others),
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
         "speed": {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch},
@@ -100,12 +100,12 @@ def summarise(
         "notes": list(plan.notes),
         "made": _origin(plan, times, outlines),
     }
-    found = json.loads(json.dumps(found))  # tuples become lists, as they are when report.json is read
-    found["pair_sets"] = comparison.pair_sets(found, others)
-    return found
+    results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
+    results["pair_sets"] = comparison.pair_sets(results, others)
+    return results
 
 
-def shown(plan: Plan, others: list[OtherReport]) -> str:
+def frame(plan: Plan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
     facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.published(settings.samplers)}
@@ -135,20 +135,20 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) ->
 def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
     """The reference of a recipe, for each flavour: statistics out of its files, or those of the real images."""
     settings, real = plan.recipe.evaluate, statistics[plan.reference()] if plan.real else None
-    found = {} if settings.features == "digits" else scoring.statistics(settings)
+    files = {} if settings.features == "digits" else scoring.statistics(settings)
     first, *others = settings.flavours
     second = None
     if others:
-        second = _gaussian(found.get(others[0]), real.second if real else None)
-    if first in found:
-        return Reference(found[first].pooled, real, found[first].spatial, second)
+        second = _gaussian(files.get(others[0]), real.second if real else None)
+    if first in files:
+        return Reference(files[first].pooled, real, files[first].spatial, second)
     assert real is not None
     return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None, second)
 
 
-def _gaussian(read: References | None, made: Moments | None) -> Gaussian | None:
-    """Statistics that were read, else those that were made here."""
-    return read.pooled if read else made.gaussian() if made else None
+def _gaussian(file: References | None, own: Moments | None) -> Gaussian | None:
+    """Statistics out of a file, else those that were made here."""
+    return file.pooled if file else own.gaussian() if own else None
 
 
 def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Agreement | None:
@@ -235,18 +235,18 @@ def _origin(plan: Plan, times: Times, outlines: Mapping[Draw, Outline]) -> Origi
     }
 
 
-def sampling(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How images were made, from what their statistics say: once where it was alike for all, else by names of draws."""
-    days = sorted(one["date"] for one in made.values())
+    days = sorted(one["date"] for one in origins.values())
     groups: dict[str, list[str]] = {}
-    for name, one in made.items():
+    for name, one in origins.items():
         facts = {key: value for key, value in one.items() if key not in ("date", "machines", "code")}
         for key in one["machines"][0]:
             facts[key] = ", ".join(sorted({machine[key] for machine in one["machines"]}))
         groups.setdefault(json.dumps(facts), []).append(name)
-    found = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
-    alike = next(iter(found.values())) if len(found) == 1 else found
-    return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in made.items()}}
+    by_names = {", ".join(names): json.loads(facts) for facts, names in groups.items()}
+    alike = next(iter(by_names.values())) if len(by_names) == 1 else by_names
+    return {"between": [days[0], days[-1]]} | alike | {"code": {name: one["code"] for name, one in origins.items()}}
 
 
 def _report() -> ReportOrigin:

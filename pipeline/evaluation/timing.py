@@ -45,7 +45,7 @@ NOTHING = Times({}, {"key": None, "device": None, "threads": None})
 def facts(plan: Plan) -> dict[str, Any]:
     """All that shapes the times and is known before Ray is joined."""
     recipe, settings, resources = plan.recipe, plan.recipe.evaluate, plan.recipe.cluster
-    found = {
+    out = {
         "batches": sorted({1, *settings.timing_batches}),
         "samplers": list(map(_named, plan.samplers)),
         "teacher": {key: plan.facts[key] for key in ("family", "config", "filter", "precision", "teacher")},
@@ -59,7 +59,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "code": plan.facts["code"] | {equal_code.MEASURING: equal_code.of_measuring()},
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(out))
 
 
 def recalled(plan: Plan) -> Times | None:
@@ -73,8 +73,8 @@ def recalled(plan: Plan) -> Times | None:
     wanted, here = facts(plan), _here(plan)
     for entry in reversed(_entries(plan)):
         if entry["facts"] == wanted and (here is None or here.items() <= entry["machine"].items()):
-            listed = {json.dumps(_named(sampler)): sampler for sampler in [*plan.samplers, Autoregressive()]}
-            speeds = {listed[json.dumps(name)]: [_speed(one) for one in found] for name, found in entry["speeds"]}
+            samplers = {json.dumps(_named(sampler)): sampler for sampler in [*plan.samplers, Autoregressive()]}
+            speeds = {samplers[json.dumps(name)]: [_speed(one) for one in speeds] for name, speeds in entry["speeds"]}
             return Times(speeds, entry["machine"] | {"key": entry["key"], "load": entry["load"]})
     return None
 

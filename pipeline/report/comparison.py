@@ -30,12 +30,12 @@ def alike(rows: list[Row]) -> list[tuple[str, str]]:
     are of one seed and one student, and the error knows of neither.
     """
     scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
-    found = []
+    pairs = []
     for one, other in combinations(scored, 2):
         apart = other["score"] - one["score"]
         if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
-            found.append((apart, one["name"], other["name"]))
-    return [(one, other) for _, one, other in sorted(found)]
+            pairs.append((apart, one["name"], other["name"]))
+    return [(one, other) for _, one, other in sorted(pairs)]
 
 
 def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:

@@ -19,9 +19,9 @@ from pipeline.report.tables import (
 
 def introduction(results: Results) -> str:
     """What was drawn, for whom it was drawn alike."""
-    made = results["made"]
+    origin = results["made"]
     return (
-        f"{made['count']:,} images per sampler, sample ids from 0, seed {made['seed']}; the same id gives"
+        f"{origin['count']:,} images per sampler, sample ids from 0, seed {origin['seed']}; the same id gives"
         " every sampler the same label and the same noise."
     )
 
@@ -59,9 +59,9 @@ ROWS = {
 
 def about_rows(results: Results) -> list[tuple[str, str]]:
     """(name, how it draws) of the samplers in the table."""
-    there = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
+    kinds = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
     departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
-    out = [text for kind, text in ROWS.items() if kind in there]
+    out = [text for kind, text in ROWS.items() if kind in kinds]
     if departing:
         out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
     return out + [("note", note) for note in results.get("notes", [])]
@@ -69,8 +69,8 @@ def about_rows(results: Results) -> list[tuple[str, str]]:
 
 def about_columns(results: Results) -> list[tuple[str, str]]:
     """(heading, how its numbers were made) of the columns in the table."""
-    title, made, short = results["title"], results["made"], short_title(results)
-    there = {column.heading for column in [*columns(results), *further_columns(results)]}
+    title, origin, short = results["title"], results["made"], short_title(results)
+    headings = {column.heading for column in [*columns(results), *further_columns(results)]}
     distance, batch = results["meaning"], throughput_batch(results)
     if any(row.get("score_std") is not None for row in results["rows"]):
         distance += "; behind ± its standard error"
@@ -94,7 +94,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
         " diverse than the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
-        + ("" if made.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
+        + ("" if origin.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
@@ -107,22 +107,22 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " steps leave much of a device idle, which a student does not; a full batch leaves less to save. No ratio here"
         " is of two batch sizes.",
     }
-    out = [(heading, text) for heading, text in texts.items() if heading in there]
-    if not made["timing"]["device"]:
+    out = [(heading, text) for heading, text in texts.items() if heading in headings]
+    if not origin["timing"]["device"]:
         out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
     if beside_paper(results):
         out.append(("paper", ABOUT_PAPER))
     if pairs := results.get("alike"):
         text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
         out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
-    if 0 < made.get("real images", 0) <= made["dimensions"] and made["reference"]["statistics"] == "made here":
-        few = f"Only {made['real images']} real images for {made['dimensions']} features"
+    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
+        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
         out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
-    if 0 < (kept := made.get("features kept", {}).get("images", 0)) < made["count"]:
+    if 0 < (kept := origin.get("features kept", {}).get("images", 0)) < origin["count"]:
         text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
         out.append(("precision, recall, KID, limits and standard errors", text))
-    if made["count"] <= made["dimensions"]:
-        warning = f"Only {made['count']} images for {made['dimensions']} features"
+    if origin["count"] <= origin["dimensions"]:
+        warning = f"Only {origin['count']} images for {origin['dimensions']} features"
         why = f"the covariance is singular and {title} is strongly biased; compare it only with runs of the same count."
         out.append((warning, why))
     return out
@@ -147,13 +147,13 @@ def _about_parameters(results: Results) -> str:
 
 
 def _about_time(results: Results) -> str:
-    made = results["made"]
-    at = made["timing"]
+    origin = results["made"]
+    at = origin["timing"]
     if not at["device"]:
         return ""
     return (
         f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
-        + "".join(f", {text}" for text in precisions(made))
+        + "".join(f", {text}" for text in precisions(origin))
         + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call, the GPU waited for."
         f" {about_load(at['load'], at['cores'])}."
     )
@@ -161,31 +161,31 @@ def _about_time(results: Results) -> str:
 
 def _teachers_time(results: Results) -> str:
     """The AR teacher's own time at batch 1, where it was measured."""
-    found = [one["ms"] for one in (results.get("speed") or {"teacher": []})["teacher"] if one["batch"] == 1]
-    return f", {ms(found[0])} ms" if found else ""
+    times = [one["ms"] for one in (results.get("speed") or {"teacher": []})["teacher"] if one["batch"] == 1]
+    return f", {ms(times[0])} ms" if times else ""
 
 
 def about_load(load: MachineLoad, cores: int | None) -> str:
     """How busy others kept the machine meanwhile, without a full stop; whether that was too much."""
     if load["during"] is None:
-        found = f"This system does not say what other processes did; its load average was {load['average']:.1f}"
+        text = f"This system does not say what other processes did; its load average was {load['average']:.1f}"
     else:
-        found = (
+        text = (
             f"Meanwhile others kept {load['during']:.2f} of the machine's {cores} cores busy, and {load['before']:.2f}"
             " in the second before"
         )
-    found += f"; the GPU was at {load['gpu']:.0f} % before" if load["gpu"] is not None else ""
-    return found + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
+    text += f"; the GPU was at {load['gpu']:.0f} % before" if load["gpu"] is not None else ""
+    return text + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
 
 
 def about_agreement(results: Results) -> str:
     """How near flow matching is to plain sampling."""
-    found, title = results["agreement"], results["title"]
-    assert found is not None
+    agreement, title = results["agreement"], results["title"]
+    assert agreement is not None
     return (
-        f"FM teacher against AR teacher: {title} {found['fm_to_ar']:.4f} between the two;"
-        f" {found['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
-        f" {results['made']['count']:,}); ratio {found['ratio']:.2f}. Near 1, flow matching keeps the"
+        f"FM teacher against AR teacher: {title} {agreement['fm_to_ar']:.4f} between the two;"
+        f" {agreement['ar_to_ar']:.4f} between two AR draws (sample ids from 0 and from"
+        f" {results['made']['count']:,}); ratio {agreement['ratio']:.2f}. Near 1, flow matching keeps the"
         " teacher's distribution as well as this many images can tell."
     )
 
@@ -209,12 +209,12 @@ def about_training(results: Results) -> str:
 
 def about_pairs(results: Results) -> str:
     """Which runs the scores over the count of pairs are from."""
-    found, student = results["pair_sets"], results["made"]["student"]
-    assert found is not None
+    pair_sets, student = results["pair_sets"], results["made"]["student"]
+    assert pair_sets is not None
     assert student is not None
     own = student["pairs_count"]
-    others = "; ".join(f"{one['pairs']:,} pairs: {one['uri']}" for one in found["reports"])
+    others = "; ".join(f"{one['pairs']:,} pairs: {one['uri']}" for one in pair_sets["reports"])
     return (
-        f"{results['title']} of {found['count']:,} images, of students that were distilled from the first pairs of one"
-        f" set ({own:,} pairs: this run; {others})."
+        f"{results['title']} of {pair_sets['count']:,} images, of students that were distilled from the first pairs of"
+        f" one set ({own:,} pairs: this run; {others})."
     )

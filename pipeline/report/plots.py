@@ -37,7 +37,7 @@ GREY = "#333333"
 GAP = 4  # white pixels between the images of the grid
 LEAST_CELL = 72  # small images are enlarged by a whole factor to about this many pixels
 LARGEST = 4096  # pixels of the grid's longer side; a larger one shows its images smaller
-SHOWN = 1100  # pixels that a report gives a picture; larger ones have larger letters
+PAGE_PIXELS = 1100  # pixels that a report gives a picture; larger ones have larger letters
 WIDE = 10.0  # a score's range, as a ratio, from which its axis is logarithmic
 
 
@@ -71,7 +71,7 @@ def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: np.ndarr
     """The sample grid: a labelled row per sampler, a column per noise with its class on top."""
     picture = mosaic(images)
     height, width = picture.shape[:2]
-    scale = max(1.0, width / SHOWN)  # of the letters, which shrink with the picture where it is shown
+    scale = max(1.0, width / PAGE_PIXELS)  # of the letters, which shrink with the picture where it is shown
     left, right, top, bottom = round(scale * (30 + 8 * max(map(len, names)))), 12, round(34 * scale), 12  # margins
     figure = Figure(figsize=((left + width + right) / 100, (top + height + bottom) / 100), dpi=100)
     full_width, full_height = left + width + right, top + height + bottom
@@ -101,13 +101,13 @@ def compressed(png: bytes) -> bytes:
 
 def charts(results: Results) -> dict[str, bytes]:
     """The charts that these results have numbers for, by file name."""
-    drawn = {"tradeoff.png": tradeoff, "curve.png": curve, "pairs.png": pairs}
-    there = {
+    functions = {"tradeoff.png": tradeoff, "curve.png": curve, "pairs.png": pairs}
+    numbers = {
         "tradeoff.png": len(timed(results)) > 1,
         "curve.png": results["curve"],
         "pairs.png": results.get("pair_sets"),
     }
-    return {name: drawn[name](results) for name in drawn if there[name]}
+    return {name: functions[name](results) for name in functions if numbers[name]}
 
 
 def tradeoff(results: Results) -> bytes:
@@ -117,21 +117,23 @@ def tradeoff(results: Results) -> bytes:
     """
     rows, batch = timed(results), throughput_batch(results)
     panels = [(1, [(row, row["ms"]) for row in rows])]
-    if batch and (found := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
-        panels.append((batch, found))
+    if batch and (throughputs := [(row, 1000 / row["throughput"]) for row in rows if row.get("throughput")]):
+        panels.append((batch, throughputs))
     figure = Figure(figsize=(8.2 if len(panels) == 1 else 13.0, 5.0), dpi=130, layout="constrained")
     panes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for axes, (size, found) in zip(panes, panels, strict=True):
+    for axes, (size, points) in zip(panes, panels, strict=True):
         plain(axes)
-        _points(axes, [(row["type"], at, row["score"]) for row, at in found])
+        _points(axes, [(row["type"], at, row["score"]) for row, at in points])
         axes.set_xlabel(f"milliseconds per image at batch {size}, decoding included")
         axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
-        _from_zero_or_log(axes, [row["score"] for row, _ in found])
+        _from_zero_or_log(axes, [row["score"] for row, _ in points])
         _plain_numbers(axes)
     _fix_layout(figure)
-    for axes, (_, found) in zip(panes, panels, strict=True):
-        order = sorted(range(len(found)), key=lambda i: (not found[i][0]["type"].startswith("DD"), found[i][1]))
-        _name_points(figure, axes, [(at, row["score"]) for row, at in found], [row["name"] for row, _ in found], order)
+    for axes, (_, points) in zip(panes, panels, strict=True):
+        order = sorted(range(len(points)), key=lambda i: (not points[i][0]["type"].startswith("DD"), points[i][1]))
+        _name_points(
+            figure, axes, [(at, row["score"]) for row, at in points], [row["name"] for row, _ in points], order
+        )
     return png(figure)
 
 

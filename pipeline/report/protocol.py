@@ -13,35 +13,36 @@ RESIZED = {  # what Inception sees, by flavour
 
 def protocol(results: Results) -> list[tuple[str, str]]:
     """(what, sentences) for drawing, scoring, timing and the run itself; what a report does not know is left out."""
-    made = results["made"]
-    parts = [("drawn", _drawn(made)), ("scored", _scored(made)), ("timed", _timed(made["timing"]))]
-    return [*parts, ("written", _written(made))]
+    origin = results["made"]
+    parts = [("drawn", _drawn(origin)), ("scored", _scored(origin)), ("timed", _timed(origin["timing"]))]
+    return [*parts, ("written", _written(origin))]
 
 
-def _drawn(made: Origin) -> str:
-    classes = f" modulo {made['classes']}" if "classes" in made else " modulo the number of classes"
+def _drawn(origin: Origin) -> str:
+    classes = f" modulo {origin['classes']}" if "classes" in origin else " modulo the number of classes"
     text = (
-        f"{made['count']:,} images a sampler. Sample i, from 0, has class i{classes}, so classes are balanced, and the"
-        f" noise and uniform draws of (seed {made['seed']}, i): the same for every sampler, batch and number of actors."
+        f"{origin['count']:,} images a sampler. Sample i, from 0, has class i{classes}, so classes are balanced, and"
+        f" the noise and uniform draws of (seed {origin['seed']}, i): the same for every sampler, batch and number of"
+        " actors."
     )
-    if who := [f"the {network}" for network in precisions(made)]:
+    if who := [f"the {network}" for network in precisions(origin)]:
         text += f" {' and '.join(who)}.".replace(" the", " The", 1)
-    if found := (made.get("teacher") or {}).get("filter"):
-        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in found.items())}."
+    if guidance := (origin.get("teacher") or {}).get("filter"):
+        text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in guidance.items())}."
     return text
 
 
-def _scored(made: Origin) -> str:
+def _scored(origin: Origin) -> str:
     text = "Images are rounded to uint8 as PNG savers do, floor(clamp(127.5 y + 128, 0, 255)). "
-    if made.get("pixels across an image"):
-        text += f"They are scored at {made['pixels across an image']} pixels across. "
-    if flavour := made.get("flavour"):
+    if origin.get("pixels across an image"):
+        text += f"They are scored at {origin['pixels across an image']} pixels across. "
+    if flavour := origin.get("flavour"):
         each = list(RESIZED) if flavour == "both" else [flavour]
         text += f"Inception sees them after {'; '.join(f'{RESIZED[one]} ({one})' for one in each)}. "
     else:
         text += "The digits scorer sees them as they are, at x / 127.5 - 1, without a resize. "
     text += "It works in float32; means and unbiased covariances are float64 sums, merged in the order of the ids."
-    facts = made.get("reference")
+    facts = origin.get("reference")
     if facts and facts.get("uri"):
         count = facts.get("count") or facts.get("images")
         statistics = "statistics made here by the same network" if facts["statistics"] == "made here" else "statistics"
@@ -60,8 +61,8 @@ def _timed(timing: Timing) -> str:
     )
 
 
-def _written(made: Origin) -> str:
-    facts = made.get("report")
+def _written(origin: Origin) -> str:
+    facts = origin.get("report")
     if not facts:
         return "Written by this package."
     text = f"Written {facts['written']}" if facts.get("written") else "Written"
@@ -71,10 +72,10 @@ def _written(made: Origin) -> str:
     return text + (f", with: {facts['command']}" if facts.get("command") else ".")
 
 
-def precisions(made: Origin) -> list[str]:
+def precisions(origin: Origin) -> list[str]:
     """Each network that drew and its precision, where the report knows it: "teacher in bf16"."""
     networks: dict[str, TeacherOrigin | StudentOrigin | None] = {
-        "teacher": made.get("teacher"),
-        "student": made.get("student"),
+        "teacher": origin.get("teacher"),
+        "student": origin.get("student"),
     }
     return [f"{who} in {one['precision']}" for who, one in networks.items() if one and one.get("precision")]

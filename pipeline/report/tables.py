@@ -65,7 +65,7 @@ def columns(results: Results) -> list[Column]:
     second = results.get("second_title")  # which is the flavour of the paper's FID, then
     one, two, three = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format
     paper_fid: Any = ("fid", "FID, paper", two)
-    found = [
+    candidates = [
         Column("sampler", marked),
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
@@ -85,20 +85,20 @@ def columns(results: Results) -> list[Column]:
         ),
     ]
     if batch := throughput_batch(results):
-        found.append(Column(f"images/s, batch {batch}", _text("throughput", ms)))
-        found.append(Column(f"speed-up, batch {batch}", lambda row: speed_up(row, "throughput_speedup")))
-    return _filled(found, results)
+        candidates.append(Column(f"images/s, batch {batch}", _text("throughput", ms)))
+        candidates.append(Column(f"speed-up, batch {batch}", lambda row: speed_up(row, "throughput_speedup")))
+    return _with_numbers(candidates, results)
 
 
 def further_columns(results: Results) -> list[Column]:
     """Other distances between the same images and the same reference; one that no row has is left out."""
     short, two = short_title(results), "{:.2f}".format
-    found = [
+    candidates = [
         Column(f"{short}, limit", _text("score_inf", two)),
         Column("sFID", _text("sfid", two)),
         Column(kernel_distance(results), _text("kid", lambda value: f"{1000 * value:.2f}")),
     ]
-    return _filled(found, results)
+    return _with_numbers(candidates, results)
 
 
 def kernel_distance(results: Results) -> str:
@@ -106,33 +106,32 @@ def kernel_distance(results: Results) -> str:
     return "KID x 1000" if short_title(results) == "FID" else "KD x 1000"
 
 
-def _filled(found: list[Column], results: Results) -> list[Column]:
-    shown = [(column, column.key in ("precision", "recall")) for column in found]  # the paper's where ours lack images
-    return [
-        column
-        for column, alone in shown
-        if any(column.text(row) or (alone and column.printed(row)) for row in results["rows"])
-    ]
+def _with_numbers(candidates: list[Column], results: Results) -> list[Column]:
+    def has_numbers(column: Column) -> bool:
+        """Ours in any row; of precision and recall, for which ours may lack images, the paper's will do."""
+        alone = column.key in ("precision", "recall")
+        return any(column.text(row) or (alone and column.printed(row)) for row in results["rows"])
+
+    return [column for column in candidates if has_numbers(column)]
 
 
 def further(results: Results) -> Table | None:
     """The other distances of every row that has one; None without any."""
-    found = further_columns(results)
-    rows = [row for row in results["rows"] if any(column.text(row) for column in found)]
-    cells = [[row["name"], *(column.text(row) or "-" for column in found)] for row in rows]
-    return Table(["sampler", *(column.heading for column in found)], cells) if rows else None
+    distances = further_columns(results)
+    rows = [row for row in results["rows"] if any(column.text(row) for column in distances)]
+    cells = [[row["name"], *(column.text(row) or "-" for column in distances)] for row in rows]
+    return Table(["sampler", *(column.heading for column in distances)], cells) if rows else None
 
 
 def main(results: Results) -> Table:
     """The report's table, the most telling of the paper's figures behind ours."""
-    shown: list[tuple[str, Callable[[Row], str]]] = []
+    texts: dict[str, Callable[[Row], str]] = {}  # by heading
     for column in columns(results):
-        shown.append((column.heading, column.text))
+        texts[column.heading] = column.text
         if column.key in MAIN and any(column.printed(row) for row in results["rows"]):
-            shown.append((column.paper, column.printed))
-    cells = [[text(row) or "-" for _, text in shown] for row in results["rows"]]
-    typed = any(heading == "type" for heading, _ in shown)
-    return Table([heading for heading, _ in shown], cells, 1 + typed)
+            texts[column.paper] = column.printed
+    cells = [[text(row) or "-" for text in texts.values()] for row in results["rows"]]
+    return Table(list(texts), cells, 1 + ("type" in texts))
 
 
 def beside_paper(results: Results) -> Table | None:
@@ -153,15 +152,15 @@ def speeds(results: Results) -> Table:
     cells = []
     for row in rows:
         by_batch: dict[int, SpeedAtBatch] = {speed["batch"]: speed for speed in row["speeds"]}
-        found = [by_batch.get(batch) for batch in batches]
-        cells.append([row["name"], *(f"{ms(one['ms'])} ({ms(one['network_ms'])})" if one else "-" for one in found)])
+        times = [by_batch.get(batch) for batch in batches]
+        cells.append([row["name"], *(f"{ms(one['ms'])} ({ms(one['network_ms'])})" if one else "-" for one in times)])
     return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
 
 
 def throughput_batch(results: Results) -> int | None:
     """The batch of images a second: the largest at which all samplers were timed; None where that is 1, or none."""
-    found = results.get("speed")
-    return found.get("throughput_batch") if found else None
+    speed = results.get("speed")
+    return speed.get("throughput_batch") if speed else None
 
 
 def timed(results: Results) -> list[Row]:

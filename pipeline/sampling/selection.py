@@ -68,10 +68,10 @@ def names(samplers: Sequence[Sampler]) -> list[str]:
 
 
 def _construct(entry: dict[str, Any], split: int) -> Sampler:
-    known = {kind.__name__: kind for kind in SAMPLERS}
-    if not isinstance(entry, dict) or entry.get("name") not in list(known):
-        raise Refused(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(known)}.")
-    kind = known[entry["name"]]
+    classes = {kind.__name__: kind for kind in SAMPLERS}
+    if not isinstance(entry, dict) or entry.get("name") not in list(classes):
+        raise Refused(f"evaluate.samplers holds {entry!r}; an entry needs a name out of {', '.join(classes)}.")
+    kind = classes[entry["name"]]
     own, wanted = {f.name: f for f in fields(kind)}, kinds(kind)
     values = {key: value for key, value in entry.items() if key not in ("name", "paper")}
     if "split" in own:

@@ -25,7 +25,7 @@ from pipeline.services.mlflow_store import first_line, without_credentials
 
 BEST = "best"  # the alias
 FOLDER = "student"  # of the run's artifacts
-WANTED = re.compile(r"models:/(?P<name>[^/:@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/:@]+))")
+ADDRESS = re.compile(r"models:/(?P<name>[^/:@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/:@]+))")
 COMPARABLE = ("title", "features", "reference", "count", "steps")  # tags of versions whose scores may be compared
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes of MLflow for what is not there
 
@@ -33,41 +33,41 @@ ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes o
 # ---- reading
 
 
-def fetched(recipe: Recipe) -> tuple[Recipe, str]:
+def fetch(recipe: Recipe) -> tuple[Recipe, str]:
     """The recipe with a file in the place of evaluate.student models:/..., and which version that is.
 
     The file is put into the report's cache, where every node finds it, once. A recipe that names a file, or nothing,
     comes back as it is, with "". Raises ValueError, one sentence, for a version that is not there or not ours, and for
     a registry that cannot be reached.
     """
-    asked = recipe.evaluate.student or ""
-    if not asked.startswith("models:/"):
+    address = recipe.evaluate.student or ""
+    if not address.startswith("models:/"):
         return recipe, ""
-    match = WANTED.fullmatch(asked)
+    match = ADDRESS.fullmatch(address)
     if not match:
         raise Refused(
-            f"evaluate.student is {asked}; write models:/NAME/3 for a version, models:/NAME@best for an alias."
+            f"evaluate.student is {address}; write models:/NAME/3 for a version, models:/NAME@best for an alias."
         )
     store = mlflow_store.of(recipe)
     client = mlflow_store.opened(store)
     with mlflow_store.usable(store):
-        found, why = _version(client, match)
-    if found is None:
+        version, why = _version(client, match)
+    if version is None:
         raise Refused(
-            f"evaluate.student is {asked}, which the registry of {without_credentials(store.uri)} does not have"
+            f"evaluate.student is {address}, which the registry of {without_credentials(store.uri)} does not have"
             f" ({why}); register a student with evaluate.register, or give the file of one."
         )
-    version = f"models:/{found.name}/{found.version}"
-    if not {"student_sha256", "file"} <= found.tags.keys():
+    name = f"models:/{version.name}/{version.version}"
+    if not {"student_sha256", "file"} <= version.tags.keys():
         raise Refused(
-            f"evaluate.student is {asked}, and {version} does not say which student it is, so it was not registered by"
+            f"evaluate.student is {address}, and {name} does not say which student it is, so it was not registered by"
             " evaluate.register; give the student's file."
         )
-    sha256 = found.tags["student_sha256"]
-    place = storage.join(recipe.report_uri, "cache", sha256[:24] + Path(found.tags["file"]).suffix)
+    sha256 = version.tags["student_sha256"]
+    place = storage.join(recipe.report_uri, "cache", sha256[:24] + Path(version.tags["file"]).suffix)
     if not storage.exists(place) or storage.sha256(place) != sha256:
-        _download(client, found, store.uri, place)
-    return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), version
+        _download(client, version, store.uri, place)
+    return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), name
 
 
 def _version(client: Any, wanted: re.Match[str]) -> tuple[Any, str]:
@@ -94,15 +94,15 @@ def _download(client: Any, version: Any, store: str, place: str) -> None:
             source = client.get_model_version_download_uri(version.name, str(version.version))
             uri = f"{source}/{version.tags['file']}"
             local = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=store)
-            found = storage.sha256(local)
+            sha256 = storage.sha256(local)
         except Exception as error:  # whatever the artifacts' store raises
             raise Refused(
                 f"{name} is registered, but its file could not be fetched ({first_line(error)}); restore the"
                 " artifacts of its run, or give another student."
             ) from error
-        if found != wanted:
+        if sha256 != wanted:
             raise Refused(
-                f"the file of {name} has SHA-256 {found[:12]}... and was registered with {wanted[:12]}...; it was"
+                f"the file of {name} has SHA-256 {sha256[:12]}... and was registered with {wanted[:12]}...; it was"
                 " replaced or damaged, so register the student again."
             )
         with open(local, "rb") as source_file, storage.replacing(place) as target:
@@ -128,13 +128,15 @@ def check(recipe: Recipe) -> None:
         client.search_registered_models(max_results=1)
 
 
-def registered(recipe: Recipe, results: Results) -> str | None:
+def version_of(recipe: Recipe, results: Results) -> str | None:
     """The version that already holds this student with this report, as a sentence, or None; gives the alias its due."""
     name, store = recipe.evaluate.register or "", mlflow_store.of(recipe)
     client = mlflow_store.opened(store)
     with mlflow_store.usable(store):
-        found = _same(client, name, _tags(results))
-        return found and f"The student is models:/{name}/{found.version} already; {_promoted(client, name, found)}."
+        version = _same(client, name, _tags(results))
+        return (
+            version and f"The student is models:/{name}/{version.version} already; {_promote(client, name, version)}."
+        )
 
 
 def register(run: tracking.Run, recipe: Recipe, results: Results) -> str:
@@ -145,10 +147,10 @@ def register(run: tracking.Run, recipe: Recipe, results: Results) -> str:
     name, student = recipe.evaluate.register or "", _student(results)["uri"]
     tags = _tags(results) | {"file": storage.local(student).name, "report": recipe.report_uri}
     try:
-        found = _same(run.client, name, tags)
-        if found is None:
-            found = _create(run, name, storage.local(student), tags)
-        return f"The student is models:/{name}/{found.version}; {_promoted(run.client, name, found)}."
+        version = _same(run.client, name, tags)
+        if version is None:
+            version = _create(run, name, storage.local(student), tags)
+        return f"The student is models:/{name}/{version.version}; {_promote(run.client, name, version)}."
     except Exception as error:  # whatever the registry's client raises
         raise Unfinished(
             f"the report is {storage.join(recipe.report_uri, 'report.md')}, but its student could not be registered as"
@@ -161,7 +163,7 @@ def _tags(results: Results) -> dict[str, str]:
 
     ``score`` is that of the first few-step sampler listed, of ``steps`` steps: what students are compared by.
     """
-    made, student = results["made"], _student(results)
+    origin, student = results["made"], _student(results)
     rows = [row for row in results["rows"] if "sampler" in row]
     first = next(row for row in rows if row["sampler"]["name"] == "FewStep")
     tags: dict[str, str | float] = {f"score/{metric_name(row['name'])}": row["score"] for row in rows}
@@ -171,13 +173,13 @@ def _tags(results: Results) -> dict[str, str]:
         "steps": first["steps"],
         "title": results["title"],
         "count": first["count"],
-        "features": fingerprint(made["features SHA-256"])[:12],
-        "reference": fingerprint({key: value for key, value in made["reference"].items() if key != "uri"})[:12],
+        "features": fingerprint(origin["features SHA-256"])[:12],
+        "reference": fingerprint({key: value for key, value in origin["reference"].items() if key != "uri"})[:12],
         "student_sha256": student["SHA-256"],
         "report_fingerprint": results["fingerprint"],
     }
-    tags |= {"teacher_tokenizer": made["teacher"]["tokenizer SHA-256"]}
-    tags |= {"teacher_checkpoint": made["teacher"]["checkpoint SHA-256"]}
+    tags |= {"teacher_tokenizer": origin["teacher"]["tokenizer SHA-256"]}
+    tags |= {"teacher_checkpoint": origin["teacher"]["checkpoint SHA-256"]}
     optional: dict[str, str | float | None] = {"score_error": first.get("score_std"), "step": student.get("step")}
     optional |= {"pairs_fingerprint": student.get("pairs_fingerprint"), "distill_run": student.get("mlflow_run")}
     tags |= {tag: value for tag, value in optional.items() if value is not None}
@@ -211,13 +213,13 @@ def _create(run: tracking.Run, name: str, student: Path, tags: dict[str, str]) -
     return run.client.create_model_version(name, source, run_id=run.id, tags=tags)
 
 
-def _promoted(client: Any, name: str, version: Any) -> str:
+def _promote(client: Any, name: str, version: Any) -> str:
     """Give ``version`` the alias if it is better than who has it, where the two can be compared; what was found."""
     best = client.get_registered_model(name).aliases.get(BEST)
     mine, sampler = version.tags, version.tags["sampler"]
-    shown = f"{mine['title']} {float(mine['score']):.2f} of {sampler}"
+    summary = f"{mine['title']} {float(mine['score']):.2f} of {sampler}"
     if best is not None and str(best) == str(version.version):
-        return f"it is {BEST} ({shown})"
+        return f"it is {BEST} ({summary})"
     if best is not None:
         holder = client.get_model_version(name, str(best)).tags
         other = [
@@ -228,12 +230,12 @@ def _promoted(client: Any, name: str, version: Any) -> str:
         if other:
             return f"not compared with version {best}, which stays {BEST}: {', '.join(other)}"
         if not float(mine["score"]) < float(holder["score"]):
-            return f"version {best} stays {BEST} ({shown}, against {float(holder['score']):.2f})"
-        shown += f", against {float(holder['score']):.2f} of version {best}"
+            return f"version {best} stays {BEST} ({summary}, against {float(holder['score']):.2f})"
+        summary += f", against {float(holder['score']):.2f} of version {best}"
         if all("score_error" in tags for tags in (mine, holder)):
             error = max(float(tags["score_error"]) for tags in (mine, holder))
             if not float(holder["score"]) - float(mine["score"]) > error:
                 why = f"the two cannot be told apart within a standard error of {error:.2f}"
-                return f"version {best} stays {BEST}: {why} ({shown})"
+                return f"version {best} stays {BEST}: {why} ({summary})"
     client.set_registered_model_alias(name, BEST, str(version.version))
-    return f"it is {BEST} now ({shown})"
+    return f"it is {BEST} now ({summary})"

@@ -41,7 +41,7 @@ ABOUT: dict[Job, str] = {
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
 MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
-SHOWN = 60  # characters of a variant's name that still fit before a run's
+VARIANT = 60  # characters of a variant's name that still fit before a run's
 METRIC_BYTES = 300  # that a metric takes while it waits
 
 
@@ -80,7 +80,7 @@ class Run:
                 run.__exit__(Stopped, stopped, None)
             raise
         run._outbox.put(partial(run._send_parameters, parameters(recipe, job)))
-        run.artifact("recipe.yaml", _shown(recipe).encode())
+        run.artifact("recipe.yaml", _as_yaml(recipe).encode())
         return run
 
     def __enter__(self) -> Run:
@@ -116,8 +116,8 @@ class Run:
         self._folder = folder
 
         def send(_: list[Any]) -> None:
-            found = _active(self._client, before)
-            if found and found.info.status == "RUNNING":
+            run = _active(self._client, before)
+            if run and run.info.status == "RUNNING":
                 self._client.set_terminated(before, "KILLED")
 
         if before != self.id:
@@ -178,9 +178,9 @@ class Run:
         """
 
         def send(_: list[Any]) -> None:
-            if found := run_id or self._newest(job, tags):
-                self._set_tag(self.id, f"{job}_run", found)
-                self._links[job] = found
+            if other := run_id or self._newest(job, tags):
+                self._set_tag(self.id, f"{job}_run", other)
+                self._links[job] = other
 
         self._outbox.put(send)
 
@@ -195,8 +195,8 @@ class Run:
         """``adopt`` the newest run of ``job`` in this experiment that carries some tags, if there is one."""
 
         def send(_: list[Any]) -> None:
-            if found := self._newest(job, carrying):
-                self._adopt(found, tags)
+            if other := self._newest(job, carrying):
+                self._adopt(other, tags)
 
         self._outbox.put(send)
 
@@ -226,8 +226,8 @@ class Run:
         """Log those that the run does not have: MLflow takes no other value of a parameter."""
         from mlflow.entities import Param
 
-        there = self._client.get_run(self.id).data.params
-        rows = [Param(key, value[: LONGEST["parameter"]]) for key, value in values.items() if key not in there]
+        logged = self._client.get_run(self.id).data.params
+        rows = [Param(key, value[: LONGEST["parameter"]]) for key, value in values.items() if key not in logged]
         for begin in range(0, len(rows), 100):  # what one call takes
             self._client.log_batch(self.id, params=rows[begin : begin + 100])
 
@@ -238,8 +238,8 @@ class Run:
         """Id of the newest other run of ``job`` in this experiment that carries ``tags``, or None."""
         query = " and ".join(f"tags.{key} = '{value}'" for key, value in ({"job": job} | tags).items())
         experiment = self._client.get_run(self.id).info.experiment_id
-        found = self._client.search_runs([experiment], query, max_results=2, order_by=["start_time DESC"])
-        return next((run.info.run_id for run in found if run.info.run_id != self.id), None)
+        runs = self._client.search_runs([experiment], query, max_results=2, order_by=["start_time DESC"])
+        return next((run.info.run_id for run in runs if run.info.run_id != self.id), None)
 
     def _adopt(self, run_id: str, tags: dict[str, str]) -> None:
         other = _active(self._client, run_id)
@@ -251,7 +251,7 @@ class Run:
         if other.info.start_time >= mine.info.start_time:
             links["mlflow.parentRunId"] = self.id
         name, variant = other.info.run_name, tags.get("variant", "")
-        if 0 < len(variant) <= SHOWN and not name.startswith(variant):
+        if 0 < len(variant) <= VARIANT and not name.startswith(variant):
             links["mlflow.runName"] = f"{variant}: {name}"
         for key, value in links.items():
             self._set_tag(run_id, key, value)
@@ -287,7 +287,7 @@ def complete(recipe: Recipe, job: Job, folder: str, log: Callable[[Run], None]) 
         log(run)
 
 
-def _shown(recipe: Recipe) -> str:
+def _as_yaml(recipe: Recipe) -> str:
     """The whole recipe as YAML; no field of one holds credentials."""
     return yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
 
@@ -297,18 +297,18 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     name = name[: LONGEST["experiment"]] or "unnamed"
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)  # another job was faster
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
+        experiment = client.get_experiment_by_name(name)  # another job was faster
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
         print(f"The MLflow experiment {name} had been deleted; it and its runs are restored.", file=sys.stderr)
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _created(client: Any, experiment: str, name: str, job: Job, note: list[str]) -> str:
@@ -325,12 +325,12 @@ def _active(client: Any, run_id: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
-        found = client.get_run(run_id)
+        run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return found if found.info.lifecycle_stage == "active" else None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def _reopened(client: Any, run_id: str) -> str | None:

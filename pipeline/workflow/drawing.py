@@ -81,8 +81,8 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
 
 def in_cache(plan: Plan) -> list[Draw]:
     """The draws of a plan of which nothing is missing: their statistics, and the images where they are wanted."""
-    there = set(storage.listing(plan.shelf))
-    draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in there]
+    names = set(storage.listing(plan.shelf))
+    draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in names]
     return [draw for draw in draws if saved(plan, draw)]
 
 

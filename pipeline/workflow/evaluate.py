@@ -30,7 +30,7 @@ from pipeline.sampling.samplers import OneStepStar
 from pipeline.services import cluster, registry, tracking
 from pipeline.workflow import costs, drawing, other_reports, preflight, status
 
-SHOWN = (".html", ".md", "report.json", ".png")  # the files of a report that MLflow gets, by how their names end
+ENDINGS = (".html", ".md", "report.json", ".png")  # of the names of the files that MLflow gets
 
 
 def evaluate(recipe: Recipe) -> str:
@@ -44,17 +44,17 @@ def evaluate(recipe: Recipe) -> str:
         return costs.described(recipe)
     if not recipe.status:
         preflight.check(recipe, "evaluate")
-    recipe, registered = registry.fetched(recipe)
+    recipe, registered = registry.fetch(recipe)
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     if recipe.status:
         return status.of_evaluation(plan)
     others = other_reports.read(plan, scoring.title(recipe.evaluate))
     for sentence in said_of(plan):
         print(sentence, file=sys.stderr, flush=True)
-    earlier, times = _earlier(plan), timing.recalled(plan)
-    shown = times and {"shown": summary.shown(plan, others), "timing": times.measurement["key"]}
-    if earlier and _shows(earlier) == shown and _complete(plan, earlier):
-        return f"{markdown.table(earlier)}\n\n{_nothing_missing(plan, earlier)}"
+    last, times = _last_report(plan), timing.recalled(plan)
+    frame = times and {"shown": summary.frame(plan, others), "timing": times.measurement["key"]}
+    if last and _frame_of(last) == frame and _complete(plan, last):
+        return f"{markdown.table(last)}\n\n{_nothing_missing(plan, last)}"
     if drawing.in_cache(plan) != plan.draws():
         with cluster.session(recipe, recipe.evaluate.actors, "sampling actors"):
             preflight.check_workers(recipe, "evaluate", recipe.report_uri)
@@ -76,11 +76,14 @@ def evaluate(recipe: Recipe) -> str:
 def said_of(plan: Plan) -> list[str]:
     """What the report will say of its student and its samplers that nobody should find there only."""
     names = selection.names(plan.samplers)
-    found = [(name, plan.departures(sampler)) for name, sampler in zip(names, plan.samplers, strict=True)]
-    asking = ((name, "; ".join(why)) for name, why in found if why)
+    reasons = {name: plan.departures(sampler) for name, sampler in zip(names, plan.samplers, strict=True)}
     return [
         *plan.notes,
-        *(f"{name} asks more of its student than that was trained for: {why}." for name, why in asking),
+        *(
+            f"{name} asks more of its student than that was trained for: {'; '.join(why)}."
+            for name, why in reasons.items()
+            if why
+        ),
     ]
 
 
@@ -93,7 +96,7 @@ def _timed(plan: Plan, frequencies: np.ndarray | None) -> Times:
     return times
 
 
-def _earlier(plan: Plan) -> Results | None:
+def _last_report(plan: Plan) -> Results | None:
     """The results of a report that is there already and was made from the same images and networks.
 
     What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
@@ -105,28 +108,28 @@ def _earlier(plan: Plan) -> Results | None:
     return results if same else None
 
 
-def _shows(results: Results) -> dict[str, Any]:
+def _frame_of(results: Results) -> dict[str, Any]:
     """What a report shows beside its images: its form, the figures beside its own, its times."""
     return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
 
 
 def _complete(plan: Plan, results: Results) -> bool:
     """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
-    there = set(storage.listing(plan.recipe.report_uri))
-    return set(results["files"]) <= there and all(drawing.saved(plan, draw) for draw in plan.draws())
+    names = set(storage.listing(plan.recipe.report_uri))
+    return set(results["files"]) <= names and all(drawing.saved(plan, draw) for draw in plan.draws())
 
 
 def _nothing_missing(plan: Plan, results: Results) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
-    names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(SHOWN)]
+    names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(ENDINGS)]
     files = {name: partial(storage.read_bytes, storage.join(plan.recipe.report_uri, name)) for name in names}
     tracking.complete(plan.recipe, "evaluate", plan.recipe.report_uri, lambda run: _log(run, plan, results, files))
     said = f"Nothing is missing: {uri} holds this report; delete timing.json beside it to measure speed again."
     if not plan.recipe.evaluate.register:
         return said
-    if known := registry.registered(plan.recipe, results):
-        return f"{said} {known}"
+    if version := registry.version_of(plan.recipe, results):
+        return f"{said} {version}"
     with tracking.Run.start(plan.recipe, "evaluate") as run:
         _log(run, plan, results, {})
         return f"{said} {registry.register(run, plan.recipe, results)}"
@@ -179,9 +182,9 @@ def _write_reference(plan: Plan, statistics: drawing.Shelf) -> list[str]:
     settings = plan.recipe.evaluate
     if settings.features == "digits" or plan.facts["reference"]["statistics"] != "made here":
         return []
-    found, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
-    made = References(found.gaussian, found.spatial, settings.flavours[0], True, weights, plan.real)
-    storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(made))
+    reference, weights = summary.compared_with(plan, statistics), plan.facts["features"]["inception"]
+    content = References(reference.gaussian, reference.spatial, settings.flavours[0], True, weights, plan.real)
+    storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(content))
     return ["reference.npz"]
 
 
@@ -205,12 +208,12 @@ def _log(run: tracking.Run, plan: Plan, results: Results, files: Mapping[str, by
     run.tag("report_fingerprint", results["fingerprint"])
     if plan.students:
         run.tag("student", plan.students[plan.student][:12])
-    if made_by := plan.exported.get("mlflow_run"):
-        run.link("distill", made_by)
-    if known := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):
-        run.tag("pairs_fingerprint", known)
-        run.link("pairs", pairs_fingerprint=known)
-        run.dataset("pairs", plan.recipe.pairs_uri, known, "training")
+    if trainer := plan.exported.get("mlflow_run"):
+        run.link("distill", trainer)
+    if pairs := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):
+        run.tag("pairs_fingerprint", pairs)
+        run.link("pairs", pairs_fingerprint=pairs)
+        run.dataset("pairs", plan.recipe.pairs_uri, pairs, "training")
     reference = results["made"]["reference"]
     run.dataset("reference", str(reference["uri"]), fingerprint(dict(reference)), "evaluation")
     run.conclude(markdown.headline(results), markdown.table(results))

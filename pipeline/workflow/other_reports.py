@@ -58,19 +58,19 @@ def _own(plan: Plan, title: str) -> dict[str, Any]:
     """The facts of the report to come, where a finished one has them."""
     settings = plan.recipe.evaluate
     student = {key: plan.exported.get(key) for key in ("pairs_count", "pairs_fingerprint")}
-    made = {"count": settings.count, "seed": settings.seed, "features SHA-256": plan.facts["features"]}
-    made["reference"] = plan.facts["reference"]
-    return {"title": title, "made": made | {"student": student | {"precision": settings.precision}}}
+    origin = {"count": settings.count, "seed": settings.seed, "features SHA-256": plan.facts["features"]}
+    origin["reference"] = plan.facts["reference"]
+    return {"title": title, "made": origin | {"student": student | {"precision": settings.precision}}}
 
 
 def _facts(results: Any, uri: str) -> dict[str, Any]:
     """What compared reports must share, and the count of pairs, in which they must differ."""
     try:
-        made = results["made"]
-        student = made["student"] or {}
-        facts = {"title": results["title"], "count": made["count"], "seed": made["seed"]}
-        facts |= {"scoring network": made["features SHA-256"], "student's precision": student.get("precision")}
-        facts["reference"] = {key: value for key, value in made["reference"].items() if key != "uri"}
+        origin = results["made"]
+        student = origin["student"] or {}
+        facts = {"title": results["title"], "count": origin["count"], "seed": origin["seed"]}
+        facts |= {"scoring network": origin["features SHA-256"], "student's precision": student.get("precision")}
+        facts["reference"] = {key: value for key, value in origin["reference"].items() if key != "uri"}
         facts |= {"pair set": student.get("pairs_fingerprint")}
     except (KeyError, TypeError, AttributeError):
         raise Refused(

@@ -112,7 +112,7 @@ def test_a_version_says_what_it_is_and_brings_its_file(recipe: Recipe, tmp_path:
     }
     assert client_of(recipe).get_run(version.run_id).data.tags["job"] == "evaluate"
     Path(student).unlink()
-    got, name = registry.fetched(changed(recipe, student="models:/digits@best"))
+    got, name = registry.fetch(changed(recipe, student="models:/digits@best"))
     assert name == "models:/digits/1"
     assert got.evaluate.student == f"{recipe.report_uri}/cache/{version.tags['student_sha256'][:24]}.safetensors"
     assert storage.sha256(got.evaluate.student) == version.tags["student_sha256"]
@@ -142,15 +142,15 @@ def test_a_score_within_the_standard_error_moves_no_alias(recipe: Recipe) -> Non
 def test_the_same_student_with_the_same_report_is_one_version(recipe: Recipe) -> None:
     register(recipe, 5.0)
     assert "models:/digits/1; it is best (FD 5.00 of DD 1 step)" in register(recipe, 5.0)
-    known = registry.registered(recipe, results_of(recipe, 5.0))
+    known = registry.version_of(recipe, results_of(recipe, 5.0))
     assert known == "The student is models:/digits/1 already; it is best (FD 5.00 of DD 1 step)."
-    assert registry.registered(recipe, results_of(recipe, 4.0)) is None
+    assert registry.version_of(recipe, results_of(recipe, 4.0)) is None
     export_student(recipe, 2)
     assert "models:/digits/2" in register(recipe, 5.0)
     client = client_of(recipe)
     assert len(client.search_model_versions("name = 'digits'")) == 2
     client.delete_registered_model_alias("digits", "best")  # as if the job had been killed before it gave it
-    known = registry.registered(recipe, results_of(recipe, 5.0))
+    known = registry.version_of(recipe, results_of(recipe, 5.0))
     assert known == "The student is models:/digits/2 already; it is best now (FD 5.00 of DD 1 step)."
 
 
@@ -231,7 +231,7 @@ def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_t
     assert len(client_of(recipe).search_model_versions("name = 'digits'")) == 1
 
     moved = changed(recipe, register=None, student="models:/digits@best", uri=str(tmp_path / "elsewhere"))
-    got, name = registry.fetched(moved)
+    got, name = registry.fetch(moved)
     assert name == "models:/digits/1"
     teacher = checkpoints.teacher(recipe.teacher)
     images = []

@@ -471,7 +471,7 @@ def test_a_changed_sampler_is_drawn_again_and_its_reason_said(
     )
     again = [draw.name for draw in base.draws() if draw not in drawing.in_cache(halved)]
     assert set(again) == {draw.name for draw in base.draws() if isinstance(draw.sampler, FewStep)}
-    assert evaluate._earlier(halved) is None
+    assert evaluate._last_report(halved) is None
     drawn: list[str] = []
     monkeypatch.setattr(drawing, "parts_of", lambda plan, todo, _: drawn.extend(draw.name for draw in todo) or [])
     drawing.collect(halved, None)
