@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.plan import PART_IMAGES, Draw, Plan, prepare
+from pipeline.evaluation.plan import PART_IMAGES, Draw, EvaluationPlan, prepare
 from pipeline.evaluation.tally import Statistics
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
@@ -163,7 +163,7 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
     return section
 
 
-def _scored(plan: Plan, draw: Draw) -> Row:
+def _scored(plan: EvaluationPlan, draw: Draw) -> Row:
     """One sampler's row."""
     with tempfile.TemporaryDirectory() as watched:
         for _ in parts_of(plan, [draw], None, WatchedArtist, folder=watched):

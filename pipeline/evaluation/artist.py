@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline import noise
 from pipeline.evaluation import scoring
-from pipeline.evaluation.plan import Draw, Plan
+from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.real_images import RealImages
 from pipeline.evaluation.scoring import Features
 from pipeline.evaluation.tally import Sight, Statistics
@@ -50,7 +50,7 @@ class Artist:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         draws: list[Draw],
         frequencies: np.ndarray | None,
         weights: ray.ObjectRef[dict[str, np.ndarray]] | None = None,
@@ -145,7 +145,7 @@ def machine(device: str) -> dict[str, str]:
     return {"host": socket.gethostname(), "device": device_name(device)} | versions
 
 
-def load_models(plan: Plan, frequencies: np.ndarray | None) -> Models:
+def load_models(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Models:
     """The teacher of a plan on its device; the student is loaded when a draw needs it."""
     teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
     shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
@@ -154,7 +154,7 @@ def load_models(plan: Plan, frequencies: np.ndarray | None) -> Models:
     return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
 
 
-def load_student(plan: Plan, uri: str, models: Models) -> Student:
+def load_student(plan: EvaluationPlan, uri: str, models: Models) -> Student:
     """A student of a plan on its device, compiled if the recipe says so."""
     student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.built).to(plan.device)
     if plan.recipe.evaluate.compile:
@@ -163,7 +163,7 @@ def load_student(plan: Plan, uri: str, models: Models) -> Student:
 
 
 @torch.no_grad()
-def seconds_per_image(plan: Plan, samplers: list[Sampler]) -> dict[Sampler, float]:
+def seconds_per_image(plan: EvaluationPlan, samplers: list[Sampler]) -> dict[Sampler, float]:
     """Seconds of an image of each sampler in steady state, in batches of the recipe's, decoding included.
 
     Samplers of token frequencies are left out: they ask no network and a pair set that may be still to come. A student

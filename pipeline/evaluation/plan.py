@@ -82,7 +82,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """A recipe that passed the cheap checks, with what they found; ``notes`` are for whoever reads the report."""
 
     recipe: Recipe
@@ -239,7 +239,7 @@ class Plan:
 # ---- the checks
 
 
-def prepare(recipe: Recipe) -> Plan:
+def prepare(recipe: Recipe) -> EvaluationPlan:
     """Everything that can be wrong and is cheap to find; ValueError, one sentence each, before any
     sampling.
     """
@@ -251,7 +251,7 @@ def prepare(recipe: Recipe) -> Plan:
     return _with_students(plan) if any(sampler.student for sampler in plan.samplers) else plan
 
 
-def inputs(recipe: Recipe) -> Plan:
+def inputs(recipe: Recipe) -> EvaluationPlan:
     """The checks of all that is there before the first pair: samplers, teacher, scoring network, reference, folder.
 
     Raises as ``prepare`` does, which adds what needs the pair set and the student.
@@ -278,10 +278,10 @@ def inputs(recipe: Recipe) -> Plan:
             compilation.check(f"{name}.compile", recipe.cluster.runs_on)
     pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
-    return Plan(recipe, layout, listed, facts["reference"]["images"], facts)
+    return EvaluationPlan(recipe, layout, listed, facts["reference"]["images"], facts)
 
 
-def _with_students(plan: Plan) -> Plan:
+def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
     """The plan with the student and those exported along the way; refuses one of another teacher or pair set."""
     recipe, facts = plan.recipe, plan.facts
     of_pairs = fingerprint(manifest.facts(recipe, plan.layout, facts["teacher"]))

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.evaluation import metrics, scoring
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
-from pipeline.evaluation.plan import Draw, Plan
+from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.references import References
 from pipeline.evaluation.tally import SCORE_BLOCK, Outline, Statistics
 from pipeline.evaluation.timing import Times
@@ -70,7 +70,7 @@ class Reference:
 
 
 def summarise(
-    plan: Plan,
+    plan: EvaluationPlan,
     statistics: Mapping[Draw, Statistics],
     times: Times,
     outlines: Mapping[Draw, Outline],
@@ -105,14 +105,14 @@ def summarise(
     return results
 
 
-def frame(plan: Plan, others: list[OtherReport]) -> str:
+def frame(plan: EvaluationPlan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
     facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.published(settings.samplers)}
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
-def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
+def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
     names, papers = selection.names(plan.samplers), selection.published(plan.recipe.evaluate.samplers)
@@ -132,7 +132,7 @@ def _entries(plan: Plan, statistics: Mapping[Draw, Statistics], times: Times) ->
         )
 
 
-def compared_with(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Reference:
+def compared_with(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -> Reference:
     """The reference of a recipe, for each flavour: statistics out of its files, or those of the real images."""
     settings, real = plan.recipe.evaluate, statistics[plan.reference()] if plan.real else None
     files = {} if settings.features == "digits" else scoring.statistics(settings)
@@ -151,7 +151,7 @@ def _gaussian(file: References | None, own: Moments | None) -> Gaussian | None:
     return file.pooled if file else own.gaussian() if own else None
 
 
-def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Agreement | None:
+def _agreement(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -> Agreement | None:
     second = plan.teacher_again()
     if second is None:
         return None
@@ -159,7 +159,7 @@ def _agreement(plan: Plan, statistics: Mapping[Draw, Statistics]) -> Agreement |
     return agreement(*(statistics[draw] for draw in (first["FlowMatched"], first["Autoregressive"], second)))
 
 
-def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Reference) -> Curve | None:
+def _curve(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], reference: Reference) -> Curve | None:
     draws = plan.curve()
     if not draws:
         return None
@@ -178,7 +178,7 @@ def _curve(plan: Plan, statistics: Mapping[Draw, Statistics], reference: Referen
     }
 
 
-def _origin(plan: Plan, times: Times, outlines: Mapping[Draw, Outline]) -> Origin:
+def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]) -> Origin:
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
@@ -253,7 +253,7 @@ def _report() -> ReportOrigin:
     return {**provenance.version(), "written": provenance.now(), "command": shlex.join(["python", *sys.argv])}
 
 
-def _reference(plan: Plan) -> ReferenceOrigin:
+def _reference(plan: EvaluationPlan) -> ReferenceOrigin:
     settings = plan.recipe.evaluate
     uri = "the digits" if settings.features == "digits" else settings.reference or ""
     return {"uri": uri} | ({"images": settings.images} if settings.images else {}) | plan.facts["reference"]
@@ -263,7 +263,7 @@ def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
-def _student(plan: Plan) -> StudentOrigin:
+def _student(plan: EvaluationPlan) -> StudentOrigin:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
     """

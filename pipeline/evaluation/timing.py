@@ -20,7 +20,7 @@ import torch
 from pipeline import storage
 from pipeline.evaluation import equal_code
 from pipeline.evaluation.artist import load_models, load_student
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host import machine, provenance
 from pipeline.numerics.precision import set_products
 from pipeline.recipe import fingerprint
@@ -42,7 +42,7 @@ class Times:
 NOTHING = Times({}, {"key": None, "device": None, "threads": None})
 
 
-def facts(plan: Plan) -> dict[str, Any]:
+def facts(plan: EvaluationPlan) -> dict[str, Any]:
     """All that shapes the times and is known before Ray is joined."""
     recipe, settings, resources = plan.recipe, plan.recipe.evaluate, plan.recipe.cluster
     out = {
@@ -62,7 +62,7 @@ def facts(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(out))
 
 
-def recalled(plan: Plan) -> Times | None:
+def recalled(plan: EvaluationPlan) -> Times | None:
     """The times of this plan on the machine that would measure them now; ``NOTHING`` where the recipe names no batch.
 
     None says that they must be measured. A job that joins a cluster cannot know which of its nodes will measure: there
@@ -79,7 +79,7 @@ def recalled(plan: Plan) -> Times | None:
     return None
 
 
-def keep(plan: Plan, times: Times) -> Times:
+def keep(plan: EvaluationPlan, times: Times) -> Times:
     """Write down what ``time_samplers`` found, in the place of what it replaces; returns it with its key."""
     wanted, measured = facts(plan), times.measurement
     where = {"device": measured["device"], "cores": measured["cores"], "threads": measured["threads"]}
@@ -91,7 +91,9 @@ def keep(plan: Plan, times: Times) -> Times:
     return Times(times.speeds, {**measured, "key": key})
 
 
-def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1) -> Times:
+def time_alone(
+    plan: EvaluationPlan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1
+) -> Times:
     """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
 
     For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
@@ -105,7 +107,9 @@ def time_alone(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, .
     return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
 
 
-def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int) -> Times:
+def time_samplers(
+    plan: EvaluationPlan, frequencies: np.ndarray | None, batches: tuple[int, ...], threads: int
+) -> Times:
     """Speed of every sampler of the table, and of the AR teacher in any case, on so many threads or all cores; with the
     machine that it was measured on, and what others did there.
     """
@@ -128,7 +132,7 @@ def time_samplers(plan: Plan, frequencies: np.ndarray | None, batches: tuple[int
     return Times(speeds, measurement)
 
 
-def _here(plan: Plan) -> Mapping[str, object] | None:
+def _here(plan: EvaluationPlan) -> Mapping[str, object] | None:
     """What this machine is, where it will be the one that measures."""
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return None
@@ -137,11 +141,11 @@ def _here(plan: Plan) -> Mapping[str, object] | None:
     return machine.described(plan.device)
 
 
-def _place(plan: Plan) -> str:
+def _place(plan: EvaluationPlan) -> str:
     return storage.join(plan.recipe.report_uri, "timing.json")
 
 
-def _entries(plan: Plan) -> list[dict[str, Any]]:
+def _entries(plan: EvaluationPlan) -> list[dict[str, Any]]:
     return storage.read_json(_place(plan)) if storage.exists(_place(plan)) else []
 
 

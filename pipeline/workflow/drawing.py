@@ -22,7 +22,7 @@ import ray.data
 from pipeline import storage
 from pipeline.evaluation import scoring
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.plan import Draw, Plan
+from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.tally import Outline, Statistics, outline
 from pipeline.host import provenance
 from pipeline.host.progress import Progress
@@ -35,7 +35,7 @@ RETRIES = 5  # of a part whose actor died; a node that is lost takes several bef
 class Shelf(Mapping[Draw, Statistics]):
     """The statistics of the finished draws of a plan, read when asked for: one may hold half a gigabyte."""
 
-    def __init__(self, plan: Plan, draws: list[Draw]) -> None:
+    def __init__(self, plan: EvaluationPlan, draws: list[Draw]) -> None:
         self.plan, self.draws = plan, draws
 
     def __getitem__(self, draw: Draw) -> Statistics:
@@ -53,7 +53,7 @@ class Shelf(Mapping[Draw, Statistics]):
             return outline(file)
 
 
-def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
+def collect(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Shelf:
     """The statistics of all draws: out of the cache, or drawn now and put there."""
     draws = plan.draws()
     finished = in_cache(plan)
@@ -79,14 +79,14 @@ def collect(plan: Plan, frequencies: np.ndarray | None) -> Shelf:
     return Shelf(plan, draws)
 
 
-def in_cache(plan: Plan) -> list[Draw]:
+def in_cache(plan: EvaluationPlan) -> list[Draw]:
     """The draws of a plan of which nothing is missing: their statistics, and the images where they are wanted."""
     names = set(storage.listing(plan.shelf))
     draws = [draw for draw in plan.draws() if plan.cache(draw).rpartition("/")[2] in names]
     return [draw for draw in draws if saved(plan, draw)]
 
 
-def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
+def _finish(plan: EvaluationPlan, draw: Draw, statistics: Statistics) -> None:
     """Put a whole draw away: its images, if they are wanted, and then its statistics, which say that it is done."""
     if draw in plan.samples():
         sample_files.join(plan.samples()[draw], plan.key(draw), draw.items)
@@ -96,14 +96,14 @@ def _finish(plan: Plan, draw: Draw, statistics: Statistics) -> None:
     storage.write_bytes(plan.cache(draw), statistics.pack())
 
 
-def saved(plan: Plan, draw: Draw) -> bool:
+def saved(plan: EvaluationPlan, draw: Draw) -> bool:
     """Whether a draw's images are in their file, if the recipe wants them there."""
     wanted = plan.samples().get(draw)
     return wanted is None or sample_files.holds(wanted, plan.key(draw))
 
 
 def parts_of(
-    plan: Plan, todo: list[Draw], frequencies: np.ndarray | None, artist: type[Artist] = Artist, **more: Any
+    plan: EvaluationPlan, todo: list[Draw], frequencies: np.ndarray | None, artist: type[Artist] = Artist, **more: Any
 ) -> Iterable[dict[str, Any]]:
     """The parts of all draws as the actors finish them: {draw, item, statistics}.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import noise, storage
 from pipeline.evaluation import references, scoring, summary, timing
-from pipeline.evaluation.plan import Plan, prepare
+from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.evaluation.references import References
 from pipeline.evaluation.timing import Times
 from pipeline.pairs import shards
@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe) -> str:
     return f"{markdown.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
 
 
-def said_of(plan: Plan) -> list[str]:
+def said_of(plan: EvaluationPlan) -> list[str]:
     """What the report will say of its student and its samplers that nobody should find there only."""
     names = selection.names(plan.samplers)
     reasons = {name: plan.departures(sampler) for name, sampler in zip(names, plan.samplers, strict=True)}
@@ -87,7 +87,7 @@ def said_of(plan: Plan) -> list[str]:
     ]
 
 
-def _timed(plan: Plan, frequencies: np.ndarray | None) -> Times:
+def _timed(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Times:
     """What ``time_samplers`` finds with the pool's cores, after keeping it for the next report of the same samplers."""
     settings = plan.recipe.evaluate
     print("Measuring speed, call by call in turn.", file=sys.stderr, flush=True)
@@ -96,7 +96,7 @@ def _timed(plan: Plan, frequencies: np.ndarray | None) -> Times:
     return times
 
 
-def _last_report(plan: Plan) -> Results | None:
+def _last_report(plan: EvaluationPlan) -> Results | None:
     """The results of a report that is there already and was made from the same images and networks.
 
     What it shows may have changed since: the paper's figures, the reports it is compared with, its form, the machine
@@ -113,13 +113,13 @@ def _frame_of(results: Results) -> dict[str, Any]:
     return {"shown": results["shown"], "timing": results["made"]["timing"].get("key")}
 
 
-def _complete(plan: Plan, results: Results) -> bool:
+def _complete(plan: EvaluationPlan, results: Results) -> bool:
     """Whether every file of a report is there: its own, and the samplers' images where they are wanted."""
     names = set(storage.listing(plan.recipe.report_uri))
     return set(results["files"]) <= names and all(drawing.saved(plan, draw) for draw in plan.draws())
 
 
-def _nothing_missing(plan: Plan, results: Results) -> str:
+def _nothing_missing(plan: EvaluationPlan, results: Results) -> str:
     """That the report is there; its student is registered now if it should be and is not."""
     uri = storage.join(plan.recipe.report_uri, "report.json")
     names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(ENDINGS)]
@@ -135,7 +135,7 @@ def _nothing_missing(plan: Plan, results: Results) -> str:
         return f"{said} {registry.register(run, plan.recipe, results)}"
 
 
-def write(plan: Plan, results: Results, statistics: drawing.Shelf) -> dict[str, bytes]:
+def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> dict[str, bytes]:
     """The report's files by name, after writing them; report.json, which says that it is complete, comes
     last.
     """
@@ -154,7 +154,7 @@ def write(plan: Plan, results: Results, statistics: drawing.Shelf) -> dict[str, 
     return files
 
 
-def sweep(plan: Plan) -> None:
+def sweep(plan: EvaluationPlan) -> None:
     """Delete what no report needs any more, once this one is written.
 
     Killed writers' temporary files, everywhere; parts of images whose draw is another one; and in the report's own
@@ -174,7 +174,7 @@ def sweep(plan: Plan) -> None:
                 storage.remove(storage.join(plan.shelf, name))
 
 
-def _write_reference(plan: Plan, statistics: drawing.Shelf) -> list[str]:
+def _write_reference(plan: EvaluationPlan, statistics: drawing.Shelf) -> list[str]:
     """Keep the statistics of real images that were made here: a recipe may name reference.npz instead of them.
 
     Returns the name of the file, if there is one.
@@ -188,7 +188,7 @@ def _write_reference(plan: Plan, statistics: drawing.Shelf) -> list[str]:
     return ["reference.npz"]
 
 
-def _frequencies(plan: Plan) -> np.ndarray | None:
+def _frequencies(plan: EvaluationPlan) -> np.ndarray | None:
     """Token frequencies [classes or 1, n, V] of the pair set, where a sampler draws from them."""
     if not any(sampler.frequencies for sampler in plan.samplers):
         return None
@@ -197,7 +197,9 @@ def _frequencies(plan: Plan) -> np.ndarray | None:
     return counts if by_class else counts[None]
 
 
-def _log(run: tracking.Run, plan: Plan, results: Results, files: Mapping[str, bytes | Callable[[], bytes]]) -> None:
+def _log(
+    run: tracking.Run, plan: EvaluationPlan, results: Results, files: Mapping[str, bytes | Callable[[], bytes]]
+) -> None:
     """Numbers, pictures and links into MLflow."""
     run.metrics(markdown.headlines(results))
     for point in results["curve"]["points"] if results["curve"] else []:

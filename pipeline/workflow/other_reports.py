@@ -10,14 +10,14 @@ import json
 from typing import Any
 
 from pipeline import storage
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host.errors import Refused
 from pipeline.report.results import OtherReport
 
 WITHOUT_COUNT = "it was written before students said from how many pairs they are; distil and evaluate that run again"
 
 
-def read(plan: Plan, title: str) -> list[OtherReport]:
+def read(plan: EvaluationPlan, title: str) -> list[OtherReport]:
     """The reports at ``evaluate.compare``, {"uri", "SHA-256", "results"} each, in the recipe's order.
 
     Raises FileNotFoundError or ValueError, one sentence, for one that is not there or not a report, and for one whose
@@ -54,7 +54,7 @@ def read(plan: Plan, title: str) -> list[OtherReport]:
     return out
 
 
-def _own(plan: Plan, title: str) -> dict[str, Any]:
+def _own(plan: EvaluationPlan, title: str) -> dict[str, Any]:
     """The facts of the report to come, where a finished one has them."""
     settings = plan.recipe.evaluate
     student = {key: plan.exported.get(key) for key in ("pairs_count", "pairs_fingerprint")}

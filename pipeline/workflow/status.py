@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline import storage
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host.progress import duration
 from pipeline.pairs import manifest
 from pipeline.recipe import Recipe
@@ -70,7 +70,7 @@ def of_training(recipe: Recipe) -> str:
     return "\n".join([*lines, *_pace(list(saved.values()), each, "steps", (plan.total - done) / each, written | saved)])
 
 
-def of_evaluation(plan: Plan) -> str:
+def of_evaluation(plan: EvaluationPlan) -> str:
     """Sets of images that are scored and that are left, with the last activity."""
     recipe = plan.recipe
     draws, there = plan.draws(), storage.modified(plan.shelf)

@@ -458,7 +458,7 @@ def test_a_changed_sampler_is_drawn_again_and_its_reason_said(
     recipe, _ = finished
     read = provenance.source
 
-    def changed_source(old: str, new: str) -> plan.Plan:
+    def changed_source(old: str, new: str) -> plan.EvaluationPlan:
         def source(name: str) -> str:
             return read(name).replace(old, new)
 
@@ -499,7 +499,7 @@ def test_statistics_of_an_earlier_version_are_named_and_not_used(
 def test_flavour_and_weights_are_in_every_key_and_the_reference_in_that_of_real_images(recipe: Recipe) -> None:
     base = plan.prepare(recipe)
 
-    def like(**facts: Any) -> plan.Plan:
+    def like(**facts: Any) -> plan.EvaluationPlan:
         return dataclasses.replace(base, facts=base.facts | facts)
 
     network = {"inception": "a", "flavour": "torch-fidelity"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.plan import Plan
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.models.base import Layout
 from pipeline.recipe import Recipe
 from pipeline.report import comparison
@@ -58,13 +58,13 @@ def results(pairs: int, score: float, steps_per_epoch: int | None = 10) -> dict[
     }
 
 
-def plan(tmp_path: Path, *uris: str, **exported: Any) -> Plan:
+def plan(tmp_path: Path, *uris: str, **exported: Any) -> EvaluationPlan:
     """A plan that would make ``results(1200, ...)``."""
     settings = EvaluateSettings(count=500, compare=uris)
     recipe = Recipe(run=str(tmp_path), evaluate=settings)
     student = {"pairs_count": 1200, "pairs_fingerprint": "f"} | exported
     facts = {"features": {"scorer": "abc"}, "reference": {"images": 5000}}
-    return Plan(recipe, Layout((1, 4), 24, 4, 10, 32), [FewStep(1)], 0, facts, exported=student)
+    return EvaluationPlan(recipe, Layout((1, 4), 24, 4, 10, 32), [FewStep(1)], 0, facts, exported=student)
 
 
 def written(folder: Path, name: str, content: Any) -> str:
