@@ -22,6 +22,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import listed as sampler_list
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
@@ -250,9 +251,9 @@ def prepare(recipe: Recipe) -> Plan:
     """
     plan = inputs(recipe)
     if any(sampler.frequencies for sampler in plan.samplers):
-        expected = fingerprint(manifest.facts(recipe, plan.layout, plan.facts["teacher"]))
-        found = manifest.read(recipe.pairs_uri, expected)
-        plan.facts["pairs"] = {"fingerprint": found["fingerprint"], "count": found["count"]}
+        pairs = PairFacts.of(recipe, plan.facts["teacher"])
+        inventory = manifest.read(recipe.pairs_uri, pairs.fingerprint)
+        plan.facts["pairs"] = {"fingerprint": inventory["fingerprint"], "count": inventory["count"]}
     return _with_students(plan) if any(sampler.student for sampler in plan.samplers) else plan
 
 
@@ -373,9 +374,9 @@ def departures(plan: Plan, sampler: Sampler) -> list[str]:
 
 
 def _check_student(plan: Plan, settings: dict[str, Any]) -> None:
-    of_pairs = manifest.facts(plan.recipe, plan.layout, plan.facts["teacher"])
+    pairs = PairFacts.of(plan.recipe, plan.facts["teacher"])
     wanted = {"family": plan.facts["family"], "teacher": plan.facts["teacher"]}
-    for key, value in (wanted | {"pairs_fingerprint": fingerprint(of_pairs)}).items():
+    for key, value in (wanted | {"pairs_fingerprint": pairs.fingerprint}).items():
         if settings.get(key) != value:
             raise Refused(
                 f"the student at {plan.student} was distilled with {key} {settings.get(key)}, but this"

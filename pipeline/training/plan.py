@@ -14,6 +14,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.settings.train import TrainSettings
 from pipeline.training import losses
@@ -99,19 +100,19 @@ class Plan:
         }
 
 
-def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
+def check(recipe: Recipe, facts: PairFacts | None = None) -> Plan:
     """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
 
-    A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
+    A dry run may plan for pairs that are not there yet. ``facts`` are those of its pair set, where the caller has them.
     """
     losses.check(recipe.train, checkpoints.config(recipe.teacher).layout)
-    known = known or manifest.facts_of(recipe)
-    manifest.check_claim(recipe.pairs_uri, known)
+    facts = facts or PairFacts.of(recipe)
+    manifest.check_claim(recipe.pairs_uri, facts)
     plan = Plan(
         recipe=recipe,
-        layout=checkpoints.config(recipe.teacher).layout,
-        teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
-        pairs_fingerprint=fingerprint(known),
+        layout=facts.layout,
+        teacher=facts.checksums,
+        pairs_fingerprint=facts.fingerprint,
     )
     if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
         raise Refused(
@@ -128,11 +129,11 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> Plan:
     claimed(plan)
     if not recipe.dry_run:  # a set may be begun small and grow
         check_batch(plan)
-        there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
-        if there < recipe.pairs.count:
+        count = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
+        if count < recipe.pairs.count:
             raise Refused(
-                f"{recipe.pairs_uri} holds {there} pairs and pairs.count is {recipe.pairs.count}; run"
-                f" generate_pairs with this recipe, or set pairs.count to {there}."
+                f"{recipe.pairs_uri} holds {count} pairs and pairs.count is {recipe.pairs.count}; run"
+                f" generate_pairs with this recipe, or set pairs.count to {count}."
             )
     return plan
 

@@ -18,9 +18,10 @@ from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import duration
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
-from pipeline.pairs import shards as pairs
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.pairs.replica import Replica
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep
 from pipeline.services import cluster
 from pipeline.training import plan, state, step
@@ -101,26 +102,25 @@ def _priced(recipe: Recipe, seconds: float) -> list[str]:
 
 def of_pairs(recipe: Recipe) -> Cost:
     """Rows that are missing, their storage, a batch's memory and time."""
-    known, uri, size = manifest.facts_of(recipe), recipe.pairs_uri, recipe.pairs.shard_rows
-    manifest.check_claim(uri, known)
+    facts, uri = PairFacts.of(recipe), recipe.pairs_uri
+    manifest.check_claim(uri, facts)
     complete = manifest.complete(uri)
     count = max(recipe.pairs.count, complete["count"] if complete else 0)
-    shards = manifest.present(manifest.committed(uri), count, size)
-    todo = [number for number, name in shards.items() if name is None]
-    left = sum(min(size, count - number * size) for number in todo)
-    batch, row = min(recipe.pairs.batch, size), pairs.row_bytes(known)
+    gap = Gap.among(manifest.committed(uri), facts, count)
+    left, missing = gap.rows_left, len(gap.missing)
+    batch, row = min(recipe.pairs.batch, facts.shard_rows), facts.row_bytes
     lines = [
-        f"pair set     {uri}, fingerprint {fingerprint(known)[:12]}",
-        f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
+        f"pair set     {uri}, fingerprint {facts.fingerprint[:12]}",
+        f"rows         {count:,}; {left:,} in {missing} shards are left to make",
         f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
         *footprints.of_generation(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
     ]
 
     def measure() -> tuple[float, str]:
-        seconds = cluster.on_actor(recipe, Replica, (recipe, known), "measure")
+        seconds = cluster.on_actor(recipe, Replica, (recipe, facts), "measure")
         return seconds * left / batch, f"one batch    {batch} rows in {duration(seconds)} on one replica"
 
-    replicas = max(1, min(recipe.pairs.actors, len(todo)))
+    replicas = max(1, min(recipe.pairs.actors, missing))
     return Cost("pairs (generate_pairs)", lines, replicas, measure if left else None)
 
 

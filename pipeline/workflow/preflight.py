@@ -25,6 +25,7 @@ from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, mlflow_store, registry
 from pipeline.training import losses
@@ -101,7 +102,7 @@ def check_teacher(recipe: Recipe) -> None:
 def check_pairs(recipe: Recipe) -> None:
     """The folder is free or holds this very set."""
     recipe.check_filled("pairs")
-    manifest.check_claim(recipe.pairs_uri, manifest.facts_of(recipe))
+    manifest.check_claim(recipe.pairs_uri, PairFacts.of(recipe))
 
 
 def check_training(recipe: Recipe) -> None:

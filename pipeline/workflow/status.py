@@ -14,6 +14,8 @@ from pipeline import storage
 from pipeline.evaluation.plan import Plan
 from pipeline.host.progress import duration
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.recipe import Recipe
 from pipeline.training import state
 from pipeline.training.plan import check
@@ -25,27 +27,26 @@ SHORTEST = 60.0  # seconds within which nothing is called late
 
 def of_pairs(recipe: Recipe) -> str:
     """Shards and rows that are there and missing, with rate and last activity."""
-    uri, size, written = recipe.pairs_uri, recipe.pairs.shard_rows, storage.modified(recipe.pairs_uri)
+    uri, times = recipe.pairs_uri, storage.modified(recipe.pairs_uri)
     if not manifest.begun(uri):
         return f"pairs: {uri} holds no pair set; generate_pairs has not begun one there."
-    complete = manifest.complete(uri)
+    complete, sizes = manifest.complete(uri), manifest.committed(uri)
     count = max(recipe.pairs.count, complete["count"] if complete else 0)
-    sizes = manifest.committed(uri)
-    shards = manifest.present(sizes, count, size)
-    names = [name for name in shards.values() if name]
-    rows = sum(manifest.number_and_rows(name, size)[1] for name in names)
-    megabytes = sum(sizes[name] for name in names) / 1e6
+    facts = PairFacts.of(recipe, checksums={})  # which shards there are does not depend on the weights
+    gap = Gap.among(sizes, facts, count)
+    rows = sum(facts.number_and_rows(name)[1] for name in gap.names)
+    megabytes = sum(sizes[name] for name in gap.names) / 1e6
     lines = [
         f"pairs: {uri}",
-        f"there        {len(names):,} of {len(shards):,} shards, {rows:,} of {count:,} rows, {megabytes:,.1f} MB",
+        f"there        {len(gap.names):,} of {len(gap.present):,} shards, {rows:,} of {count:,} rows,"
+        f" {megabytes:,.1f} MB",
     ]
-    if complete and complete["count"] == count and len(names) == len(shards):
-        return "\n".join([*lines, f"state        complete; the last file was written {_ago(written)} ago"])
-    missing = [number for number, name in shards.items() if not name]
-    lines.append(f"missing      {_numbers(missing)}" if missing else "missing      the manifest alone")
-    each = rows / max(1, len(names))
-    times = [written[name] for name in names if name in written]
-    return "\n".join([*lines, *_pace(times, each, "rows", len(missing), written)])
+    if complete and complete["count"] == count and not gap.missing:
+        return "\n".join([*lines, f"state        complete; the last file was written {_ago(times)} ago"])
+    lines.append(f"missing      {_numbers(gap.missing)}" if gap.missing else "missing      the manifest alone")
+    each = rows / max(1, len(gap.names))
+    pace = _pace([times[name] for name in gap.names if name in times], each, "rows", len(gap.missing), times)
+    return "\n".join([*lines, *pace])
 
 
 def of_training(recipe: Recipe) -> str:
