@@ -218,7 +218,7 @@ def first_tokens(uri: str, count: int) -> np.ndarray:
     inventory = manifest.read(uri)
     facts = PairFacts.from_json(inventory["facts"])
     names = [shard["name"] for shard in inventory["shards"] if facts.rows_of(shard["number"], count)]
-    return np.concatenate(list(_tokens(uri, facts, names)))[:count]
+    return np.concatenate(list(tokens_of(uri, facts, names)))[:count]
 
 
 def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
@@ -234,7 +234,7 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
         raise Refused(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
     counts = np.zeros(size, dtype=np.int64)
     names = [shard["name"] for shard in inventory["shards"]]
-    for name, tokens in zip(names, _tokens(uri, facts, names), strict=True):
+    for name, tokens in zip(names, tokens_of(uri, facts, names), strict=True):
         group = noise.labels(facts.ids_of(name), groups)
         cell = (group[:, None] * length + np.arange(length)) * codes + tokens
         counts += np.bincount(cell.ravel(), minlength=size)
@@ -242,19 +242,19 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
     return counts.reshape((groups, *shape) if by_class else shape)
 
 
-def _tokens(uri: str, facts: PairFacts, names: Sequence[str]) -> Iterator[np.ndarray]:
+def tokens_of(uri: str, facts: PairFacts, names: Sequence[str]) -> Iterator[np.ndarray]:
     """The tokens of each shard, uint16 [b, n], in order; nothing else is read, and ``CHECKERS`` shards at once."""
     with ThreadPoolExecutor(CHECKERS) as pool:
         shards: deque[Future[np.ndarray]] = deque()
         for name in names:
-            shards.append(pool.submit(_tokens_of, uri, facts, name))
+            shards.append(pool.submit(_read_tokens, uri, facts, name))
             if len(shards) == CHECKERS:
                 yield shards.popleft().result()
         while shards:
             yield shards.popleft().result()
 
 
-def _tokens_of(uri: str, facts: PairFacts, name: str) -> np.ndarray:
+def _read_tokens(uri: str, facts: PairFacts, name: str) -> np.ndarray:
     """The tokens of one shard, uint16 [b, n], by the pages that hold them; their own CRC-32 is checked."""
     with storage.reading(storage.join(uri, name)) as file:
         try:

@@ -165,12 +165,12 @@ def claimed(plan: Plan) -> dict[str, Any] | None:
                 " another folder."
             )
         return None
-    there = storage.read_json(place)
-    if not (isinstance(there, dict) and {"fingerprint", "facts"} <= there.keys()):
+    owner = storage.read_json(place)
+    if not (isinstance(owner, dict) and {"fingerprint", "facts"} <= owner.keys()):
         raise Refused(f"{place} is not what distill wrote; set train.uri (or run) to another folder, or restore it.")
-    if there["fingerprint"] == plan.fingerprint:
-        return there
-    old, new = leaves(there["facts"]), leaves(plan.facts)
+    if owner["fingerprint"] == plan.fingerprint:
+        return owner
+    old, new = leaves(owner["facts"]), leaves(plan.facts)
     name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise Refused(
         f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"

@@ -153,20 +153,20 @@ def of_evaluation(recipe: Recipe) -> Cost:
     """Images that are left to draw, those of students still to be exported among them, from a batch of each sampler."""
     student = recipe.evaluate.student or storage.join(recipe.student_uri, "student.safetensors")
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
-    found = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
-    left = [draw for draw in found.draws() if draw.sampler and not (begun and storage.exists(found.cache(draw)))]
+    report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
+    missing = [draw for draw in report.draws() if draw.sampler and not (begun and storage.exists(report.cache(draw)))]
     lines = [f"report       {recipe.report_uri}"]
-    drawn = [draw for draw in found.draws() if draw.sampler]
-    lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in left else ", in the cache") for draw in drawn]
-    images = [(draw.sampler, draw.count) for draw in left if draw.sampler]
-    few = [sampler for sampler in found.samplers if isinstance(sampler, FewStep)]
+    drawn = [draw for draw in report.draws() if draw.sampler]
+    lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in missing else ", in the cache") for draw in drawn]
+    images = [(draw.sampler, draw.count) for draw in missing if draw.sampler]
+    few = [sampler for sampler in report.samplers if isinstance(sampler, FewStep)]
     if not begun and recipe.evaluate.curve_count and few:
         lines.append(f"{recipe.evaluate.curve_count:>12,} x {len(few)} samplers of {recipe.train.snapshots} snapshots")
         images += [(sampler, recipe.evaluate.curve_count * recipe.train.snapshots) for sampler in few]
 
     def measure() -> tuple[float, str]:
         asked = list(dict.fromkeys(sampler for sampler, _ in images))
-        seconds = cluster.on_worker(recipe, artist.seconds_per_image, found, asked)
+        seconds = cluster.on_worker(recipe, artist.seconds_per_image, report, asked)
         total = sum(seconds[sampler] * count for sampler, count in images if sampler in seconds)
         return total, f"one batch    {recipe.evaluate.batch} images of each sampler; scoring and baselines not counted"
 

@@ -52,55 +52,55 @@ def of_pairs(recipe: Recipe) -> str:
 def of_training(recipe: Recipe) -> str:
     """Optimiser steps that are done and left, with rate and last activity."""
     plan = check(replace(recipe, dry_run=True))
-    written = storage.modified(plan.at())
-    if "recipe.json" not in written:
+    times = storage.modified(plan.at())
+    if "recipe.json" not in times:
         return f"student: {plan.at()} holds no student; distill has not begun one there."
-    exported = [step for step in plan.snapshot_steps if f"step-{step:06d}.safetensors" in written]
+    exports = [step for step in plan.snapshot_steps if f"step-{step:06d}.safetensors" in times]
     lines = [f"student: {plan.at()}"]
     if storage.exists(plan.result):
-        return "\n".join([*lines, f"state        complete after {plan.total:,} steps; written {_ago(written)} ago"])
+        return "\n".join([*lines, f"state        complete after {plan.total:,} steps; written {_ago(times)} ago"])
     folder = plan.at("checkpoints")
-    saved = {name: when for name, when in storage.modified(folder).items() if name.endswith(state.SUFFIX)}
-    steps = sorted(map(_step, saved))
+    checkpoints = {name: when for name, when in storage.modified(folder).items() if name.endswith(state.SUFFIX)}
+    steps = sorted(map(_step, checkpoints))
     done = steps[-1] if steps else 0
     lines += [
         f"there        step {done:,} of {plan.total:,} in the newest checkpoint",
-        f"exported     {len(exported)} of {len(plan.snapshot_steps)} students along the way",
+        f"exported     {len(exports)} of {len(plan.snapshot_steps)} students along the way",
     ]
     each = (done - steps[0]) / (len(steps) - 1) if len(steps) > 1 else recipe.train.checkpoint_every
-    return "\n".join([*lines, *_pace(list(saved.values()), each, "steps", (plan.total - done) / each, written | saved)])
+    pace = _pace(list(checkpoints.values()), each, "steps", (plan.total - done) / each, times | checkpoints)
+    return "\n".join([*lines, *pace])
 
 
 def of_evaluation(plan: Plan) -> str:
     """Sets of images that are scored and that are left, with the last activity."""
     recipe = plan.recipe
-    draws, there = plan.draws(), storage.modified(plan.shelf)
-    done = [draw for draw in draws if plan.cache(draw).rpartition("/")[2] in there]
+    draws, shelf, report = plan.draws(), storage.modified(plan.shelf), storage.modified(recipe.report_uri)
+    done = [draw for draw in draws if plan.cache(draw).rpartition("/")[2] in shelf]
     lines = [f"report: {recipe.report_uri}", f"there        {len(done)} of {len(draws)} sets of images are scored"]
-    if left := [f"{draw.count:,} x {draw.name}" for draw in draws if draw not in done]:
-        lines.append(f"missing      {'; '.join(left)}")
-    written = storage.modified(recipe.report_uri)
-    if not left and "report.html" in written:
-        return "\n".join([*lines, f"state        written {_ago({'': written['report.html']})} ago"])
-    times = [there[plan.cache(draw).rpartition("/")[2]] for draw in done]
-    return "\n".join([*lines, *_pace(times, 1, "sets", len(left), there | written)])
+    if missing := [f"{draw.count:,} x {draw.name}" for draw in draws if draw not in done]:
+        lines.append(f"missing      {'; '.join(missing)}")
+    if not missing and "report.html" in report:
+        return "\n".join([*lines, f"state        written {_ago({'': report['report.html']})} ago"])
+    times = [shelf[plan.cache(draw).rpartition("/")[2]] for draw in done]
+    return "\n".join([*lines, *_pace(times, 1, "sets", len(missing), shelf | report)])
 
 
-def _pace(times: Sequence[float], each: float, unit: str, left: float, written: dict[str, float]) -> list[str]:
+def _pace(times: Sequence[float], each: float, unit: str, missing: float, files: dict[str, float]) -> list[str]:
     """Rate of the newest pieces, what is left at that rate, and the last activity; a late piece is named.
 
-    ``times`` are those of the finished pieces, ``each`` what a piece holds, ``left`` the pieces to come, ``written``
-    when anything in the folder was.
+    ``times`` are those of the finished pieces, ``each`` what a piece holds, ``missing`` the pieces to come, ``files``
+    when each file of the folder was written.
     """
-    if not written:
+    if not files:
         return ["activity     none"]
     lines, recent = [], sorted(times)[-RECENT:]
     interval = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 0.0
     if interval > 0:
         lines.append(f"rate         {each / interval:,.3g} {unit}/s over the last {len(recent)} pieces")
-        lines.append(f"time         about {duration(left * interval)} left at that rate")
-    said = f"activity     the last file was written {_ago(written)} ago"
-    if 0 < OVERDUE * interval < _silence(written) and _silence(written) > SHORTEST:
+        lines.append(f"time         about {duration(missing * interval)} left at that rate")
+    said = f"activity     the last file was written {_ago(files)} ago"
+    if 0 < OVERDUE * interval < _silence(files) and _silence(files) > SHORTEST:
         said += f"; a piece took {duration(interval)}, so the run has stopped or hangs: the same command goes on"
     return [*lines, said]
 
@@ -121,10 +121,10 @@ def _step(name: str) -> int:
     return int(name.removeprefix("step-").removesuffix(state.SUFFIX))
 
 
-def _silence(written: dict[str, float]) -> float:
+def _silence(files: dict[str, float]) -> float:
     """Seconds since anything was written."""
-    return max(0.0, time.time() - max(written.values()))
+    return max(0.0, time.time() - max(files.values()))
 
 
-def _ago(written: dict[str, float]) -> str:
-    return duration(_silence(written))
+def _ago(files: dict[str, float]) -> str:
+    return duration(_silence(files))

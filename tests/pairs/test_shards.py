@@ -147,14 +147,14 @@ def test_a_flipped_bit_never_turns_into_other_tokens(recipe: Recipe) -> None:
     uri, facts, (first, *_) = write_set(recipe)
     place = Path(uri, first.name)
     good, column = place.read_bytes(), pq.read_metadata(place).row_group(0).column(3)
-    expected, noticed = pairs._tokens_of(uri, facts, first.name), 0
+    expected, noticed = pairs._read_tokens(uri, facts, first.name), 0
     begin = column.dictionary_page_offset
     for bit in range(8 * begin, 8 * (begin + column.total_compressed_size), 5):
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         place.write_bytes(data)
         try:
-            assert np.array_equal(pairs._tokens_of(uri, facts, first.name), expected)
+            assert np.array_equal(pairs._read_tokens(uri, facts, first.name), expected)
         except ValueError as error:
             noticed += "is damaged" in str(error)
     assert noticed > 8 * column.total_compressed_size / 5 * 0.5

@@ -26,7 +26,6 @@ from pipeline import command_line, noise, storage
 from pipeline.command_line import parse
 from pipeline.files import places
 from pipeline.host.errors import Outage, Refused
-from pipeline.host.progress import Progress
 from pipeline.pairs import completion, manifest, passes
 from pipeline.pairs import shards as pairs
 from pipeline.pairs.facts import PairFacts
@@ -35,6 +34,7 @@ from pipeline.pairs.replica import Replica
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
+from pipeline.services.heartbeat import Heartbeat
 from pipeline.training.observer import Observer
 from pipeline.workflow import evaluate
 from pipeline.workflow.distill import distill
@@ -432,23 +432,21 @@ def test_the_pairs_are_those_of_a_disk(journey: Journey) -> None:
 def test_an_outage_costs_no_finished_shard(
     journey: Journey, folder: str, s3_server: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins with the first shard that is committed and ends once it is noticed; the job goes on by itself."""
-    recipe, down, lines = tiny.with_pairs(journey.recipe, uri=f"{folder}/pairs"), threading.Event(), []
-    update = Progress.update
+    """It begins when the second shard is sent and ends once it is noticed; the job goes on by itself."""
+    recipe, sent, noticed, lines = tiny.with_pairs(journey.recipe, uri=f"{folder}/pairs"), [], threading.Event(), []
 
-    def committed(own: Progress, *args: Any, **more: Any) -> None:
-        update(own, *args, **more)
-        if own.done == 1:
-            down.set()
+    def outage(method: str, target: str) -> str:
+        if method == "PUT" and "shard-" in target:
+            sent.append(target)
+        return "break upload" if len(sent) > 1 and not noticed.is_set() else ""
 
-    def say(own: Progress, line: str) -> None:
+    def say(own: Heartbeat, line: str) -> None:
         lines.append(line)
         if "It is tried again until it answers" in line:
-            down.clear()
+            noticed.set()
 
-    monkeypatch.setattr(Progress, "update", committed)
-    monkeypatch.setattr(Progress, "say", say)
-    with s3_server.failing(lambda method, target: "break upload" if down.is_set() else ""):
+    monkeypatch.setattr(Heartbeat, "_say", say)
+    with s3_server.failing(outage):
         assert "Made 60 pairs" in generate_job(recipe)
     trouble = [line for line in lines if "could not be" in line]
     assert len(trouble) == 1, "said once"
