@@ -74,8 +74,9 @@ class Gap:
     present: dict[int, str | None]
 
     @classmethod
-    def among(cls, names: Container[str], facts: PairFacts, count: int) -> Gap:
-        """The gap that the shards called ``names`` leave."""
+    def among(cls, names: Container[str], facts: PairFacts, count: int, complete: dict[str, Any] | None = None) -> Gap:
+        """The gap that the shards called ``names`` leave, to ``count`` rows or to those of the ``complete`` set."""
+        count = max(count, complete["count"] if complete else 0)  # a set never shrinks
         present: dict[int, str | None] = {}
         for number in range(math.ceil(count / facts.shard_rows)):
             sizes = (facts.shard_rows, facts.rows_of(number, count))  # one of more rows does as well

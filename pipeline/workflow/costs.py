@@ -104,14 +104,12 @@ def of_pairs(recipe: Recipe) -> Cost:
     """Rows that are missing, their storage, a batch's memory and time."""
     facts, uri = PairFacts.of(recipe), recipe.pairs_uri
     manifest.check_claim(uri, facts)
-    complete = manifest.complete(uri)
-    count = max(recipe.pairs.count, complete["count"] if complete else 0)
-    gap = Gap.among(manifest.committed(uri), facts, count)
+    gap = Gap.among(manifest.committed(uri), facts, recipe.pairs.count, manifest.complete(uri))
     left, missing = gap.rows_left, len(gap.missing)
     batch, row = min(recipe.pairs.batch, facts.shard_rows), facts.row_bytes
     lines = [
         f"pair set     {uri}, fingerprint {facts.fingerprint[:12]}",
-        f"rows         {count:,}; {left:,} in {missing} shards are left to make",
+        f"rows         {gap.count:,}; {left:,} in {missing} shards are left to make",
         f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
         *footprints.of_generation(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
     ]

@@ -36,10 +36,9 @@ def generate(recipe: Recipe) -> str:
     if recipe.pairs.verify:
         return verification.verify(recipe, facts)
     files, complete = storage.sizes(uri), manifest.complete(uri)
-    count = max(recipe.pairs.count, complete["count"] if complete else 0)  # a set never shrinks
     sizes = manifest.shards_among(files)
-    gap = Gap.among(sizes, facts, count)
-    if complete and complete["count"] == count and not gap.missing:
+    gap = Gap.among(sizes, facts, recipe.pairs.count, complete)
+    if complete and complete["count"] == gap.count and not gap.missing:
         tracking.complete(recipe, "pairs", uri, lambda run: _log(run, recipe, complete))
         manifest.tidy(uri, complete, files)
         return f"Nothing is missing: {manifest.describe(uri, complete)}."

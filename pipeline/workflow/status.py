@@ -31,17 +31,16 @@ def of_pairs(recipe: Recipe) -> str:
     if not manifest.begun(uri):
         return f"pairs: {uri} holds no pair set; generate_pairs has not begun one there."
     complete, sizes = manifest.complete(uri), manifest.committed(uri)
-    count = max(recipe.pairs.count, complete["count"] if complete else 0)
     facts = PairFacts.of(recipe, checksums={})  # which shards there are does not depend on the weights
-    gap = Gap.among(sizes, facts, count)
+    gap = Gap.among(sizes, facts, recipe.pairs.count, complete)
     rows = sum(facts.number_and_rows(name)[1] for name in gap.names)
     megabytes = sum(sizes[name] for name in gap.names) / 1e6
     lines = [
         f"pairs: {uri}",
-        f"there        {len(gap.names):,} of {len(gap.present):,} shards, {rows:,} of {count:,} rows,"
+        f"there        {len(gap.names):,} of {len(gap.present):,} shards, {rows:,} of {gap.count:,} rows,"
         f" {megabytes:,.1f} MB",
     ]
-    if complete and complete["count"] == count and not gap.missing:
+    if complete and complete["count"] == gap.count and not gap.missing:
         return "\n".join([*lines, f"state        complete; the last file was written {_ago(times)} ago"])
     lines.append(f"missing      {_numbers(gap.missing)}" if gap.missing else "missing      the manifest alone")
     each = rows / max(1, len(gap.names))

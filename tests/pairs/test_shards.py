@@ -327,6 +327,7 @@ def test_what_is_missing_follows_from_the_names(recipe: Recipe) -> None:
     assert (gap.missing, gap.names, gap.rows_left) == ([1], sorted(names), 16)
     larger = Gap.among(names, facts, 44)
     assert (larger.missing, larger.rows_left) == ([1, 2], 28), "more rows are wanted than the short shard has"
+    assert Gap.among(names, facts, 20, {"count": 40}) == gap, "a set never shrinks"
     whole = Gap.among({"shard-00002.parquet"}, facts, 40)
     assert whole.present[2] == "shard-00002.parquet", "more rows do no harm"
 
