@@ -25,8 +25,8 @@ from pipeline.evaluation import scoring
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
-from pipeline.pairs.manifest import Facts
-from pipeline.recipe import Recipe, fingerprint, leaves
+from pipeline.pairs.facts import PairFacts
+from pipeline.recipe import Recipe, leaves
 from pipeline.sampling import selection
 from pipeline.sampling.samplers import FewStep
 from pipeline.settings.evaluate import EvaluateSettings
@@ -233,15 +233,15 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
     """Every variant with every seed, in its place, after the checks of training and evaluation."""
     hashed: dict[tuple[str, str], dict[str, str]] = {}
 
-    def facts(varied: Recipe) -> Facts:
-        """``manifest.facts_of``, but a teacher's files are read once."""
+    def facts_of(varied: Recipe) -> PairFacts:
+        """``PairFacts.of``, but a teacher's files are read once."""
         teacher = varied.teacher
         files = teacher.tokenizer, teacher.checkpoint
         hashed[files] = hashed.get(files) or checkpoints.checksums(teacher)
-        return manifest.facts(varied, checkpoints.config(teacher).layout, hashed[files])
+        return PairFacts.of(varied, hashed[files])
 
-    mine = facts(recipe)
-    own = {fingerprint(mine): recipe.pairs_uri, _student(recipe, mine): recipe.student_uri}
+    mine = facts_of(recipe)
+    own = {mine.fingerprint: recipe.pairs_uri, _student(recipe, mine): recipe.student_uri}
 
     def place(kind: str, key: str) -> str:
         return own.get(key) or storage.join(recipe.ablation_uri, kind, key[:SHORT])
@@ -249,8 +249,8 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
     def trial(variant: Variant, seed: int) -> Trial:
         """One variant with one seed, its folders by fingerprint."""
         varied = replace(variant.recipe, train=replace(variant.recipe.train, seed=seed))
-        of_pairs = facts(varied)
-        pairs, student = fingerprint(of_pairs), _student(varied, of_pairs)
+        facts = facts_of(varied)
+        pairs, student = facts.fingerprint, _student(varied, facts)
         # Two columns may become one sampler, e.g. when train.start_steps is [1].
         samplers = [{"name": "FewStep"} | asdict(sampler) for sampler in dict.fromkeys(variant.samplers)]
         uri = storage.join(recipe.ablation_uri, "reports", variant.folder, f"seed-{seed}")
@@ -260,23 +260,22 @@ def _trials(recipe: Recipe, variants: list[Variant]) -> list[list[Trial]]:
             train=replace(varied.train, uri=place("students", student)),
             evaluate=replace(varied.evaluate, uri=uri, samplers=samplers),
         )
-        _check(varied, of_pairs, variant)
+        _check(varied, facts, variant)
         return Trial(variant.label, seed, varied, pairs, student)
 
     return [[trial(variant, seed) for seed in recipe.ablate.seeds] for variant in variants]
 
 
-def _student(recipe: Recipe, pairs: Facts) -> str:
+def _student(recipe: Recipe, facts: PairFacts) -> str:
     """The fingerprint of the recipe's student."""
-    layout, teacher = checkpoints.config(recipe.teacher).layout, pairs["teacher"]
-    return training_plan.TrainingPlan(recipe, layout, teacher, fingerprint(pairs)).fingerprint
+    return training_plan.TrainingPlan(recipe, facts.layout, facts.checksums, facts.fingerprint).fingerprint
 
 
-def _check(recipe: Recipe, pairs: Facts, variant: Variant) -> None:
+def _check(recipe: Recipe, facts: PairFacts, variant: Variant) -> None:
     """What the three jobs would refuse, as far as nothing has to be there yet."""
     layout = checkpoints.config(recipe.teacher).layout
     try:
-        training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), pairs))
+        training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), facts))
         scoring.check(recipe.evaluate, layout.image_size, layout.classes)
     except ValueError as error:
         if not variant.axis:

@@ -28,11 +28,13 @@ from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
 from pipeline.host.stopwatch import Stopwatch
 from pipeline.pairs import manifest
-from pipeline.pairs.manifest import Facts
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
+from pipeline.pairs.passes import commits
 from pipeline.pairs.replica import Replica
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.workflow import generate
 from pipeline.workflow.drawing import parts_of
 
 SHARDS = 4  # of each replica
@@ -64,17 +66,17 @@ def read(folder: str) -> list[Span]:
 class WatchedReplica(Replica):
     """A replica whose teacher is timed."""
 
-    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+    def __init__(self, recipe: Recipe, facts: PairFacts, folder: str) -> None:
         self.born, self.folder = time.time(), folder
-        super().__init__(recipe, known)
+        super().__init__(recipe, facts)
         self.ready = time.time()
 
-    def __call__(self, number: int, rows: int) -> Any:
+    def rows(self, number: int, count: int) -> Rows:
         begin, self.watch = time.time(), Stopwatch(torch.device(self.device))
-        made = super().__call__(number, rows)
+        rows = super().rows(number, count)
         busy = {"teacher": self.watch.seconds}
         Span(os.getpid(), self.ready - self.born, begin, time.time(), busy).write(self.folder)
-        return made
+        return rows
 
     def _generate(self, *args: Any) -> Tensor:
         with self.watch:
@@ -114,15 +116,15 @@ def generation(recipe: Recipe, folder: str) -> Section:
     place = storage.join(folder, "pairs")
     count = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
     recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=place, count=count))
-    known, begun, cpu = manifest.facts_of(recipe), time.time(), _cpu()
-    manifest.claim(place, known, recipe)
-    numbers, size = list(range(SHARDS * recipe.pairs.actors)), 0
-    progress = Progress(len(numbers), "shards")
+    facts, begun, cpu, size = PairFacts.of(recipe), time.time(), _cpu(), 0
+    manifest.claim(place, facts, recipe)
+    gap = Gap.among((), facts, count)
+    progress = Progress(len(gap.missing), "shards")
     with cluster.session(recipe, recipe.pairs.actors), tempfile.TemporaryDirectory() as watched:
-        for made in generate.commits(recipe, known, count, numbers, progress, WatchedReplica, folder=watched):
-            if made.shard is None:
-                raise Unfinished(f"shard {made.number} failed: {made.error}; see Ray's logs.")
-            size += made.shard.bytes
+        for outcome in commits(recipe, gap, progress, WatchedReplica, folder=watched):
+            if outcome.shard is None:
+                raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")
+            size += outcome.shard.bytes
         spans, wall = read(watched), time.time() - begun
     rows, share = recipe.pairs.shard_rows, _share(spans, "teacher")
     busy = sum(span.busy["teacher"] for span in spans) / len(spans)

@@ -29,8 +29,8 @@ from pipeline.host.machine import device_name
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.numerics.precision import set_products
-from pipeline.pairs import manifest
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.pairs.facts import PairFacts
+from pipeline.recipe import Recipe
 from pipeline.report import legend
 from pipeline.services import cluster, tracking
 from pipeline.workflow import preflight
@@ -127,12 +127,12 @@ class Bench:
 
     def _evaluation(self) -> list[Section]:
         """With a student that starts from its teacher, exported as training would."""
-        recipe, layout = self.recipe, self.teacher.layout
+        recipe = self.recipe
         checksums = checkpoints.checksums(recipe.teacher)
         student = checkpoints.new_student(recipe.teacher, self.teacher, recipe.train.student_options, 0)
         place = self._place("student.safetensors")
-        known = fingerprint(manifest.facts(recipe, layout, checksums))
-        settings = {"family": recipe.teacher.family, "teacher": checksums, "pairs_fingerprint": known}
+        pairs = PairFacts.of(recipe, checksums)
+        settings = {"family": recipe.teacher.family, "teacher": checksums, "pairs_fingerprint": pairs.fingerprint}
         checkpoints.save(student, place, settings | recipe.train.student_options)
         return [actors.evaluation(recipe, self._place("evaluation"), place)]
 

@@ -18,7 +18,9 @@ from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints, standin
 from pipeline.pairs import manifest
-from pipeline.pairs import shards as pairs
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
+from pipeline.pairs.passes import commits
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.workflow import generate
@@ -59,9 +61,8 @@ def scale(recipe: Recipe) -> str:
 
 def plan(recipe: Recipe, folder: str) -> str:
     """The resolved recipe and what would be made, where, and how large it is; nothing is written."""
-    layout = checkpoints.config(recipe.teacher).layout
-    known = manifest.facts(recipe, layout, {})  # a row's size does not depend on weights
-    row, count, settings = pairs.row_bytes(known), recipe.pairs.count, recipe.pairs
+    row = PairFacts.of(recipe, checksums={}).row_bytes  # which does not depend on weights
+    count, settings = recipe.pairs.count, recipe.pairs
     pools = ", ".join(map(str, ACTORS))
     sleeping = SHARDS * SECONDS * len(ACTORS)
     return "\n".join(
@@ -86,34 +87,34 @@ def _full(recipe: Recipe, folder: str) -> list[str]:
         part = replace(recipe, pairs=replace(recipe.pairs, count=count))
         generate.generate(part)
         out.append(_row(part))
-    uri, found = recipe.pairs_uri, manifest.read(recipe.pairs_uri)
-    lost = random.Random(0).sample(found["shards"], min(LOST, len(found["shards"])))
-    for shard in lost:
+    uri, inventory = recipe.pairs_uri, manifest.read(recipe.pairs_uri)
+    losses = random.Random(0).sample(inventory["shards"], min(LOST, len(inventory["shards"])))
+    for shard in losses:
         storage.remove(storage.join(uri, shard["name"]))
     start = time.monotonic()
     generate.generate(recipe)
-    resumed = time.monotonic() - start
+    again = time.monotonic() - start
     out.append(_row(recipe))
     start = time.monotonic()
     names = len(manifest.committed(uri))
     listing = time.monotonic() - start
-    size = found["bytes"] / len(found["shards"])
+    size, shards, rows = inventory["bytes"], len(inventory["shards"]), inventory["count"]
     return [
         *out,
         "",
-        f"* {names:,} files of {size / 1e6:,.1f} MB, {found['bytes'] / 1e9:,.2f} GB; {found['bytes'] / names:,.0f}"
-        f" bytes a file, {found['bytes'] / found['count']:,.0f} bytes a row.",
+        f"* {names:,} files of {size / shards / 1e6:,.1f} MB, {size / 1e9:,.2f} GB; {size / names:,.0f} bytes a file,"
+        f" {size / rows:,.0f} bytes a row.",
         f"* One listing of them: {1000 * listing:,.0f} ms.",
-        f"* With {len(lost)} shards lost, the same command took {duration(resumed)}, start of Ray's actors included.",
+        f"* With {len(losses)} shards lost, the same command took {duration(again)}, start of Ray's actors included.",
     ]
 
 
 def _row(recipe: Recipe) -> str:
     """The last run of a set as a row of the table."""
-    found = manifest.read(recipe.pairs_uri)
-    made, peak = found["made"][-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    speed = made["rows"] / made["seconds"]
-    return f"| {found['count']:,} | {made['rows']:,} | {made['seconds']:,.0f} | {speed:,.0f} | {peak:,.0f} MiB |"
+    inventory = manifest.read(recipe.pairs_uri)
+    run, peak = inventory["made"][-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    speed = run["rows"] / run["seconds"]
+    return f"| {inventory['count']:,} | {run['rows']:,} | {run['seconds']:,.0f} | {speed:,.0f} | {peak:,.0f} MiB |"
 
 
 def _efficiency(recipe: Recipe, folder: str) -> list[str]:
@@ -128,8 +129,8 @@ def _efficiency(recipe: Recipe, folder: str) -> list[str]:
         place = storage.join(folder, f"actors-{actors}")
         sleepers = standin.of(recipe, place, SECONDS)
         shards = actors * SHARDS
-        made = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
-        sleepers = replace(sleepers, run=place, pairs=replace(made, count=shards * ROWS, noise="derived"))
+        pairs = replace(recipe.pairs, uri=storage.join(place, "pairs"), actors=actors, shard_rows=ROWS, batch=ROWS)
+        sleepers = replace(sleepers, run=place, pairs=replace(pairs, count=shards * ROWS, noise="derived"))
         start, times = time.monotonic(), list(commit_times(sleepers, shards))
         begun = shards // 3  # by then every process is there
         took = times[-1] - times[begun - 1]
@@ -140,10 +141,11 @@ def _efficiency(recipe: Recipe, folder: str) -> list[str]:
 
 def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     """The moments at which the shards of a new set were committed; RuntimeError if one failed."""
-    known = manifest.facts_of(recipe)
-    manifest.claim(recipe.pairs_uri, known, recipe)
+    facts = PairFacts.of(recipe)
+    gap = Gap.among((), facts, recipe.pairs.count)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
     with cluster.session(recipe, recipe.pairs.actors), Progress(shards, "shards") as progress:
-        for outcome in generate.commits(recipe, known, recipe.pairs.count, list(range(shards)), progress):
+        for outcome in commits(recipe, gap, progress):
             if outcome.error:
                 raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")
             progress.update()

@@ -1,38 +1,45 @@
 """Numbers -> teachers -> Parquet: two stages of Ray Data, in passes until nothing is left that can be made.
 
-An actor makes one whole shard, a task without a CPU of its own commits it: the replicas may have taken all there are,
-and a device never waits for storage. Where the storage does not answer, the commits wait, and with them the teachers.
-Ray gives a shard whose process died to the process that follows it. What failed all the same comes into another pass,
-whose replicas are new processes: so a shard has failed when another replica has failed it, too.
+An actor makes one whole shard with its ``Replica``, a task without a CPU of its own commits it: the replicas may have
+taken all there are, and a device never waits for storage. Where the storage does not answer, the commits wait, and with
+them the teachers. Ray gives a shard whose process died to the process that follows it. What failed all the same comes
+into another pass, whose replicas are new processes: so a shard has failed when another replica has failed it, too.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
 import socket
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 from ray.data import DataContext, TaskPoolStrategy
 
 from pipeline.host import errors
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.pairs import manifest, shards
-from pipeline.pairs.manifest import Facts, Shard
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.services.heartbeat import Announcer, Heartbeat
+from pipeline.services.ray_errors import device_error
 
 TRIES = 2  # passes in which a shard has to fail, or in a row that make nothing
 DEATHS = 5  # times that a shard may take its process down with it, or lose its node, in a pass
@@ -53,38 +60,52 @@ class Outcome:
 
 @dataclass
 class Verdicts:
-    """What is left to make and how often each shard has failed, pass by pass."""
+    """What is still to be made and how often each shard has failed, pass by pass."""
 
-    left: list[int]
+    missing: list[int]
     failures: Counter[int] = field(default_factory=Counter)
     passes: int = 0
     fruitless: int = 0  # whole passes in a row that made nothing
 
-    def after(self, made: set[int], failed: dict[int, str], whole: bool) -> list[Outcome]:
-        """The shards that are given up after a pass that committed ``made``; the others that are missing stay left.
+    def after(self, successes: set[int], reasons: dict[int, str], whole: bool) -> list[Outcome]:
+        """The shards that are given up after a pass that committed ``successes``; the others stay among the missing.
 
-        ``failed`` are those that a replica reported, with the reason. One of which nothing came took its processes with
+        ``reasons`` are of those that a replica reported as failed. One of which nothing came took its processes with
         it, which is no fault of its own until passes make nothing any more. ``whole``: the pass did not end early.
         """
         self.passes += 1
-        self.failures.update(failed.keys() - made)
-        self.left = [number for number in self.left if number not in made]
-        self.fruitless = 0 if made or not whole else self.fruitless + 1
+        self.failures.update(reasons.keys() - successes)
+        self.missing = [number for number in self.missing if number not in successes]
+        self.fruitless = 0 if successes or not whole else self.fruitless + 1
         over = self.fruitless >= TRIES
-        lost = [number for number in self.left if over or self.failures[number] >= TRIES]
-        self.left = [number for number in self.left if number not in set(lost)]
-        died = f"its process or its node died {DEATHS + 1} times in each of {self.passes} passes"
-        return [Outcome(number, error=failed.get(number, died)) for number in lost]
+        hopeless = [number for number in self.missing if over or self.failures[number] >= TRIES]
+        self.missing = [number for number in self.missing if number not in set(hopeless)]
+        deaths = f"its process or its node died {DEATHS + 1} times in each of {self.passes} passes"
+        return [Outcome(number, error=reasons.get(number, deaths)) for number in hopeless]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a shard, and where; ``device_lost`` if the process can do nothing more on its device,
+    ``refused`` if the recipe is to blame, so that no other replica would do better.
+    """
+
+    text: str
+    device_lost: bool = False
+    refused: bool = False
 
 
 class ReplicaWorker:
-    """A Ray Data actor: a replica in a process of its own, which makes one shard at a time."""
+    """A Ray Data actor: a replica in a process of its own, which makes one shard at a time.
+
+    ``more`` is what the constructor of the class ``replica`` takes beside recipe and facts.
+    """
 
     def __init__(
-        self, replica: type[Replica], recipe: Recipe, known: Facts, more: dict[str, Any], announcer: Announcer
+        self, replica: type[Replica], recipe: Recipe, facts: PairFacts, more: dict[str, Any], announcer: Announcer
     ) -> None:
-        self.host, self.announcer = socket.gethostname(), announcer
-        self.replica = replica(recipe, known, **more)
+        self.host, self.recipe, self.facts, self.announcer = socket.gethostname(), recipe, facts, announcer
+        self.replica = replica(recipe, facts, **more)
 
     def __call__(self, task: dict[str, np.ndarray]) -> Any:
         """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or a row with the failure.
@@ -94,27 +115,77 @@ class ReplicaWorker:
         number = int(task["number"][0])
         self.announcer.pause()
         with self.announcer.working(f"shard {number}"):
-            failure, table = self.replica.attempt(number, int(task["rows"][0]))
-        if table is not None:
-            return table.append_column("host", pa.array([self.host] * table.num_rows))
-        assert failure is not None
-        if failure.device_lost:
+            outcome = self.attempt(number, int(task["rows"][0]))
+        if not isinstance(outcome, Failure):
+            return outcome.append_column("host", pa.array([self.host] * outcome.num_rows))
+        if outcome.device_lost:
             node = ray.util.get_node_ip_address()
-            text = f"a replica on node {node} lost its device and gets a new process: {failure.text}"
+            text = f"a replica on node {node} lost its device and gets a new process: {outcome.text}"
             self.announcer.tell(text, text)
-            cluster.end_process(RuntimeError(failure.text))
-        return _row(number, error=failure.text, fatal=Refused.__name__ if failure.refused else "")
+            cluster.end_process(RuntimeError(outcome.text))
+        return _row(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
+
+    def attempt(self, number: int, rows: int) -> pa.Table | Failure:
+        """The table, or why there is none: an error is handed on as a value, and the other shards go on."""
+        try:
+            return self._with_memory(number, rows)
+        except Refused as error:
+            return Failure(str(error), refused=True)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+            return Failure(text, device_error(error))
+
+    def _with_memory(self, number: int, rows: int) -> pa.Table:
+        """The table, at the second attempt if memory is short; Unfinished, which names pairs.batch, if it stays so."""
+        try:
+            return self._table(number, rows)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+        gc.collect()  # what the failed attempt held, which its traceback no longer does
+        device = self.recipe.cluster.runs_on
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            return self._table(number, rows)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+            raise Unfinished(
+                f"pairs.batch is {self.recipe.pairs.batch}, for which the memory does not suffice"
+                f" ({_free(device)}): lower it, or see what else is at work there"
+            ) from error
+
+    def _table(self, number: int, rows: int) -> pa.Table:
+        return shards.table(self.facts, self.replica.rows(number, rows))
 
 
-def commit(table: pa.Table, uri: str, known: Facts, hours: float, announcer: Announcer) -> dict[str, np.ndarray]:
+def _is_full(error: Exception) -> bool:
+    """Whether it says that memory is short; torch's allocator for the CPU raises nothing more particular."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
+
+
+def _free(device: str) -> str:
+    """How much of the memory of a device is free."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    return f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"
+
+
+def commit(table: pa.Table, uri: str, facts: PairFacts, hours: float, announcer: Announcer) -> dict[str, np.ndarray]:
     """Write the Arrow table of one shard, if the folder still belongs to its set, or hand on what came instead of it.
 
     While the storage does not answer it is asked again, for so many hours.
     """
     if "error" in table.column_names:
         return {name: table[name].to_numpy() for name in table.column_names}
-    number = int(table["sample_id"][0].as_py()) // known["shard_rows"]
-    write = partial(write_owned, uri, known, table["host"][0].as_py(), table)
+    number = facts.shard_of(int(table["sample_id"][0].as_py()))
+    write = partial(write_owned, uri, facts, table["host"][0].as_py(), table)
 
     def say(text: str) -> None:
         announcer.tell(uri, text)
@@ -130,10 +201,10 @@ def commit(table: pa.Table, uri: str, known: Facts, hours: float, announcer: Ann
         return _row(number, error=f"{type(error).__name__}: {error}")
 
 
-def write_owned(uri: str, known: Facts, host: str, table: pa.Table) -> Shard:
+def write_owned(uri: str, facts: PairFacts, host: str, table: pa.Table) -> Shard:
     """Write the Arrow table of a shard that ``host`` made, if the folder still belongs to its set."""
-    manifest.check_owner(uri, known)
-    return shards.write_shard(uri, known, table, host)
+    manifest.check_owner(uri, facts)
+    return shards.write_shard(uri, facts, table, host)
 
 
 def patiently(write: Callable[[], T], hours: float, say: Callable[[str], None]) -> T:
@@ -155,55 +226,52 @@ def patiently(write: Callable[[], T], hours: float, say: Callable[[str], None]) 
 
 def commits(
     recipe: Recipe,
-    known: Facts,
-    count: int,
-    todo: list[int],
+    gap: Gap,
     progress: Progress,
     replica: type[Replica] = Replica,
     **more: Any,
 ) -> Iterator[Outcome]:
-    """What became of every shard of ``todo``, as it is committed or has failed for good; inside ``cluster.session``.
+    """What became of each of the missing shards, as it is committed or has failed for good; in ``cluster.session``.
 
     ``replica`` is the class that makes them, ``more`` what its constructor takes beside recipe and facts. Raises what
     the storage says that waiting does not change, at once.
     """
-    verdicts = Verdicts(list(todo))
-    slots = COMMITS * min(recipe.pairs.actors, len(todo))
+    verdicts = Verdicts(gap.missing)
+    slots = COMMITS * min(recipe.pairs.actors, len(verdicts.missing))
     with Heartbeat(recipe, "shards", progress.total, progress.done, progress.begin, slots) as beat:
-        run = partial(_rows, recipe, known, count, beat, slots, replica, more)
-        while verdicts.left:
-            made: set[int] = set()
-            failed: dict[int, str] = {}
-            with closing(run(verdicts.left, again=verdicts.passes > 0)) as rows:
+        run = partial(_rows, recipe, gap, beat, slots, replica, more)
+        while verdicts.missing:
+            successes: set[int] = set()
+            reasons: dict[int, str] = {}
+            with closing(run(verdicts.missing, again=verdicts.passes > 0)) as rows:
                 for row in rows:
                     number = int(row["number"])
                     if row["fatal"]:
                         raise getattr(errors, row["fatal"], Unfinished)(row["error"])
-                    if row["shard"] and number not in made:  # the second copy of one is the same
-                        made.add(number)
+                    if row["shard"] and number not in successes:  # the second copy of one is the same
+                        successes.add(number)
                         yield Outcome(number, Shard(**json.loads(row["shard"])))
                     elif row["error"]:
-                        _say_first(progress, failed, number, row["error"], last=verdicts.failures[number] > 0)
+                        _say_first(progress, reasons, number, row["error"], last=verdicts.failures[number] > 0)
                     beat.done = progress.done
-                    whole = len(failed) < FAILURES * recipe.pairs.actors
+                    whole = len(reasons) < FAILURES * recipe.pairs.actors
                     if not whole:
                         break
                 else:
                     whole = True
-            yield from verdicts.after(made, failed, whole)
+            yield from verdicts.after(successes, reasons, whole)
 
 
-def _say_first(progress: Progress, failed: dict[int, str], number: int, error: str, last: bool) -> None:
+def _say_first(progress: Progress, reasons: dict[int, str], number: int, error: str, last: bool) -> None:
     """Note a failure, and say the first of its kind, which is not yet the shard's end."""
-    if not last and error not in failed.values():
+    if not last and error not in reasons.values():
         progress.say(f"shard {number} failed with one replica ({error}); another one tries it.")
-    failed[number] = error
+    reasons[number] = error
 
 
 def _rows(
     recipe: Recipe,
-    known: Facts,
-    count: int,
+    gap: Gap,
     beat: Heartbeat,
     slots: int,
     replica: type[Replica],
@@ -216,17 +284,17 @@ def _rows(
     Of a pass that comes ``again`` every replica gets a shard, copies where there are few: one replica may be ill.
     """
     DataContext.get_current().max_errored_blocks = -1  # of shards whose process died every time; they are missed here
-    size, actors = recipe.pairs.shard_rows, recipe.pairs.actors
-    tasks = [{"number": k, "rows": min(size, count - k * size)} for k in numbers]
+    actors = recipe.pairs.actors
+    tasks = [{"number": number, "rows": gap.rows_of(number)} for number in numbers]
     tasks *= math.ceil(actors / len(tasks)) if again else 1
     tables = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         ReplicaWorker,
-        fn_constructor_args=(replica, recipe, known, more, beat.announcer),
+        fn_constructor_args=(replica, recipe, gap.facts, more, beat.announcer),
         batch_size=1,
         **cluster.pool(recipe, min(actors, len(tasks)), DEATHS),
     )
-    settings = {"uri": recipe.pairs_uri, "known": known, "hours": recipe.pairs.patience_hours}
-    written = tables.map_batches(
+    settings = {"uri": recipe.pairs_uri, "facts": gap.facts, "hours": recipe.pairs.patience_hours}
+    outcomes = tables.map_batches(
         commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
         fn_kwargs=settings | {"announcer": beat.announcer},
         batch_size=None,
@@ -234,7 +302,7 @@ def _rows(
         num_cpus=0,
         compute=TaskPoolStrategy(size=slots),
     )
-    yield from beat.rows(written)
+    yield from beat.rows(outcomes)
 
 
 def _row(number: int, shard: Shard | None = None, error: str = "", fatal: str = "") -> dict[str, np.ndarray]:

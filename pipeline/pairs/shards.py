@@ -18,7 +18,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,9 @@ import pyarrow.parquet as pq
 from pipeline import noise, storage
 from pipeline.host.errors import Refused
 from pipeline.pairs import manifest
-from pipeline.pairs.manifest import Facts, Shard
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Shard
+from pipeline.pairs.rows import Rows, noise_of
 
 FREQUENCIES = 2 << 30  # bytes of the largest table of token frequencies
 CHECKERS = 8  # threads that read shards: reading, SHA-256 and Parquet release the GIL
@@ -35,35 +37,15 @@ SEAL = b"CRC-32 of all other bytes: "  # in the footer's metadata, before eight 
 UNSEALED = b"00000000"  # in their place while the shard is written
 
 
-class Rows(NamedTuple):
-    """Rows as stored: ids and labels int64 [b], noise [b, n, C] or None if derived, tokens uint16 [b, n]."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    noise: np.ndarray | None
-    tokens: np.ndarray
-
-    def take(self, index: np.ndarray | slice | list[int]) -> Rows:
-        """The rows at ``index``."""
-        return Rows(*(None if column is None else column[index] for column in self))  # type: ignore[arg-type]
-
-    @staticmethod
-    def join(parts: list[Rows]) -> Rows:
-        """One after the other."""
-        columns = zip(*parts, strict=True)
-        return Rows(*(None if column[0] is None else np.concatenate(column) for column in columns))  # type: ignore[arg-type]
-
-
 # ---- one shard
 
 
-def schema(known: Facts) -> pa.Schema:
+def schema(facts: PairFacts) -> pa.Schema:
     """The columns of a shard; noise only where it is stored."""
-    length, dim = manifest.noise_shape(known)
     columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
-    if known["noise"] == "stored":
-        columns.append(_lists("noise", pa.from_numpy_dtype(manifest.noise_dtype(known)), [length, dim]))
-    return pa.schema([*columns, _lists("tokens", pa.uint16(), [length])])
+    if facts.noise_is_stored:
+        columns.append(_lists("noise", pa.from_numpy_dtype(facts.dtype), [facts.length, facts.dim]))
+    return pa.schema([*columns, _lists("tokens", pa.uint16(), [facts.length])])
 
 
 def _lists(name: str, kind: pa.DataType, shape: list[int]) -> pa.Field:
@@ -71,50 +53,42 @@ def _lists(name: str, kind: pa.DataType, shape: list[int]) -> pa.Field:
     return pa.field(name, pa.list_(kind, int(np.prod(shape))), metadata={"shape": json.dumps(shape)})
 
 
-def _earlier_schema(known: Facts) -> pa.Schema:
+def _earlier_schema(facts: PairFacts) -> pa.Schema:
     """The columns of the shards of earlier versions."""
     tensors = {
         field.name: pa.fixed_shape_tensor(field.type.value_type, json.loads(field.metadata[b"shape"]))
-        for field in schema(known)
+        for field in schema(facts)
         if field.metadata
     }
-    return pa.schema([field.with_type(tensors.get(field.name, field.type)) for field in schema(known)])
+    return pa.schema([field.with_type(tensors.get(field.name, field.type)) for field in schema(facts)])
 
 
-def row_bytes(known: Facts) -> int:
-    """Bytes of a row in memory, and at most about as many on disk."""
-    length, dim = manifest.noise_shape(known)
-    size = np.dtype(manifest.noise_dtype(known)).itemsize
-    return 12 + 2 * length + (size * length * dim if known["noise"] == "stored" else 0)
-
-
-def table(known: Facts, rows: Rows) -> pa.Table:
+def table(facts: PairFacts, rows: Rows) -> pa.Table:
     """Rows -> an Arrow table with the columns of a shard; ValueError for codes that the vocabulary lacks."""
-    vocabulary = known["layout"]["vocabulary"]
     low, high = int(rows.tokens.min()), int(rows.tokens.max())
-    if not 0 <= low <= high < vocabulary:
-        raise Refused(f"tokens run from {low} to {high}; they must lie in the vocabulary of {vocabulary}.")
+    if not 0 <= low <= high < facts.codes:
+        raise Refused(f"tokens run from {low} to {high}; they must lie in the vocabulary of {facts.codes}.")
     arrays = {
         "sample_id": pa.array(rows.ids.astype(np.uint64)),
         "label": pa.array(rows.labels.astype(np.int32)),
         "noise": None if rows.noise is None else _flat(rows.noise),
         "tokens": _flat(rows.tokens.astype(np.uint16)),
     }
-    wanted = schema(known)
-    return pa.table([arrays[name] for name in wanted.names], schema=wanted)
+    columns = schema(facts)
+    return pa.table([arrays[name] for name in columns.names], schema=columns)
 
 
-def write_shard(uri: str, known: Facts, made: pa.Table, host: str = "") -> Shard:
-    """Commit the table of one shard atomically; the same rows give the same bytes under one version of pyarrow.
+def write_shard(uri: str, facts: PairFacts, rows: pa.Table, host: str = "") -> Shard:
+    """Commit the ``table`` of one shard atomically; the same rows give the same bytes under one version of pyarrow.
 
     ``host`` is the machine that made the rows.
     """
-    made = made.select(schema(known).names).combine_chunks()
-    number = made["sample_id"][0].as_py() // known["shard_rows"]
-    name = manifest.shard_name(number, made.num_rows, known["shard_rows"])
-    data = _sealed(_encoded(made))
+    rows = rows.select(schema(facts).names).combine_chunks()
+    number = facts.shard_of(rows["sample_id"][0].as_py())
+    name = facts.shard_name(number, rows.num_rows)
+    data = _sealed(_encoded(rows))
     storage.write_bytes(storage.join(uri, name), data)
-    return Shard(name, number, made.num_rows, len(data), hashlib.sha256(data).hexdigest(), host)
+    return Shard(name, number, rows.num_rows, len(data), hashlib.sha256(data).hexdigest(), host)
 
 
 def _encoded(table: pa.Table) -> bytes:
@@ -154,54 +128,54 @@ def _seal_fits(data: bytes) -> bool | None:
     return data[at : at + len(UNSEALED)] == _checksum(data, at)
 
 
-def load_shard(uri: str, known: Facts, name: str) -> Rows:
+def load_shard(uri: str, facts: PairFacts, name: str) -> Rows:
     """The rows of a shard as they are stored; ValueError naming the file for one that is damaged."""
-    return _decode(storage.read_bytes(storage.join(uri, name)), uri, known, name)
+    return _decode(storage.read_bytes(storage.join(uri, name)), uri, facts, name)
 
 
-def read_shard(uri: str, known: Facts, name: str) -> Rows:
+def read_shard(uri: str, facts: PairFacts, name: str) -> Rows:
     """The rows of a shard with their noise, stored or derived."""
-    rows = load_shard(uri, known, name)
-    return rows._replace(noise=noise_of(known, rows))
+    rows = load_shard(uri, facts, name)
+    return rows._replace(noise=noise_of(facts, rows))
 
 
-def inspect_shard(uri: str, known: Facts, name: str, sha256: str | None = None) -> Shard:
+def inspect_shard(uri: str, facts: PairFacts, name: str, sha256: str | None = None) -> Shard:
     """Read a committed shard whole and check it; ValueError naming the file and what to do."""
     data = storage.read_bytes(storage.join(uri, name))
-    found = hashlib.sha256(data).hexdigest()
-    rows = _decode(data, uri, known, name)
-    if sha256 is not None and found != sha256:
+    digest = hashlib.sha256(data).hexdigest()
+    rows = _decode(data, uri, facts, name)
+    if sha256 is not None and digest != sha256:
         raise _damaged(uri, name, "its bytes are not those that the manifest lists")
-    return Shard(name, rows.ids[0].item() // known["shard_rows"], len(rows.ids), len(data), found)
+    return Shard(name, facts.shard_of(rows.ids[0].item()), len(rows.ids), len(data), digest)
 
 
-def _decode(data: bytes, uri: str, known: Facts, name: str) -> Rows:
+def _decode(data: bytes, uri: str, facts: PairFacts, name: str) -> Rows:
     """Parquet bytes -> rows, after every check that the content alone allows."""
     whole = _seal_fits(data)
     if whole is False:  # nothing of it is given to the parser
         raise _damaged(uri, name, "its bytes do not fit the CRC-32 in it")
     try:
-        read = pq.read_table(pa.BufferReader(data), use_threads=False)
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(uri, name, str(error).strip().splitlines()[0]) from None
-    if not read.schema.equals(schema(known) if whole else _earlier_schema(known)):
+    if not table.schema.equals(schema(facts) if whole else _earlier_schema(facts)):
         seal = "" if whole else " or it lost its CRC-32"
-        raise _damaged(uri, name, f"its columns are {', '.join(read.schema.names)} of other names or types{seal}")
-    ids = read["sample_id"].to_numpy().astype(np.int64)
-    labels = read["label"].to_numpy().astype(np.int64)
-    if not np.array_equal(ids, manifest.ids_of(name, known)):
-        first, last = manifest.ids_of(name, known)[[0, -1]]
+        raise _damaged(uri, name, f"its columns are {', '.join(table.schema.names)} of other names or types{seal}")
+    ids = table["sample_id"].to_numpy().astype(np.int64)
+    labels = table["label"].to_numpy().astype(np.int64)
+    if not np.array_equal(ids, facts.ids_of(name)):
+        first, last = facts.ids_of(name)[[0, -1]]
         raise _damaged(uri, name, f"its {len(ids)} rows are not the ids from {first} to {last}")
-    if not np.array_equal(labels, noise.labels(ids, known["layout"]["classes"])):
+    if not np.array_equal(labels, facts.labels(ids)):
         raise _damaged(uri, name, "its labels are not those of its ids")
-    length, dim = manifest.noise_shape(known)
-    tokens = _checked(_array(read["tokens"], (length,)), uri, known, name)
-    return Rows(ids, labels, _array(read["noise"], (length, dim)) if "noise" in read.column_names else None, tokens)
+    tokens = _checked(_array(table["tokens"], (facts.length,)), uri, facts, name)
+    shape = (facts.length, facts.dim)
+    return Rows(ids, labels, _array(table["noise"], shape) if facts.noise_is_stored else None, tokens)
 
 
-def _checked(tokens: np.ndarray, uri: str, known: Facts, name: str) -> np.ndarray:
+def _checked(tokens: np.ndarray, uri: str, facts: PairFacts, name: str) -> np.ndarray:
     """The same tokens; ValueError for a code that the vocabulary lacks."""
-    if tokens.max() >= known["layout"]["vocabulary"]:
+    if tokens.max() >= facts.codes:
         raise _damaged(uri, name, f"it holds the code {tokens.max()}, outside the vocabulary")
     return tokens
 
@@ -225,22 +199,18 @@ def _array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     return rows.flatten().to_numpy().reshape(-1, *shape)
 
 
-def noise_of(known: Facts, rows: Rows) -> np.ndarray:
-    """Stored noise, or noise made again from the ids: [b, n, C] of the set's dtype."""
-    return manifest.gaussian(known, rows.ids) if rows.noise is None else rows.noise
-
-
 # ---- a whole set
 
 
 def verify(uri: str) -> dict[str, Any]:
     """Check schema, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
-    found = manifest.read(uri)
+    inventory = manifest.read(uri)
+    facts = PairFacts.from_json(inventory["facts"])
     with ThreadPoolExecutor(CHECKERS) as pool:
-        args = [(uri, found["facts"], shard["name"], shard["sha256"]) for shard in found["shards"]]
+        args = [(uri, facts, shard["name"], shard["sha256"]) for shard in inventory["shards"]]
         for _ in pool.map(inspect_shard, *zip(*args, strict=True)):
             pass
-    return found
+    return inventory
 
 
 def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
@@ -248,44 +218,42 @@ def token_frequencies(uri: str, by_class: bool = False) -> np.ndarray:
 
     Raises ValueError where the table by class would be too large (1,000 classes x 680 tokens x 4,096 codes are 22 GB).
     """
-    found = manifest.read(uri)
-    known, layout = found["facts"], found["facts"]["layout"]
-    length, vocabulary = sum(layout["groups"]), layout["vocabulary"]
-    groups = layout["classes"] if by_class else 1
-    size = groups * length * vocabulary
+    inventory = manifest.read(uri)
+    facts = PairFacts.from_json(inventory["facts"])
+    length, codes, groups = facts.length, facts.codes, facts.layout.classes if by_class else 1
+    size = groups * length * codes
     if 8 * size > FREQUENCIES:
         raise Refused(f"token frequencies of {groups} classes need {8 * size / 1e9:.0f} GB; count over all classes.")
     counts = np.zeros(size, dtype=np.int64)
-    names = [shard["name"] for shard in found["shards"]]
-    for name, tokens in zip(names, tokens_of(uri, known, names), strict=True):
-        group = noise.labels(manifest.ids_of(name, known), groups)
-        cell = (group[:, None] * length + np.arange(length)) * vocabulary + tokens
+    names = [shard["name"] for shard in inventory["shards"]]
+    for name, tokens in zip(names, tokens_of(uri, facts, names), strict=True):
+        group = noise.labels(facts.ids_of(name), groups)
+        cell = (group[:, None] * length + np.arange(length)) * codes + tokens
         counts += np.bincount(cell.ravel(), minlength=size)
-    shape = (length, vocabulary)
+    shape = (length, codes)
     return counts.reshape((groups, *shape) if by_class else shape)
 
 
-def tokens_of(uri: str, known: Facts, names: Sequence[str]) -> Iterator[np.ndarray]:
+def tokens_of(uri: str, facts: PairFacts, names: Sequence[str]) -> Iterator[np.ndarray]:
     """The tokens of each shard, uint16 [b, n], in order; nothing else is read, and ``CHECKERS`` shards at once."""
     with ThreadPoolExecutor(CHECKERS) as pool:
-        reading: deque[Future[np.ndarray]] = deque()
+        shards: deque[Future[np.ndarray]] = deque()
         for name in names:
-            reading.append(pool.submit(_tokens_of, uri, known, name))
-            if len(reading) == CHECKERS:
-                yield reading.popleft().result()
-        while reading:
-            yield reading.popleft().result()
+            shards.append(pool.submit(_read_tokens, uri, facts, name))
+            if len(shards) == CHECKERS:
+                yield shards.popleft().result()
+        while shards:
+            yield shards.popleft().result()
 
 
-def _tokens_of(uri: str, known: Facts, name: str) -> np.ndarray:
+def _read_tokens(uri: str, facts: PairFacts, name: str) -> np.ndarray:
     """The tokens of one shard, uint16 [b, n], by the pages that hold them; their own CRC-32 is checked."""
     with storage.reading(storage.join(uri, name)) as file:
         try:
-            read = pq.ParquetFile(file, page_checksum_verification=True).read(["tokens"], use_threads=False)
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(["tokens"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(uri, name, str(error).strip().splitlines()[0]) from None
-    length, _ = manifest.noise_shape(known)
-    tokens, rows = _array(read["tokens"], (length,)), len(manifest.ids_of(name, known))
+    tokens, (_, rows) = _array(table["tokens"], (facts.length,)), facts.number_and_rows(name)
     if len(tokens) != rows:
         raise _damaged(uri, name, f"it has {len(tokens)} rows of {rows}")
-    return _checked(tokens, uri, known, name)
+    return _checked(tokens, uri, facts, name)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.host.ahead import ahead
-from pipeline.models.base import Layout
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Shard
-from pipeline.pairs.shards import Rows, load_shard, noise_of, row_bytes
+from pipeline.pairs.rows import Rows, noise_of
+from pipeline.pairs.shards import load_shard
 
 READERS = 16  # threads that read the shards of a window
 WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is read once and kept
@@ -40,16 +41,12 @@ class PairStream:
     Neighbouring rows are independent draws, hence shuffling within windows loses nothing.
     """
 
-    def __init__(self, uri: str, found: dict[str, Any], window: int) -> None:
-        self.uri, self.facts, self.fingerprint, self.count = (
-            uri,
-            found["facts"],
-            found["fingerprint"],
-            found["count"],
-        )
-        self.layout = Layout(**{**self.facts["layout"], "groups": tuple(self.facts["layout"]["groups"])})
-        self.shards = [Shard(**shard) for shard in found["shards"]]
-        self._per_window = max(1, window // (row_bytes(self.facts) * self.facts["shard_rows"]))
+    def __init__(self, uri: str, inventory: dict[str, Any], window: int) -> None:
+        self.uri, self.fingerprint, self.count = uri, inventory["fingerprint"], inventory["count"]
+        self.facts = PairFacts.from_json(inventory["facts"])
+        self.layout = self.facts.layout
+        self.shards = [Shard(**shard) for shard in inventory["shards"]]
+        self._per_window = max(1, window // (self.facts.row_bytes * self.facts.shard_rows))
         self._cache: dict[str, Rows] = {}
 
     @classmethod
@@ -100,10 +97,10 @@ class PairStream:
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """The ids of an epoch in order, int64 [count]: what ``batches`` follows."""
-        first = self.facts["shard_rows"] * np.array([shard.number for shard in self.shards])
         parts = []
         for group, places in self._plan(epoch, seed):
-            ids = np.concatenate([first[i] + np.arange(self.shards[i].rows) for i in group])
+            shards = [self.shards[i] for i in group]
+            ids = np.concatenate([self.facts.ids(shard.number, shard.rows) for shard in shards])
             parts.append(ids[places])
         return np.concatenate(parts)
 
@@ -120,8 +117,8 @@ class PairStream:
         for group, places in self._plan(epoch, seed):
             position = before + np.arange(len(places))
             before += len(places)
-            wanted = (position >= start * batch) & (position < self.steps(batch) * batch)
-            mine = places[wanted & (position % batch // share == rank)]
+            due = (position >= start * batch) & (position < self.steps(batch) * batch)
+            mine = places[due & (position % batch // share == rank)]
             if len(mine):
                 yield self._gather(group, mine)
 
@@ -131,16 +128,16 @@ class PairStream:
         Threads read the shards together: an object store answers a hundred requests as fast as one.
         """
         ends = np.cumsum([self.shards[i].rows for i in group])
-        wanted = []  # (shard, which of its rows, where these stand in ``places``)
+        pieces = []  # (shard, which of its rows, where these stand in ``places``)
         for i, end in zip(group, ends, strict=True):
             begin = end - self.shards[i].rows
             here = np.flatnonzero((places >= begin) & (places < end))
             if len(here):
-                wanted.append((self.shards[i], places[here] - begin, here))
+                pieces.append((self.shards[i], places[here] - begin, here))
         with ThreadPoolExecutor(READERS) as pool:
-            parts = list(pool.map(lambda shard, rows, _: self._load(shard).take(rows), *zip(*wanted, strict=True)))
+            parts = list(pool.map(lambda shard, rows, _: self._load(shard).take(rows), *zip(*pieces, strict=True)))
         back = np.empty(len(places), dtype=np.int64)
-        back[np.concatenate([here for *_, here in wanted])] = np.arange(len(places))
+        back[np.concatenate([here for *_, here in pieces])] = np.arange(len(places))
         return Rows.join(parts).take(back)
 
     def _load(self, shard: Shard) -> Rows:

@@ -15,7 +15,9 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.models.base import Condition, Layout
 from pipeline.pairs import manifest
-from pipeline.pairs.shards import Rows, read_shard
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.rows import Rows
+from pipeline.pairs.shards import read_shard
 from pipeline.pairs.stream import WINDOW, Pairs, PairStream
 from pipeline.settings.train import TrainSettings
 from pipeline.training.plan import TrainingPlan
@@ -38,24 +40,24 @@ class Batch(NamedTuple):
 
 def stream(plan: TrainingPlan) -> PairStream:
     """The rows that steps train on; those held out, and those beyond pairs.count of a grown set, are left out."""
-    found = manifest.read(plan.recipe.pairs_uri, plan.pairs_fingerprint)
-    size = found["facts"]["shard_rows"]
+    inventory = manifest.read(plan.recipe.pairs_uri, plan.pairs_fingerprint)
+    facts = PairFacts.from_json(inventory["facts"])
     shards = [
-        shard | {"rows": min(shard["rows"], plan.rows - shard["number"] * size)}
-        for shard in found["shards"]
-        if shard["number"] * size < plan.rows
+        shard | {"rows": min(shard["rows"], rows)}
+        for shard in inventory["shards"]
+        if (rows := facts.rows_of(shard["number"], plan.rows))
     ]
-    return PairStream(plan.recipe.pairs_uri, found | {"count": plan.rows, "shards": shards}, WINDOW)
+    return PairStream(plan.recipe.pairs_uri, inventory | {"count": plan.rows, "shards": shards}, WINDOW)
 
 
 def held_out(plan: TrainingPlan) -> Rows:
     """The rows that no step trains on, with their noise."""
     uri, count = plan.recipe.pairs_uri, plan.recipe.pairs.count
-    found = manifest.read(uri, plan.pairs_fingerprint)
-    size = found["facts"]["shard_rows"]
-    numbers = range(plan.rows // size, (count - 1) // size + 1)
-    names = [shard["name"] for shard in found["shards"] if shard["number"] in numbers]
-    rows = Rows.join([read_shard(uri, found["facts"], name) for name in names])
+    inventory = manifest.read(uri, plan.pairs_fingerprint)
+    facts = PairFacts.from_json(inventory["facts"])
+    numbers = range(facts.shard_of(plan.rows), facts.shard_of(count - 1) + 1)
+    names = [shard["name"] for shard in inventory["shards"] if shard["number"] in numbers]
+    rows = Rows.join([read_shard(uri, facts, name) for name in names])
     return rows.take((rows.ids >= plan.rows) & (rows.ids < count))
 
 

@@ -14,6 +14,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint, leaves
 from pipeline.settings.train import TrainSettings
 from pipeline.training.perceptual import TRUNKS, trunk_file
@@ -99,19 +100,19 @@ class TrainingPlan:
         }
 
 
-def check(recipe: Recipe, known: manifest.Facts | None = None) -> TrainingPlan:
+def check(recipe: Recipe, facts: PairFacts | None = None) -> TrainingPlan:
     """Every check that costs seconds; ValueError or FileNotFoundError with one sentence.
 
-    A dry run may plan for pairs that are not there yet. ``known`` is ``manifest.facts_of``, where the caller has it.
+    A dry run may plan for pairs that are not there yet. ``facts`` are those of its pair set, where the caller has them.
     """
     check_losses(recipe.train, checkpoints.config(recipe.teacher).layout)
-    known = known or manifest.facts_of(recipe)
-    manifest.check_claim(recipe.pairs_uri, known)
+    facts = facts or PairFacts.of(recipe)
+    manifest.check_claim(recipe.pairs_uri, facts)
     plan = TrainingPlan(
         recipe=recipe,
-        layout=checkpoints.config(recipe.teacher).layout,
-        teacher={name: known["teacher"][name] for name in ("tokenizer", "checkpoint")},
-        pairs_fingerprint=fingerprint(known),
+        layout=facts.layout,
+        teacher=facts.checksums,
+        pairs_fingerprint=facts.fingerprint,
     )
     if recipe.train.export == "released" and not checkpoints.family(recipe.teacher).Student.released:
         raise Refused(
@@ -128,11 +129,11 @@ def check(recipe: Recipe, known: manifest.Facts | None = None) -> TrainingPlan:
     claimed(plan)
     if not recipe.dry_run:  # a set may be begun small and grow
         check_batch(plan)
-        there = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
-        if there < recipe.pairs.count:
+        count = manifest.read(recipe.pairs_uri, plan.pairs_fingerprint)["count"]
+        if count < recipe.pairs.count:
             raise Refused(
-                f"{recipe.pairs_uri} holds {there} pairs and pairs.count is {recipe.pairs.count}; run"
-                f" generate_pairs with this recipe, or set pairs.count to {there}."
+                f"{recipe.pairs_uri} holds {count} pairs and pairs.count is {recipe.pairs.count}; run"
+                f" generate_pairs with this recipe, or set pairs.count to {count}."
             )
     return plan
 
@@ -201,12 +202,12 @@ def claimed(plan: TrainingPlan) -> dict[str, Any] | None:
                 " another folder."
             )
         return None
-    there = storage.read_json(place)
-    if not (isinstance(there, dict) and {"fingerprint", "facts"} <= there.keys()):
+    owner = storage.read_json(place)
+    if not (isinstance(owner, dict) and {"fingerprint", "facts"} <= owner.keys()):
         raise Refused(f"{place} is not what distill wrote; set train.uri (or run) to another folder, or restore it.")
-    if there["fingerprint"] == plan.fingerprint:
-        return there
-    old, new = leaves(there["facts"]), leaves(plan.facts)
+    if owner["fingerprint"] == plan.fingerprint:
+        return owner
+    old, new = leaves(owner["facts"]), leaves(plan.facts)
     name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise Refused(
         f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"

@@ -18,9 +18,10 @@ from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import duration
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
-from pipeline.pairs import shards as pairs
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.pairs.replica import Replica
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep
 from pipeline.services import cluster
 from pipeline.training import plan, state, step
@@ -101,26 +102,23 @@ def _priced(recipe: Recipe, seconds: float) -> list[str]:
 
 def of_pairs(recipe: Recipe) -> Cost:
     """Rows that are missing, their storage, a batch's memory and time."""
-    known, uri, size = manifest.facts_of(recipe), recipe.pairs_uri, recipe.pairs.shard_rows
-    manifest.check_claim(uri, known)
-    complete = manifest.complete(uri)
-    count = max(recipe.pairs.count, complete["count"] if complete else 0)
-    shards = manifest.present(manifest.committed(uri), count, size)
-    todo = [number for number, name in shards.items() if name is None]
-    left = sum(min(size, count - number * size) for number in todo)
-    batch, row = min(recipe.pairs.batch, size), pairs.row_bytes(known)
+    facts, uri = PairFacts.of(recipe), recipe.pairs_uri
+    manifest.check_claim(uri, facts)
+    gap = Gap.among(manifest.committed(uri), facts, recipe.pairs.count, manifest.complete(uri))
+    left, missing = gap.rows_left, len(gap.missing)
+    batch, row = min(recipe.pairs.batch, facts.shard_rows), facts.row_bytes
     lines = [
-        f"pair set     {uri}, fingerprint {fingerprint(known)[:12]}",
-        f"rows         {count:,}; {left:,} in {len(todo)} shards are left to make",
+        f"pair set     {uri}, fingerprint {facts.fingerprint[:12]}",
+        f"rows         {gap.count:,}; {left:,} in {missing} shards are left to make",
         f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
         *footprints.of_generation(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
     ]
 
     def measure() -> tuple[float, str]:
-        seconds = cluster.on_actor(recipe, Replica, (recipe, known), "measure")
+        seconds = cluster.on_actor(recipe, Replica, (recipe, facts), "measure")
         return seconds * left / batch, f"one batch    {batch} rows in {duration(seconds)} on one replica"
 
-    replicas = max(1, min(recipe.pairs.actors, len(todo)))
+    replicas = max(1, min(recipe.pairs.actors, missing))
     return Cost("pairs (generate_pairs)", lines, replicas, measure if left else None)
 
 
@@ -153,20 +151,20 @@ def of_evaluation(recipe: Recipe) -> Cost:
     """Images that are left to draw, those of students still to be exported among them, from a batch of each sampler."""
     student = recipe.evaluate.student or storage.join(recipe.student_uri, "student.safetensors")
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
-    found = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
-    left = [draw for draw in found.draws() if draw.sampler and not (begun and storage.exists(found.cache(draw)))]
+    report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
+    missing = [draw for draw in report.draws() if draw.sampler and not (begun and storage.exists(report.cache(draw)))]
     lines = [f"report       {recipe.report_uri}"]
-    drawn = [draw for draw in found.draws() if draw.sampler]
-    lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in left else ", in the cache") for draw in drawn]
-    images = [(draw.sampler, draw.count) for draw in left if draw.sampler]
-    few = [sampler for sampler in found.samplers if isinstance(sampler, FewStep)]
+    drawn = [draw for draw in report.draws() if draw.sampler]
+    lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in missing else ", in the cache") for draw in drawn]
+    images = [(draw.sampler, draw.count) for draw in missing if draw.sampler]
+    few = [sampler for sampler in report.samplers if isinstance(sampler, FewStep)]
     if not begun and recipe.evaluate.curve_count and few:
         lines.append(f"{recipe.evaluate.curve_count:>12,} x {len(few)} samplers of {recipe.train.snapshots} snapshots")
         images += [(sampler, recipe.evaluate.curve_count * recipe.train.snapshots) for sampler in few]
 
     def measure() -> tuple[float, str]:
         asked = list(dict.fromkeys(sampler for sampler, _ in images))
-        seconds = cluster.on_worker(recipe, artist.seconds_per_image, found, asked)
+        seconds = cluster.on_worker(recipe, artist.seconds_per_image, report, asked)
         total = sum(seconds[sampler] * count for sampler, count in images if sampler in seconds)
         return total, f"one batch    {recipe.evaluate.batch} images of each sampler; scoring and baselines not counted"
 

@@ -25,6 +25,7 @@ from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, mlflow_store, registry
 from pipeline.training import perceptual
@@ -56,13 +57,13 @@ def check(recipe: Recipe, job: Job) -> None:
     looked at first.
     """
     check_services(recipe)
-    found = findings(recipe, job)
-    if len(found) == 1 and found[0].job == job:
-        raise found[0].error
-    if found:
-        later = any(one.job != job for one in found)
+    missing = findings(recipe, job)
+    if len(missing) == 1 and missing[0].job == job:
+        raise missing[0].error
+    if missing:
+        later = any(one.job != job for one in missing)
         advice = " Mend them, or begin all the same with --preflight this." if later else ""
-        raise Refused(f"{listed(found)}{advice}")
+        raise Refused(f"{listed(missing)}{advice}")
 
 
 def findings(recipe: Recipe, job: Job) -> list[Finding]:
@@ -78,12 +79,12 @@ def findings(recipe: Recipe, job: Job) -> list[Finding]:
     return list(out.values())
 
 
-def listed(found: list[Finding]) -> str:
+def listed(missing: list[Finding]) -> str:
     """The findings as one text, by job."""
-    if len(found) == 1:
-        return f"{found[0].job} would fail: {found[0].error}"
-    lines = (f"({number}) {one.job}: {one.error}" for number, one in enumerate(found, 1))
-    return f"{len(found)} things are missing for the jobs of this recipe. {' '.join(lines)}"
+    if len(missing) == 1:
+        return f"{missing[0].job} would fail: {missing[0].error}"
+    lines = (f"({number}) {one.job}: {one.error}" for number, one in enumerate(missing, 1))
+    return f"{len(missing)} things are missing for the jobs of this recipe. {' '.join(lines)}"
 
 
 # ---- what each job needs
@@ -101,7 +102,7 @@ def check_teacher(recipe: Recipe) -> None:
 def check_pairs(recipe: Recipe) -> None:
     """The folder is free or holds this very set."""
     recipe.check_filled("pairs")
-    manifest.check_claim(recipe.pairs_uri, manifest.facts_of(recipe))
+    manifest.check_claim(recipe.pairs_uri, PairFacts.of(recipe))
 
 
 def check_training(recipe: Recipe) -> None:

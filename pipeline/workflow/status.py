@@ -14,6 +14,8 @@ from pipeline import storage
 from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host.progress import duration
 from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.recipe import Recipe
 from pipeline.training import state
 from pipeline.training.plan import check
@@ -25,81 +27,79 @@ SHORTEST = 60.0  # seconds within which nothing is called late
 
 def of_pairs(recipe: Recipe) -> str:
     """Shards and rows that are there and missing, with rate and last activity."""
-    uri, size, written = recipe.pairs_uri, recipe.pairs.shard_rows, storage.modified(recipe.pairs_uri)
+    uri, times = recipe.pairs_uri, storage.modified(recipe.pairs_uri)
     if not manifest.begun(uri):
         return f"pairs: {uri} holds no pair set; generate_pairs has not begun one there."
-    complete = manifest.complete(uri)
-    count = max(recipe.pairs.count, complete["count"] if complete else 0)
-    sizes = manifest.committed(uri)
-    shards = manifest.present(sizes, count, size)
-    names = [name for name in shards.values() if name]
-    rows = sum(manifest.number_and_rows(name, size)[1] for name in names)
-    megabytes = sum(sizes[name] for name in names) / 1e6
+    complete, sizes = manifest.complete(uri), manifest.committed(uri)
+    facts = PairFacts.of(recipe, checksums={})  # which shards there are does not depend on the weights
+    gap = Gap.among(sizes, facts, recipe.pairs.count, complete)
+    rows = sum(facts.number_and_rows(name)[1] for name in gap.names)
+    megabytes = sum(sizes[name] for name in gap.names) / 1e6
     lines = [
         f"pairs: {uri}",
-        f"there        {len(names):,} of {len(shards):,} shards, {rows:,} of {count:,} rows, {megabytes:,.1f} MB",
+        f"there        {len(gap.names):,} of {len(gap.present):,} shards, {rows:,} of {gap.count:,} rows,"
+        f" {megabytes:,.1f} MB",
     ]
-    if complete and complete["count"] == count and len(names) == len(shards):
-        return "\n".join([*lines, f"state        complete; the last file was written {_ago(written)} ago"])
-    missing = [number for number, name in shards.items() if not name]
-    lines.append(f"missing      {_numbers(missing)}" if missing else "missing      the manifest alone")
-    each = rows / max(1, len(names))
-    times = [written[name] for name in names if name in written]
-    return "\n".join([*lines, *_pace(times, each, "rows", len(missing), written)])
+    if complete and complete["count"] == gap.count and not gap.missing:
+        return "\n".join([*lines, f"state        complete; the last file was written {_ago(times)} ago"])
+    lines.append(f"missing      {_numbers(gap.missing)}" if gap.missing else "missing      the manifest alone")
+    each = rows / max(1, len(gap.names))
+    pace = _pace([times[name] for name in gap.names if name in times], each, "rows", len(gap.missing), times)
+    return "\n".join([*lines, *pace])
 
 
 def of_training(recipe: Recipe) -> str:
     """Optimiser steps that are done and left, with rate and last activity."""
     plan = check(replace(recipe, dry_run=True))
-    written = storage.modified(plan.at())
-    if "recipe.json" not in written:
+    times = storage.modified(plan.at())
+    if "recipe.json" not in times:
         return f"student: {plan.at()} holds no student; distill has not begun one there."
-    exported = [step for step in plan.snapshot_steps if f"step-{step:06d}.safetensors" in written]
+    exports = [step for step in plan.snapshot_steps if f"step-{step:06d}.safetensors" in times]
     lines = [f"student: {plan.at()}"]
     if storage.exists(plan.result):
-        return "\n".join([*lines, f"state        complete after {plan.total:,} steps; written {_ago(written)} ago"])
+        return "\n".join([*lines, f"state        complete after {plan.total:,} steps; written {_ago(times)} ago"])
     folder = plan.at("checkpoints")
-    saved = {name: when for name, when in storage.modified(folder).items() if name.endswith(state.SUFFIX)}
-    steps = sorted(map(_step, saved))
+    checkpoints = {name: when for name, when in storage.modified(folder).items() if name.endswith(state.SUFFIX)}
+    steps = sorted(map(_step, checkpoints))
     done = steps[-1] if steps else 0
     lines += [
         f"there        step {done:,} of {plan.total:,} in the newest checkpoint",
-        f"exported     {len(exported)} of {len(plan.snapshot_steps)} students along the way",
+        f"exported     {len(exports)} of {len(plan.snapshot_steps)} students along the way",
     ]
     each = (done - steps[0]) / (len(steps) - 1) if len(steps) > 1 else recipe.train.checkpoint_every
-    return "\n".join([*lines, *_pace(list(saved.values()), each, "steps", (plan.total - done) / each, written | saved)])
+    pace = _pace(list(checkpoints.values()), each, "steps", (plan.total - done) / each, times | checkpoints)
+    return "\n".join([*lines, *pace])
 
 
 def of_evaluation(plan: EvaluationPlan) -> str:
     """Sets of images that are scored and that are left, with the last activity."""
     recipe = plan.recipe
-    draws, there = plan.draws(), storage.modified(plan.shelf)
-    done = [draw for draw in draws if plan.cache(draw).rpartition("/")[2] in there]
+    draws, shelf, report = plan.draws(), storage.modified(plan.shelf), storage.modified(recipe.report_uri)
+    done = [draw for draw in draws if plan.cache(draw).rpartition("/")[2] in shelf]
     lines = [f"report: {recipe.report_uri}", f"there        {len(done)} of {len(draws)} sets of images are scored"]
-    if left := [f"{draw.count:,} x {draw.name}" for draw in draws if draw not in done]:
-        lines.append(f"missing      {'; '.join(left)}")
-    written = storage.modified(recipe.report_uri)
-    if not left and "report.html" in written:
-        return "\n".join([*lines, f"state        written {_ago({'': written['report.html']})} ago"])
-    times = [there[plan.cache(draw).rpartition("/")[2]] for draw in done]
-    return "\n".join([*lines, *_pace(times, 1, "sets", len(left), there | written)])
+    if missing := [f"{draw.count:,} x {draw.name}" for draw in draws if draw not in done]:
+        lines.append(f"missing      {'; '.join(missing)}")
+    if not missing and "report.html" in report:
+        return "\n".join([*lines, f"state        written {_ago({'': report['report.html']})} ago"])
+    times = [shelf[plan.cache(draw).rpartition("/")[2]] for draw in done]
+    return "\n".join([*lines, *_pace(times, 1, "sets", len(missing), shelf | report)])
 
 
-def _pace(times: Sequence[float], each: float, unit: str, left: float, written: dict[str, float]) -> list[str]:
+def _pace(times: Sequence[float], each: float, unit: str, missing: float, files: dict[str, float]) -> list[str]:
     """Rate of the newest pieces, what is left at that rate, and the last activity; a late piece is named.
 
-    ``times`` are those of the finished pieces, ``each`` what a piece holds, ``left`` the pieces to come, ``written``
-    when anything in the folder was.
+    ``times`` are those of the finished pieces, ``each`` what a piece holds, ``missing`` the pieces to come, ``files``
+    when each file of the folder was written.
     """
-    if not written:
+    if not files:
         return ["activity     none"]
     lines, recent = [], sorted(times)[-RECENT:]
     interval = (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else 0.0
     if interval > 0:
         lines.append(f"rate         {each / interval:,.3g} {unit}/s over the last {len(recent)} pieces")
-        lines.append(f"time         about {duration(left * interval)} left at that rate")
-    said = f"activity     the last file was written {_ago(written)} ago"
-    if 0 < OVERDUE * interval < _silence(written) and _silence(written) > SHORTEST:
+        lines.append(f"time         about {duration(missing * interval)} left at that rate")
+    said = f"activity     the last file was written {_ago(files)} ago"
+    if 0 < OVERDUE * interval < _silence(files) and _silence(files) > SHORTEST:
         said += f"; a piece took {duration(interval)}, so the run has stopped or hangs: the same command goes on"
     return [*lines, said]
 
@@ -120,10 +120,10 @@ def _step(name: str) -> int:
     return int(name.removeprefix("step-").removesuffix(state.SUFFIX))
 
 
-def _silence(written: dict[str, float]) -> float:
+def _silence(files: dict[str, float]) -> float:
     """Seconds since anything was written."""
-    return max(0.0, time.time() - max(written.values()))
+    return max(0.0, time.time() - max(files.values()))
 
 
-def _ago(written: dict[str, float]) -> str:
-    return duration(_silence(written))
+def _ago(files: dict[str, float]) -> str:
+    return duration(_silence(files))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from pipeline import noise, storage
+from pipeline import storage
 from pipeline.ablation import ablate as job
 from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report as ablation_report
@@ -23,7 +23,9 @@ from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.rows import Rows
+from pipeline.recipe import Recipe
 from pipeline.settings.studies import AblationSettings
 
 LISTED: list[dict[str, Any]] = [
@@ -90,7 +92,7 @@ def test_nothing_is_made_twice_and_everything_has_its_place(recipe: Recipe) -> N
     assert all(trial.recipe.train.seed == trial.seed for trial in trials)
 
     # One growing set serves all counts, and the recipe's own folder is that set; others have theirs.
-    own = fingerprint(manifest.facts_of(recipe))
+    own = PairFacts.of(recipe).fingerprint
     assert {key: (some.pairs_uri, some.pairs.count) for key, some in plan.sets.items()} == {
         own: (recipe.pairs_uri, 60),
         plan.trials[5][0].pairs: (f"{recipe.run}/ablation/pairs/{plan.trials[5][0].pairs[:12]}", 40),
@@ -145,8 +147,8 @@ def test_an_axis_with_a_title_varies_fields_together(recipe: Recipe) -> None:
 def test_float16_is_what_sets_without_a_dtype_have(recipe: Recipe) -> None:
     for name, expected in [("llamagen", "a40731c39e979bc2"), ("var", "9addbfd961086440")]:
         shipped = parse(None, ["--config", str(DEFAULT.with_name(f"digits-{name}.yaml"))])
-        assert fingerprint(manifest.facts_of(shipped))[:16] == expected, "pair sets of earlier releases stay readable"
-    assert manifest.facts_of(with_settings(recipe, {"pairs.dtype": "float32"}))["dtype"] == "float32"
+        assert PairFacts.of(shipped).fingerprint[:16] == expected, "pair sets of earlier releases stay readable"
+    assert PairFacts.of(with_settings(recipe, {"pairs.dtype": "float32"})).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -293,16 +295,16 @@ def test_the_table_holds_means_spreads_and_gaps(recipe: Recipe) -> None:
 
 def write_set(recipe: Recipe, other: float) -> None:
     """A complete pair set whose codes are 0, but for about a share of ``other``."""
-    known = manifest.facts_of(recipe)
-    manifest.claim(recipe.pairs_uri, known, recipe)
+    facts = PairFacts.of(recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
     shards = []
     for first in range(0, recipe.pairs.count, recipe.pairs.shard_rows):
         ids = np.arange(first, min(first + recipe.pairs.shard_rows, recipe.pairs.count))
-        drawn = manifest.gaussian(known, ids)
+        drawn = facts.noise(ids)
         tokens = (np.random.default_rng(first).random(drawn.shape[:2]) < other).astype(np.uint16)
-        rows = pairs.Rows(ids, noise.labels(ids, known["layout"]["classes"]), drawn, tokens)
-        shards.append(pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, rows)))
-    manifest.finish(recipe.pairs_uri, known, shards, {"rows": 1, "seconds": 1.0, "device": "cpu"})
+        rows = Rows(ids, facts.labels(ids), drawn, tokens)
+        shards.append(pairs.write_shard(recipe.pairs_uri, facts, pairs.table(facts, rows)))
+    manifest.finish(recipe.pairs_uri, facts, shards, {"rows": 1, "seconds": 1.0, "device": "cpu"})
 
 
 def test_codes_are_compared_on_the_same_noise_alone(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from tiny import tiny, with_pairs
 from pipeline.benchmark import scale
 from pipeline.models import standin
 from pipeline.pairs import manifest, shards
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 
@@ -25,19 +26,19 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 def test_a_set_of_a_stand_in_has_the_shape_of_the_teachers(recipe: Recipe, tmp_path: Path) -> None:
     other = standin.of(recipe, str(tmp_path / "standin"))
-    known = manifest.facts_of(other)
-    assert known["layout"] == manifest.facts_of(recipe)["layout"]
-    rows = Replica(other, known).rows(0, 8)
+    facts = PairFacts.of(other)
+    assert facts.layout == PairFacts.of(recipe).layout
+    rows = Replica(other, facts).rows(0, 8)
     assert len({row.tobytes() for row in rows.tokens}) == 3, "one sequence a class"
     assert len(np.unique(rows.tokens)) > 12, "most of the 24 codes"
-    assert shards.table(known, rows).num_rows == 8
+    assert shards.table(facts, rows).num_rows == 8
 
 
 def test_a_stand_in_takes_its_time(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(standin.time, "sleep", slept.append)
     other = standin.of(recipe, str(tmp_path / "standin"), seconds=2.5)
-    Replica(other, manifest.facts_of(other)).rows(0, 8)
+    Replica(other, PairFacts.of(other)).rows(0, 8)
     assert slept == [2.5, 2.5], "once a batch"
 
 

@@ -25,7 +25,7 @@ from pipeline.models.graphs import Graphs
 from pipeline.models.var.transformer import unit
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import products
-from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import Autoregressive, Models
@@ -171,7 +171,7 @@ def test_blocks_compiled_in_float16(tmp_path: Path, family: Family) -> None:
 def test_numbers_beyond_float16_are_noticed(tmp_path: Path, family: Family, names: dict[Family, str]) -> None:
     """By whoever makes pairs and whoever draws for a report; bf16 holds the same numbers."""
     recipe = with_large(tiny(tmp_path, family), names[family])
-    made = Replica(in_(recipe, "fp16"), manifest.facts_of(in_(recipe, "fp16")))
+    made = Replica(in_(recipe, "fp16"), PairFacts.of(in_(recipe, "fp16")))
     failure, _ = made.attempt(0, 4)
     assert failure is not None
     assert failure.refused
@@ -179,7 +179,7 @@ def test_numbers_beyond_float16_are_noticed(tmp_path: Path, family: Family, name
     models = Models(made.teacher, None, matching.Solver(), 0, teacher_precision="fp16")
     with pytest.raises(Refused, match=r"set teacher\.precision to bf16, tf32 or fp32"):
         Autoregressive().draw(models, range(2))
-    Replica(in_(recipe, "bf16"), manifest.facts_of(in_(recipe, "bf16"))).rows(0, 4)
+    Replica(in_(recipe, "bf16"), PairFacts.of(in_(recipe, "bf16"))).rows(0, 4)
 
 
 @FAMILIES

@@ -20,7 +20,7 @@ from pipeline.models.base import Choose, Condition, nearest
 from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import LlamaNetwork, log_probabilities, rotary
-from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.settings.train import TrainSettings
 
@@ -339,7 +339,7 @@ def test_pairs_of_captions_are_refused(tmp_path: Path):
     recipe = tiny(tmp_path, "llamagen")
     teacher = replace(recipe.teacher, config=recipe.teacher.config | {"caption_dim": 8})
     with pytest.raises(ValueError, match="takes captions, and there is no reader of captions here yet"):
-        manifest.facts_of(replace(recipe, teacher=teacher))
+        PairFacts.of(replace(recipe, teacher=teacher))
 
 
 def test_captions_have_no_student_yet():

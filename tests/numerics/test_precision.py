@@ -25,7 +25,7 @@ from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Condition, nearest
 from pipeline.numerics.precision import autocast, full_precision, products, set_products
-from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models, WithTeacher
@@ -116,7 +116,7 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plan.scoring, "check", lambda *args: {})
     monkeypatch.setattr("pipeline.workflow.evaluate.scoring.features", lambda *args: None)
     for enter in (
-        lambda: Replica(recipe, manifest.facts_of(recipe)),
+        lambda: Replica(recipe, PairFacts.of(recipe)),
         lambda: training_step.device_of(recipe),
         lambda: Artist(plan.prepare(recipe), [], None),
     ):

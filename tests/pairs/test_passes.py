@@ -9,12 +9,17 @@ from typing import Any
 
 import faulty
 import pytest
+import torch
 from tiny import tiny, with_pairs
 
 from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
 from pipeline.pairs import manifest, passes, shards
-from pipeline.pairs.passes import Outcome, Verdicts
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
+from pipeline.pairs.passes import Failure, Outcome, ReplicaWorker, Verdicts
+from pipeline.pairs.replica import Replica
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, heartbeat
 
@@ -32,12 +37,11 @@ class Noted(Progress):
 
 def run(recipe: Recipe, progress: Progress, **more: Any) -> list[Outcome]:
     """Make all shards of the recipe's set on the session's Ray."""
-    known = manifest.facts_of(recipe)
-    manifest.claim(recipe.pairs_uri, known, recipe)
+    facts = PairFacts.of(recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
     with cluster.session(recipe, recipe.pairs.actors):
-        todo = list(range(progress.total))
         outcomes = []
-        for outcome in passes.commits(recipe, known, recipe.pairs.count, todo, progress, **more):
+        for outcome in passes.commits(recipe, Gap.among((), facts, recipe.pairs.count), progress, **more):
             outcomes.append(outcome)
             progress.update()
         return outcomes
@@ -74,7 +78,7 @@ def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
     assert "429: too many requests" in said
     assert "/4 shards; shard 1 in work since" in said
     assert "another process gets it" in said
-    assert shards.load_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet").ids.tolist() == [1]
+    assert shards.load_shard(recipe.pairs_uri, PairFacts.of(recipe), "shard-00001.parquet").ids.tolist() == [1]
 
 
 @pytest.mark.faults("pairs: another recipe takes the folder")
@@ -82,11 +86,11 @@ def test_a_folder_that_is_lost_ends_the_work_at_once(ray_cluster: str, tmp_path:
     """And with it whatever else the storage says that waiting does not change."""
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=1)
     other = with_pairs(recipe, seed=5)
-    known = manifest.facts_of(recipe)
+    facts = PairFacts.of(recipe)
     with pytest.raises(Refused, match=r"is another one's now: seed is 5 there and 1 here; somebody else works in it"):
-        manifest.claim(recipe.pairs_uri, manifest.facts_of(other), other)
+        manifest.claim(recipe.pairs_uri, PairFacts.of(other), other)
         with cluster.session(recipe, 1):
-            list(passes.commits(recipe, known, 4, [0, 1, 2, 3], Noted(4)))
+            list(passes.commits(recipe, Gap.among((), facts, 4), Noted(4)))
     assert not manifest.committed(recipe.pairs_uri)
 
 
@@ -114,9 +118,9 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shard_fails_when_another_replica_has_failed_it() -> None:
     verdicts = Verdicts([0, 1, 2])
     assert verdicts.after({0}, {1: "ArithmeticError"}, whole=True) == []
-    assert verdicts.left == [1, 2]
+    assert verdicts.missing == [1, 2]
     assert verdicts.after({2}, {1: "ArithmeticError"}, whole=True) == [Outcome(1, error="ArithmeticError")]
-    assert verdicts.left == []
+    assert verdicts.missing == []
 
 
 def test_a_shard_whose_processes_die_is_left_as_long_as_others_are_made() -> None:
@@ -133,7 +137,7 @@ def test_a_shard_whose_processes_die_is_left_as_long_as_others_are_made() -> Non
 def test_a_pass_that_ended_early_gives_nothing_up_that_nobody_tried() -> None:
     verdicts = Verdicts([0, 1, 2], passes=1)
     assert verdicts.after(set(), {0: "odd"}, whole=False) == []
-    assert verdicts.left == [0, 1, 2]
+    assert verdicts.missing == [0, 1, 2]
 
 
 def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
@@ -160,7 +164,79 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
     monkeypatch.setattr(passes, "_rows", rows)
     monkeypatch.setattr(passes, "Heartbeat", Beat)
     progress = Noted(40)
-    outcomes = list(passes.commits(recipe, manifest.facts_of(recipe), 640, list(range(40)), progress))
+    outcomes = list(passes.commits(recipe, Gap.among((), PairFacts.of(recipe), 640), progress))
     assert [outcome.number for outcome in outcomes if outcome.shard] == list(range(40))
     assert [len(numbers) for numbers in asked] == [40, 40]
     assert progress.lines == ["shard 0 failed with one replica (ill); another one tries it."]
+
+
+# ---- a worker without Ray
+
+
+def worker(recipe: Recipe) -> ReplicaWorker:
+    """One in this process, which has nobody to announce its work to."""
+    announcer: Any = None
+    return ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, announcer)
+
+
+def attempt(worker: ReplicaWorker, *errors: Exception, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
+    """What becomes of a shard whose making raises these errors, one after the other; None if it is made."""
+    to_come, rows = list(errors), worker.replica.rows
+
+    def failing(number: int, count: int) -> Rows:
+        if to_come:
+            raise to_come.pop(0)
+        return rows(number, count)
+
+    monkeypatch.setattr(worker.replica, "rows", failing)
+    outcome = worker.attempt(0, 8)
+    assert not to_come, "as many attempts as there are errors"
+    if isinstance(outcome, Failure):
+        return outcome
+    assert outcome["sample_id"].to_pylist() == list(range(8))
+    return None
+
+
+def test_a_failure_names_the_error_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = attempt(worker(tiny(tmp_path)), ZeroDivisionError("by zero"), monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.text.startswith("ZeroDivisionError: by zero (test_passes.py:")
+    assert not failure.device_lost
+
+
+def test_what_the_recipe_is_to_blame_for_is_told_from_other_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = attempt(worker(tiny(tmp_path)), Refused("teacher.precision is fp16"), monkeypatch=monkeypatch)
+    assert failure == Failure("teacher.precision is fp16", refused=True)
+
+
+@pytest.mark.faults("pairs: a device that is lost")
+def test_a_lost_device_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    failure = attempt(worker(tiny(tmp_path)), error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert failure.device_lost
+
+
+@pytest.mark.faults("pairs: out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        MemoryError("Unable to allocate 9.00 GiB for an array"),
+    ],
+    ids=["torch", "driver", "torch on a CPU", "numpy"],
+)
+def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = worker(tiny(tmp_path))
+    assert attempt(made, error, monkeypatch=monkeypatch) is None, "a neighbour may have gone"
+    failure = attempt(made, error, error, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert "pairs.batch is 6, for which the memory does not suffice" in failure.text
+    assert "GB are free" in failure.text
+    assert not failure.device_lost

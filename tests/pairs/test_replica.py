@@ -11,16 +11,14 @@ from tiny import Family, tiny, with_pairs
 
 from pipeline import noise
 from pipeline.flow import matching, oracle
-from pipeline.host.errors import Refused
 from pipeline.models.base import Condition
-from pipeline.pairs import manifest
-from pipeline.pairs.replica import Failure, Replica
-from pipeline.pairs.shards import Rows
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 
 
 def replica(recipe: Recipe) -> Replica:
-    return Replica(recipe, manifest.facts_of(recipe))
+    return Replica(recipe, PairFacts.of(recipe))
 
 
 @pytest.mark.parametrize("family", ["var", "llamagen"])
@@ -105,65 +103,3 @@ def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
     assert made.measure() > 0
     assert asked == [16, 16, 16], "no batch is larger than a shard; the second may be recorded as graphs"
-
-
-def attempted(made: Replica, *errors: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
-    """What becomes of a shard whose making raises these errors, one after the other."""
-    left, rows = list(errors), made.rows
-
-    def failing(number: int, count: int) -> Rows:
-        error = left.pop(0) if left else None
-        if error:
-            raise error
-        return rows(number, count)
-
-    monkeypatch.setattr(made, "rows", failing)
-    failure, table = made.attempt(0, 8)
-    assert (table is None) == (failure is not None)
-    assert not left, "as many attempts as there are errors"
-    return failure
-
-
-def test_a_failure_names_the_error_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = attempted(replica(tiny(tmp_path)), ZeroDivisionError("by zero"), monkeypatch=monkeypatch)
-    assert failure is not None
-    assert failure.text.startswith("ZeroDivisionError: by zero (test_replica.py:")
-    assert not failure.device_lost
-
-
-def test_what_the_recipe_is_to_blame_for_is_told_from_other_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failure = attempted(replica(tiny(tmp_path)), Refused("teacher.precision is fp16"), monkeypatch=monkeypatch)
-    assert failure == Failure("teacher.precision is fp16", refused=True)
-
-
-@pytest.mark.faults("pairs: a device that is lost")
-def test_a_lost_device_is_told_from_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    failure = attempted(replica(tiny(tmp_path)), error, monkeypatch=monkeypatch)
-    assert failure is not None
-    assert failure.device_lost
-
-
-@pytest.mark.faults("pairs: out of memory")
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-        RuntimeError("CUDA error: out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
-        MemoryError("Unable to allocate 9.00 GiB for an array"),
-    ],
-    ids=["torch", "driver", "torch on a CPU", "numpy"],
-)
-def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    made = replica(tiny(tmp_path))
-    assert attempted(made, error, monkeypatch=monkeypatch) is None, "a neighbour may have gone"
-    failure = attempted(made, error, error, monkeypatch=monkeypatch)
-    assert failure is not None
-    assert "pairs.batch is 6, for which the memory does not suffice" in failure.text
-    assert "GB are free" in failure.text
-    assert not failure.device_lost

@@ -24,13 +24,14 @@ from tiny import tiny, with_pairs
 
 from pipeline import noise, storage
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.pairs import manifest
+from pipeline.pairs import dataset_card, manifest
 from pipeline.pairs import shards as pairs
 from pipeline.pairs import stream as pair_stream
-from pipeline.pairs.manifest import Facts, Shard
-from pipeline.pairs.shards import Rows
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap, Shard
+from pipeline.pairs.rows import Rows
 from pipeline.pairs.stream import Pairs, PairStream
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.recipe import Recipe
 from pipeline.services import tracking
 from pipeline.settings.cluster import ClusterSettings
 
@@ -43,34 +44,33 @@ def recipe(tmp_path: Path) -> Recipe:
     return tiny(tmp_path)
 
 
-def some_rows(known: Facts, first: int, count: int) -> Rows:
+def some_rows(facts: PairFacts, first: int, count: int) -> Rows:
     """Rows with tokens that are a formula of id and position."""
     ids = first + np.arange(count)
-    length, _ = manifest.noise_shape(known)
-    tokens = (ids[:, None] * 7 + np.arange(length) * 3) % known["layout"]["vocabulary"]
-    drawn = manifest.gaussian(known, ids) if known["noise"] == "stored" else None
-    return Rows(ids, noise.labels(ids, known["layout"]["classes"]), drawn, tokens.astype(np.uint16))
+    tokens = (ids[:, None] * 7 + np.arange(facts.length) * 3) % facts.codes
+    drawn = facts.noise(ids) if facts.noise_is_stored else None
+    return Rows(ids, facts.labels(ids), drawn, tokens.astype(np.uint16))
 
 
-def write_set(recipe: Recipe, uri: str | None = None) -> tuple[str, Facts, list[Shard]]:
+def write_set(recipe: Recipe, uri: str | None = None) -> tuple[str, PairFacts, list[Shard]]:
     """A complete pair set of the recipe's size."""
-    uri, known = uri or recipe.pairs_uri, manifest.facts_of(recipe)
+    uri, facts = uri or recipe.pairs_uri, PairFacts.of(recipe)
     count, size = recipe.pairs.count, recipe.pairs.shard_rows
-    manifest.claim(uri, known, recipe)
+    manifest.claim(uri, facts, recipe)
     shards = [
-        pairs.write_shard(uri, known, pairs.table(known, some_rows(known, first, min(size, count - first))))
+        pairs.write_shard(uri, facts, pairs.table(facts, some_rows(facts, first, min(size, count - first))))
         for first in range(0, count, size)
     ]
-    manifest.finish(uri, known, shards, {"rows": count, "seconds": 1.0, "device": "cpu"})
-    return uri, known, shards
+    manifest.finish(uri, facts, shards, {"rows": count, "seconds": 1.0, "device": "cpu"})
+    return uri, facts, shards
 
 
 # ---- shards
 
 
 def test_a_shard_keeps_its_rows_and_its_types(recipe: Recipe) -> None:
-    uri, known, (first, *_) = write_set(recipe)
-    rows, kept = some_rows(known, 0, 16), pairs.read_shard(uri, known, first.name)
+    uri, facts, (first, *_) = write_set(recipe)
+    rows, kept = some_rows(facts, 0, 16), pairs.read_shard(uri, facts, first.name)
     for name, a, b in zip(Rows._fields, rows, kept, strict=True):
         assert a.dtype == b.dtype, name
         assert np.array_equal(a, b), name
@@ -87,21 +87,21 @@ def test_a_shard_keeps_its_rows_and_its_types(recipe: Recipe) -> None:
 
 
 def test_the_same_rows_give_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
-    _, known, (first, *_) = write_set(recipe)
-    again = pairs.write_shard(str(tmp_path / "again"), known, pairs.table(known, some_rows(known, 0, 16)))
+    _, facts, (first, *_) = write_set(recipe)
+    again = pairs.write_shard(str(tmp_path / "again"), facts, pairs.table(facts, some_rows(facts, 0, 16)))
     assert again == first
 
 
 def test_pandas_reads_the_folder_as_the_readme_says(recipe: Recipe) -> None:
     """Companions included: what readers of a folder do not take for Parquet, by its name, is left alone."""
-    uri, known, _ = write_set(recipe)
-    manifest.record(uri, known, [])
+    uri, facts, _ = write_set(recipe)
+    manifest.record(uri, facts, [])
     storage.write_json(storage.join(uri, tracking.MARKER), {})
     (snippet,) = re.findall(r"```python\n(import [^`]*pd\.read_parquet[^`]*)```", README.read_text())
     assert "runs/demo/pairs" in snippet
     found: dict[str, Any] = {}
     exec(snippet.replace("runs/demo/pairs", uri), found)
-    rows = some_rows(known, 0, 40)
+    rows = some_rows(facts, 0, 40)
     assert found["pairs"].shape == (40, 4)
     assert list(found["pairs"].columns) == ["sample_id", "label", "noise", "tokens"]
     assert np.array_equal(found["noise"], rows.noise)
@@ -125,15 +125,15 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, dtype: noise.Dtype
 ) -> None:
     """Every bit of a shard, pages, footer and seal; without the manifest."""
-    uri, known, (first, *_) = write_set(with_pairs(recipe, dtype=dtype))
+    uri, facts, (first, *_) = write_set(with_pairs(recipe, dtype=dtype))
     data = bytearray(Path(uri, first.name).read_bytes())
     monkeypatch.setattr(storage, "read_bytes", lambda place: bytes(data))
-    assert len(pairs.load_shard(uri, known, first.name).ids) == 16
+    assert len(pairs.load_shard(uri, facts, first.name).ids) == 16
     missed = []
     for bit in range(8 * len(data)):
         data[bit // 8] ^= 1 << bit % 8
         try:
-            pairs.load_shard(uri, known, first.name)
+            pairs.load_shard(uri, facts, first.name)
             missed.append(bit)
         except Refused:
             pass
@@ -144,17 +144,17 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(
 @pytest.mark.faults("pairs: a flipped bit")
 def test_a_flipped_bit_never_turns_into_other_tokens(recipe: Recipe) -> None:
     """Where the tokens alone are read, their pages' own checksums are what there is."""
-    uri, known, (first, *_) = write_set(recipe)
+    uri, facts, (first, *_) = write_set(recipe)
     place = Path(uri, first.name)
     good, column = place.read_bytes(), pq.read_metadata(place).row_group(0).column(3)
-    expected, noticed = pairs._tokens_of(uri, known, first.name), 0
+    expected, noticed = pairs._read_tokens(uri, facts, first.name), 0
     begin = column.dictionary_page_offset
     for bit in range(8 * begin, 8 * (begin + column.total_compressed_size), 5):
         data = bytearray(good)
         data[bit // 8] ^= 1 << bit % 8
         place.write_bytes(data)
         try:
-            assert np.array_equal(pairs._tokens_of(uri, known, first.name), expected)
+            assert np.array_equal(pairs._read_tokens(uri, facts, first.name), expected)
         except ValueError as error:
             noticed += "is damaged" in str(error)
     assert noticed > 8 * column.total_compressed_size / 5 * 0.5
@@ -166,21 +166,21 @@ def test_a_set_of_the_version_before_is_read_and_goes_on(tmp_path: Path) -> None
     recipe, place = tiny(tmp_path), tmp_path / "set"
     shutil.copytree(GOLDEN, place)
     uri, found = str(place), pairs.verify(str(place))
-    known = found["facts"]
+    facts = PairFacts.from_json(found["facts"])
     for shard in found["shards"]:
-        rows = some_rows(known, 16 * shard["number"], shard["rows"])
-        assert all(np.array_equal(a, b) for a, b in zip(rows, pairs.read_shard(uri, known, shard["name"]), strict=True))
-    assert manifest.check_claim(uri, known)
-    assert len(manifest.recorded(uri, known, manifest.committed(uri))) == 3
-    assert [tokens.shape for tokens in pairs.tokens_of(uri, known, [found["shards"][0]["name"]])] == [(16, 14)]
+        rows = some_rows(facts, 16 * shard["number"], shard["rows"])
+        assert all(np.array_equal(a, b) for a, b in zip(rows, pairs.read_shard(uri, facts, shard["name"]), strict=True))
+    assert manifest.check_claim(uri, facts)
+    assert len(manifest.records(uri, facts, manifest.committed(uri))) == 3
+    assert [tokens.shape for tokens in pairs.tokens_of(uri, facts, [found["shards"][0]["name"]])] == [(16, 14)]
     stream = PairStream.open(uri, found["fingerprint"])
     assert len(list(stream.batches(0, 1, 8))) == 5
 
-    whole = pairs.write_shard(uri, known, pairs.table(known, some_rows(known, 32, 16)))
+    whole = pairs.write_shard(uri, facts, pairs.table(facts, some_rows(facts, 32, 16)))
     (place / "manifest.json").unlink()
-    manifest.claim(uri, known, recipe)
+    manifest.claim(uri, facts, recipe)
     earlier = [Shard(**shard) for shard in found["shards"][:2]]
-    manifest.finish(uri, known, [*earlier, whole], {"rows": 16, "seconds": 1.0, "device": "cpu"})
+    manifest.finish(uri, facts, [*earlier, whole], {"rows": 16, "seconds": 1.0, "device": "cpu"})
     assert pairs.verify(uri)["count"] == 48
     names = ["_README.md", "_manifest.json", "_recipe.json", *(f"shard-0000{k}.parquet" for k in range(3))]
     assert storage.listing(uri) == names
@@ -190,12 +190,12 @@ def test_a_set_of_the_version_before_is_read_and_goes_on(tmp_path: Path) -> None
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_stored_and_derived_noise_read_alike(recipe: Recipe, tmp_path: Path, dtype: noise.Dtype) -> None:
     recipe = with_pairs(recipe, dtype=dtype)
-    stored, known, shards = write_set(recipe)
-    derived, known_d, shards_d = write_set(with_pairs(recipe, noise="derived"), str(tmp_path / "derived"))
+    stored, facts, shards = write_set(recipe)
+    derived, facts_d, shards_d = write_set(with_pairs(recipe, noise="derived"), str(tmp_path / "derived"))
     assert "noise" not in pq.read_schema(Path(derived, shards_d[0].name)).names
     assert sum(shard.bytes for shard in shards_d) < 0.7 * sum(shard.bytes for shard in shards)
     for a, b in zip(shards, shards_d, strict=True):
-        one, other = pairs.read_shard(stored, known, a.name), pairs.read_shard(derived, known_d, b.name)
+        one, other = pairs.read_shard(stored, facts, a.name), pairs.read_shard(derived, facts_d, b.name)
         assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
         assert one.noise is not None
         assert one.noise.dtype == dtype
@@ -205,11 +205,11 @@ def test_stored_and_derived_noise_read_alike(recipe: Recipe, tmp_path: Path, dty
 
 
 def test_codes_outside_the_vocabulary_are_refused(recipe: Recipe) -> None:
-    known = manifest.facts_of(recipe)
-    rows = some_rows(known, 0, 16)
+    facts = PairFacts.of(recipe)
+    rows = some_rows(facts, 0, 16)
     rows.tokens[3, 2] = 24
     with pytest.raises(ValueError, match=r"tokens run from 0 to 24; they must lie in the vocabulary of 24"):
-        pairs.table(known, rows)
+        pairs.table(facts, rows)
 
 
 def test_every_kind_of_damage_is_named(recipe: Recipe) -> None:
@@ -249,9 +249,21 @@ def test_every_kind_of_damage_is_named(recipe: Recipe) -> None:
 # ---- folders
 
 
+def test_facts_are_written_as_before_and_read_back(recipe: Recipe) -> None:
+    """To the byte, order of keys included: they are in three files of every set, and their SHA-256 is its name."""
+    golden = json.loads((GOLDEN / "recipe.json").read_text())
+    facts = PairFacts.from_json(golden["facts"])
+    assert json.dumps(facts.json()) == json.dumps(golden["facts"])
+    assert facts.fingerprint == golden["fingerprint"]
+    assert json.dumps(PairFacts.of(recipe).json()) == json.dumps(golden["facts"])
+    for changed in (recipe, with_pairs(recipe, dtype="float32"), with_pairs(recipe, noise="derived")):
+        facts = PairFacts.of(changed)
+        assert PairFacts.from_json(json.loads(json.dumps(facts.json()))) == facts
+
+
 def test_the_fingerprint_covers_what_shapes_rows_and_nothing_else(recipe: Recipe) -> None:
     def of(changed: Recipe) -> str:
-        return fingerprint(manifest.facts_of(changed))
+        return PairFacts.of(changed).fingerprint
 
     same = [with_pairs(recipe, count=7), with_pairs(recipe, batch=3, actors=9), replace(recipe, name="x", run="/y")]
     same.append(with_pairs(recipe, uri="/elsewhere", verify=True))
@@ -273,7 +285,7 @@ def test_the_fingerprint_covers_what_shapes_rows_and_nothing_else(recipe: Recipe
 def test_a_folder_made_otherwise_is_refused_with_the_differences(recipe: Recipe) -> None:
     uri, _, _ = write_set(recipe)
     warm = replace(recipe.teacher, filter=replace(recipe.teacher.filter, guidance=3.0))
-    changed = manifest.facts_of(replace(with_pairs(recipe, seed=5), teacher=warm))
+    changed = PairFacts.of(replace(with_pairs(recipe, seed=5), teacher=warm))
     with pytest.raises(ValueError, match=r"seed is 1 there and 5 here, teacher\.filter\.guidance is 1\.0 there"):
         manifest.check_claim(uri, changed)
 
@@ -282,65 +294,74 @@ def test_a_foreign_folder_is_refused(recipe: Recipe) -> None:
     place = Path(recipe.pairs_uri)
     place.mkdir(parents=True)
     (place / ".gitattributes").write_text("a fresh Hub repository")
-    known = manifest.facts_of(recipe)
-    assert not manifest.check_claim(str(place), known)
+    facts = PairFacts.of(recipe)
+    assert not manifest.check_claim(str(place), facts)
     (place / "thesis.doc").write_text("precious")
     with pytest.raises(ValueError, match=r"is not empty \(thesis\.doc\) and holds no _recipe\.json"):
-        manifest.claim(str(place), known, recipe)
+        manifest.claim(str(place), facts, recipe)
     assert sorted(path.name for path in place.iterdir()) == [".gitattributes", "thesis.doc"]
 
 
 def test_a_claim_is_repeatable_and_sweeps_what_a_killed_writer_left(recipe: Recipe) -> None:
-    known, place = manifest.facts_of(recipe), Path(recipe.pairs_uri)
-    manifest.claim(str(place), known, recipe)
+    facts, place = PairFacts.of(recipe), Path(recipe.pairs_uri)
+    manifest.claim(str(place), facts, recipe)
     before = (place / "_recipe.json").read_bytes()
-    assert json.loads(before)["fingerprint"] == fingerprint(known)
+    assert json.loads(before)["fingerprint"] == facts.fingerprint
     (place / f"{storage.TEMPORARY}shard-00000.parquet-0123").write_bytes(b"half")
-    manifest.claim(str(place), known, recipe)
+    manifest.claim(str(place), facts, recipe)
     assert [path.name for path in place.iterdir()] == ["_recipe.json"]
     assert (place / "_recipe.json").read_bytes() == before
 
 
-def test_what_is_missing_follows_from_the_names() -> None:
-    assert manifest.shard_name(3, 16, 16) == "shard-00003.parquet"
-    assert manifest.shard_name(123456, 5, 16) == "shard-123456-5.parquet"
-    assert manifest.number_and_rows("shard-123456-5.parquet", 16) == (123456, 5)
+def test_what_is_missing_follows_from_the_names(recipe: Recipe) -> None:
+    facts = PairFacts.of(recipe)
+    assert facts.shard_name(3, 16) == "shard-00003.parquet"
+    assert facts.shard_name(123456, 5) == "shard-123456-5.parquet"
+    assert facts.number_and_rows("shard-123456-5.parquet") == (123456, 5)
+    assert facts.ids_of("shard-00002-5.parquet").tolist() == [32, 33, 34, 35, 36]
+    assert [facts.shard_of(sample) for sample in (0, 15, 16)] == [0, 0, 1]
+    assert [facts.rows_of(number, 40) for number in range(4)] == [16, 16, 8, 0]
     names = {"shard-00000.parquet", "shard-00002-8.parquet"}
-    assert manifest.present(names, 40, 16) == {0: "shard-00000.parquet", 1: None, 2: "shard-00002-8.parquet"}
-    assert manifest.present(names, 44, 16)[2] is None, "more rows are wanted than the short shard has"
-    assert manifest.present({"shard-00002.parquet"}, 40, 16)[2] == "shard-00002.parquet", "more rows do no harm"
+    gap = Gap.among(names, facts, 40)
+    assert gap.present == {0: "shard-00000.parquet", 1: None, 2: "shard-00002-8.parquet"}
+    assert (gap.missing, gap.names, gap.rows_left) == ([1], sorted(names), 16)
+    larger = Gap.among(names, facts, 44)
+    assert (larger.missing, larger.rows_left) == ([1, 2], 28), "more rows are wanted than the short shard has"
+    assert Gap.among(names, facts, 20, {"count": 40}) == gap, "a set never shrinks"
+    whole = Gap.among({"shard-00002.parquet"}, facts, 40)
+    assert whole.present[2] == "shard-00002.parquet", "more rows do no harm"
 
 
 @pytest.mark.faults("pairs: workers write to another place")
 def test_what_a_worker_says_it_wrote_is_looked_for(recipe: Recipe, tmp_path: Path) -> None:
     """Shards on another machine's disk, or cut short there: no manifest says that they are here."""
-    uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    manifest.claim(uri, known, recipe)
-    here, there = pairs.table(known, some_rows(known, 0, 16)), pairs.table(known, some_rows(known, 16, 16))
-    shards = [pairs.write_shard(uri, known, here), pairs.write_shard(str(tmp_path / "elsewhere"), known, there)]
+    uri, facts = recipe.pairs_uri, PairFacts.of(recipe)
+    manifest.claim(uri, facts, recipe)
+    here, there = pairs.table(facts, some_rows(facts, 0, 16)), pairs.table(facts, some_rows(facts, 16, 16))
+    shards = [pairs.write_shard(uri, facts, here), pairs.write_shard(str(tmp_path / "elsewhere"), facts, there)]
     run = {"rows": 32, "seconds": 1.0, "device": "cpu"}
     with pytest.raises(Unfinished, match=r"^1 shards were committed but are not in .* \(shard-00001\.parquet\)"):
-        manifest.finish(uri, known, shards, run)
-    pairs.write_shard(uri, known, there)
+        manifest.finish(uri, facts, shards, run)
+    pairs.write_shard(uri, facts, there)
     with pytest.raises(Unfinished, match=r"\(shard-00000\.parquet\)"):
-        manifest.finish(uri, known, [replace(shards[0], bytes=7), shards[1]], run)
+        manifest.finish(uri, facts, [replace(shards[0], bytes=7), shards[1]], run)
     assert not manifest.complete(uri)
-    assert manifest.finish(uri, known, shards, run)["count"] == 32
+    assert manifest.finish(uri, facts, shards, run)["count"] == 32
 
 
 @pytest.mark.faults("pairs: two drivers of different counts")
 def test_the_driver_with_fewer_rows_takes_nothing_from_the_other(recipe: Recipe) -> None:
     """One of 20 rows ends after one of 32, whose whole shard has replaced the short one."""
-    uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    manifest.claim(uri, known, recipe)
+    uri, facts = recipe.pairs_uri, PairFacts.of(recipe)
+    manifest.claim(uri, facts, recipe)
     first, short, whole = (
-        pairs.write_shard(uri, known, pairs.table(known, some_rows(known, begin, count)))
+        pairs.write_shard(uri, facts, pairs.table(facts, some_rows(facts, begin, count)))
         for begin, count in ((0, 16), (16, 4), (16, 16))
     )
     run = {"rows": 4, "seconds": 1.0, "device": "cpu"}
-    manifest.finish(uri, known, [first, whole], run | {"rows": 32})
+    manifest.finish(uri, facts, [first, whole], run | {"rows": 32})
     assert short.name not in manifest.committed(uri)
-    found = manifest.finish(uri, known, [first, short], run)
+    found = manifest.finish(uri, facts, [first, short], run)
     assert [shard["name"] for shard in found["shards"]] == [first.name, whole.name]
     assert [made["rows"] for made in found["made"]] == [32, 4]
     assert pairs.verify(uri)["count"] == 32
@@ -348,16 +369,16 @@ def test_the_driver_with_fewer_rows_takes_nothing_from_the_other(recipe: Recipe)
 
 def test_the_driver_with_fewer_rows_leaves_the_longer_shard_alone(recipe: Recipe) -> None:
     """One of 20 rows ends while one of 24 is at work."""
-    uri, known = recipe.pairs_uri, manifest.facts_of(recipe)
-    manifest.claim(uri, known, recipe)
+    uri, facts = recipe.pairs_uri, PairFacts.of(recipe)
+    manifest.claim(uri, facts, recipe)
     first, short, longer = (
-        pairs.write_shard(uri, known, pairs.table(known, some_rows(known, begin, count)))
+        pairs.write_shard(uri, facts, pairs.table(facts, some_rows(facts, begin, count)))
         for begin, count in ((0, 16), (16, 4), (16, 8))
     )
     run = {"rows": 4, "seconds": 1.0, "device": "cpu"}
-    manifest.finish(uri, known, [first, short], run)
+    manifest.finish(uri, facts, [first, short], run)
     assert manifest.committed(uri).keys() == {first.name, short.name, longer.name}
-    manifest.finish(uri, known, [first, longer], run)
+    manifest.finish(uri, facts, [first, longer], run)
     assert manifest.committed(uri).keys() == {first.name, longer.name}
 
 
@@ -365,34 +386,34 @@ def test_the_driver_with_fewer_rows_leaves_the_longer_shard_alone(recipe: Recipe
 def test_of_two_recipes_in_one_folder_one_has_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claimed in the same moment, or after a start that made nothing; the one that lost it writes nothing more."""
     uri, other = recipe.pairs_uri, with_pairs(recipe, seed=5)
-    known, theirs = manifest.facts_of(recipe), manifest.facts_of(other)
-    manifest.claim(uri, known, recipe)
+    facts, theirs = PairFacts.of(recipe), PairFacts.of(other)
+    manifest.claim(uri, facts, recipe)
     manifest.claim(uri, theirs, other)
     run = {"rows": 16, "seconds": 1.0, "device": "cpu"}
     shard = pairs.write_shard(uri, theirs, pairs.table(theirs, some_rows(theirs, 0, 16)))
     with pytest.raises(ValueError, match=r"is another one's now: seed is 5 there and 1 here"):
-        manifest.finish(uri, known, [shard], run)
+        manifest.finish(uri, facts, [shard], run)
     with pytest.raises(ValueError, match="holds a pair set made otherwise"):
-        manifest.claim(uri, known, recipe)
+        manifest.claim(uri, facts, recipe)
     assert manifest.finish(uri, theirs, [shard], run)["count"] == 16
 
     write = storage.write_json
 
     def both(place: str, content: Any) -> None:
         write(place, content)
-        write(place, content | {"fingerprint": fingerprint(theirs), "facts": theirs})
+        write(place, content | {"fingerprint": theirs.fingerprint, "facts": theirs.json()})
 
     monkeypatch.setattr(storage, "write_json", both)
     with pytest.raises(ValueError, match="somebody else works in it"):
-        manifest.claim(f"{uri}-2", known, recipe)
+        manifest.claim(f"{uri}-2", facts, recipe)
 
 
 def test_growth_replaces_the_short_shard_last(recipe: Recipe) -> None:
-    uri, known, shards = write_set(recipe)
+    uri, facts, shards = write_set(recipe)
     assert [shard.name for shard in shards] == [f"shard-0000{k}.parquet" for k in (0, 1)] + ["shard-00002-8.parquet"]
-    whole = pairs.write_shard(uri, known, pairs.table(known, some_rows(known, 32, 16)))
+    whole = pairs.write_shard(uri, facts, pairs.table(facts, some_rows(facts, 32, 16)))
     assert pairs.verify(uri)["count"] == 40, "the old set is whole until the new manifest is there"
-    grown = manifest.finish(uri, known, [*shards[:2], whole], {"rows": 16, "seconds": 1.0, "device": "cpu"})
+    grown = manifest.finish(uri, facts, [*shards[:2], whole], {"rows": 16, "seconds": 1.0, "device": "cpu"})
     assert grown["count"] == 48
     assert [run["rows"] for run in grown["made"]] == [40, 16]
     assert manifest.committed(uri).keys() == {f"shard-0000{k}.parquet" for k in range(3)}
@@ -400,8 +421,8 @@ def test_growth_replaces_the_short_shard_last(recipe: Recipe) -> None:
 
 
 def test_manifest_and_card_say_what_is_there(recipe: Recipe) -> None:
-    uri, known, shards = write_set(recipe)
-    found = manifest.read(uri, fingerprint(known))
+    uri, facts, shards = write_set(recipe)
+    found = manifest.read(uri, facts.fingerprint)
     assert [Shard(**shard) for shard in found["shards"]] == shards
     assert [storage.sha256(storage.join(uri, shard.name)) for shard in shards] == [shard.sha256 for shard in shards]
     assert found["noise_digest"] == noise.digest(1, 14, 4)
@@ -411,14 +432,15 @@ def test_manifest_and_card_say_what_is_there(recipe: Recipe) -> None:
     for part in ("40 pairs", "float16 [14, 4], flat", found["fingerprint"], 'size_categories: ["n<1K"]'):
         assert part in card
     sizes = {999: "n<1K", 1000: "1K<n<10K", 1_200_000: "1M<n<10M"}
-    assert {count: manifest._size(count) for count in sizes} == sizes
+    assert {count: dataset_card._size(count) for count in sizes} == sizes
 
 
 def test_noise_in_float32_is_another_set_of_twice_the_noise(recipe: Recipe) -> None:
     fine = with_pairs(recipe, dtype="float32")
-    known, known_16 = manifest.facts_of(fine), manifest.facts_of(recipe)
-    assert known == known_16 | {"dtype": "float32"}, "float16 is not named, as in sets from before there was a choice"
-    assert pairs.row_bytes(known) - pairs.row_bytes(known_16) == 2 * 14 * 4
+    facts, facts_16 = PairFacts.of(fine), PairFacts.of(recipe)
+    more = {"dtype": "float32"}  # float16 is not named, as in sets from before there was a choice
+    assert facts.json() == facts_16.json() | more
+    assert facts.row_bytes - facts_16.row_bytes == 2 * 14 * 4
     uri, _, shards = write_set(fine)
     pairs.verify(uri)
     frame = pq.read_table(Path(uri, shards[0].name)).to_pandas()
@@ -427,28 +449,28 @@ def test_noise_in_float32_is_another_set_of_twice_the_noise(recipe: Recipe) -> N
     assert "| noise | float32 [14, 4], flat |" in card
     assert '`pipeline.noise.gaussian(1, sample_ids, 14, 4, "float32")`' in card
     with pytest.raises(ValueError, match="dtype is float32 there and unknown here"):
-        manifest.check_claim(uri, known_16)
+        manifest.check_claim(uri, facts_16)
 
 
 def test_a_reader_refuses_what_it_must_not_read(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="holds no pair set; run generate_pairs"):
         PairStream.open(recipe.pairs_uri)
-    manifest.claim(recipe.pairs_uri, manifest.facts_of(recipe), recipe)
+    manifest.claim(recipe.pairs_uri, PairFacts.of(recipe), recipe)
     with pytest.raises(FileNotFoundError, match="holds a pair set that is not complete"):
         PairStream.open(recipe.pairs_uri)
-    uri, known, _ = write_set(recipe)
+    uri, facts, _ = write_set(recipe)
     with pytest.raises(ValueError, match="but this recipe describes ffffffffffff"):
         PairStream.open(uri, "f" * 64)
     gaussian = noise.gaussian
     monkeypatch.setattr(noise, "gaussian", lambda *args: -gaussian(*args))
     with pytest.raises(ValueError, match="this machine makes other noise from seed 1"):
-        PairStream.open(uri, fingerprint(known))
+        PairStream.open(uri, facts.fingerprint)
 
 
 def test_a_bucket_works_like_a_disk(recipe: Recipe) -> None:
-    uri, known, shards = write_set(recipe, f"memory://bucket-{uuid.uuid4().hex}/pairs")
+    uri, facts, shards = write_set(recipe, f"memory://bucket-{uuid.uuid4().hex}/pairs")
     assert pairs.verify(uri)["count"] == 40
-    assert manifest.check_claim(uri, known)
+    assert manifest.check_claim(uri, facts)
     assert storage.listing(uri) == sorted(["_README.md", "_manifest.json", "_recipe.json", *(s.name for s in shards)])
     assert len(list(PairStream.open(uri).batches(0, 1, 8))) == 5
 
@@ -458,7 +480,7 @@ def test_a_bucket_works_like_a_disk(recipe: Recipe) -> None:
 
 def test_tokens_are_read_without_the_noise(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the pages that hold them: two thirds of a shard are noise."""
-    uri, known, shards = write_set(recipe)
+    uri, facts, shards = write_set(recipe)
 
     class Counted(io.BytesIO):
         read_bytes = 0
@@ -473,8 +495,8 @@ def test_tokens_are_read_without_the_noise(recipe: Recipe, monkeypatch: pytest.M
         yield Counted(Path(place).read_bytes())
 
     monkeypatch.setattr(storage, "reading", reading)
-    found = np.concatenate(list(pairs.tokens_of(uri, known, [shard.name for shard in shards[:2]])))
-    assert np.array_equal(found, some_rows(known, 0, 32).tokens)
+    tokens = np.concatenate(list(pairs.tokens_of(uri, facts, [shard.name for shard in shards[:2]])))
+    assert np.array_equal(tokens, some_rows(facts, 0, 32).tokens)
     columns = pq.read_metadata(Path(uri, shards[0].name)).row_group(0)
     tokens = columns.column(3).total_compressed_size
     footers = sum(shard.bytes for shard in shards[:2]) - 2 * sum(
@@ -484,8 +506,8 @@ def test_tokens_are_read_without_the_noise(recipe: Recipe, monkeypatch: pytest.M
 
 
 def test_token_frequencies_count_every_token(recipe: Recipe) -> None:
-    uri, known, _ = write_set(recipe)
-    rows = some_rows(known, 0, 40)
+    uri, facts, _ = write_set(recipe)
+    rows = some_rows(facts, 0, 40)
     slow = np.zeros((3, 14, 24), dtype=np.int64)
     for label, tokens in zip(rows.labels, rows.tokens, strict=True):
         for position, token in enumerate(tokens):
@@ -532,8 +554,8 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch(recipe: Recipe
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_batch_carries_its_rows(recipe: Recipe, window: int) -> None:
-    uri, known, _ = write_set(recipe)
-    rows = some_rows(known, 0, 40)
+    uri, facts, _ = write_set(recipe)
+    rows = some_rows(facts, 0, 40)
     assert rows.noise is not None
     for batch in PairStream.open(uri, window=window).batches(2, 5, 6, rank=1, world=2):
         assert [column.dtype for column in batch] == [torch.int64, torch.int64, torch.float32, torch.int64]
@@ -583,9 +605,9 @@ def test_a_small_set_is_read_once_and_a_large_one_window_by_window(
     read: list[str] = []
     load = pairs.load_shard
 
-    def counted(uri: str, known: Facts, name: str) -> Rows:
+    def counted(uri: str, facts: PairFacts, name: str) -> Rows:
         read.append(name)
-        return load(uri, known, name)
+        return load(uri, facts, name)
 
     monkeypatch.setattr(pair_stream, "load_shard", counted)
     for window, reads in ((1 << 30, 1), (1, 2)):
@@ -604,9 +626,9 @@ def test_the_shards_of_a_window_are_read_together(recipe: Recipe, monkeypatch: p
     uri, _, shards = write_set(with_pairs(recipe, count=70))
     together, load = threading.Barrier(len(shards)), pairs.load_shard
 
-    def waiting(uri: str, known: Facts, name: str) -> Rows:
+    def waiting(uri: str, facts: PairFacts, name: str) -> Rows:
         together.wait(10)
-        return load(uri, known, name)
+        return load(uri, facts, name)
 
     stream = PairStream.open(uri)
     monkeypatch.setattr(pair_stream, "load_shard", waiting)
@@ -620,11 +642,11 @@ def test_the_next_epoch_is_read_before_this_one_ends(
     uri, _, shards = write_set(with_pairs(recipe, count=70))
     begun, load, read = threading.Event(), pairs.load_shard, []
 
-    def counted(uri: str, known: Facts, name: str) -> Rows:
+    def counted(uri: str, facts: PairFacts, name: str) -> Rows:
         read.append(name)
         if len(read) > len(shards):
             begun.set()
-        return load(uri, known, name)
+        return load(uri, facts, name)
 
     stream = PairStream.open(uri, window=1)
     monkeypatch.setattr(pair_stream, "load_shard", counted)

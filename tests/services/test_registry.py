@@ -14,7 +14,7 @@ import torch
 
 from pipeline import storage
 from pipeline.models import checkpoints
-from pipeline.pairs import manifest
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling.samplers import FewStep, Models
 from pipeline.services import registry, tracking
@@ -36,7 +36,7 @@ def export_student(recipe: Recipe, seed: int) -> str:
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     facts = {"family": recipe.teacher.family, "teacher": checkpoints.checksums(recipe.teacher), "step": 7}
-    facts |= {"pairs_fingerprint": fingerprint(manifest.facts_of(recipe)), "mask": "released", "mlflow_run": "a-run"}
+    facts |= {"pairs_fingerprint": PairFacts.of(recipe).fingerprint, "mask": "released", "mlflow_run": "a-run"}
     uri = storage.join(recipe.student_uri, "student.safetensors")
     checkpoints.save(student, uri, facts)
     return uri

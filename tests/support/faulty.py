@@ -6,15 +6,15 @@ import os
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import ray
 from torch import Tensor
 
 from pipeline.models import llamagen
 from pipeline.models.base import Choose, Condition
 from pipeline.models.llamagen import Config, Student, Tokenizer
-from pipeline.pairs.manifest import Facts
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 
 __all__ = ["Config", "Hangs", "Poisoned", "Student", "Teacher", "Tokenizer"]
@@ -43,8 +43,8 @@ class Teacher(llamagen.Teacher):
 class Poisoned(Replica):
     """The first replica of each of two pools loses its device with every shard, in its next processes, too."""
 
-    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
-        super().__init__(recipe, known)
+    def __init__(self, recipe: Recipe, facts: PairFacts, folder: str) -> None:
+        super().__init__(recipe, facts)
         self.folder, me = Path(folder), ray.get_runtime_context().get_actor_id()
         first_pool = len(self.losses()) < 2  # processes of one replica, which may lose two before it is given up
         self.ill = Path(folder, f"ill-{me}").exists() or first(Path(folder, f"pool-{first_pool}"))
@@ -54,28 +54,28 @@ class Poisoned(Replica):
     def losses(self) -> list[Path]:
         return list(self.folder.glob("lost-*"))
 
-    def __call__(self, number: int, rows: int) -> pa.Table:
+    def rows(self, number: int, count: int) -> Rows:
         if self.ill:
             Path(self.folder, f"lost-{os.getpid()}").touch()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         while number > 3 and len(self.losses()) < 2:  # else there may be nothing left to fail
             time.sleep(0.05)
-        return super().__call__(number, rows)
+        return super().rows(number, count)
 
 
 class Hangs(Replica):
     """The first process of all cannot start; shard 1 hangs the first time."""
 
-    def __init__(self, recipe: Recipe, known: Facts, folder: str) -> None:
+    def __init__(self, recipe: Recipe, facts: PairFacts, folder: str) -> None:
         self.folder = Path(folder)
         if first(self.folder / "started"):
             raise ConnectionError("429: too many requests")
-        super().__init__(recipe, known)
+        super().__init__(recipe, facts)
 
-    def __call__(self, number: int, rows: int) -> pa.Table:
+    def rows(self, number: int, count: int) -> Rows:
         if number == 1 and first(self.folder / "hung"):
             time.sleep(3600)
-        return super().__call__(number, rows)
+        return super().rows(number, count)
 
 
 def first(mark: Path) -> bool:

@@ -24,7 +24,8 @@ from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
-from pipeline.pairs.shards import Rows
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.settings.train import TrainSettings
@@ -91,17 +92,17 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
 
 def make_pairs(recipe: Recipe) -> None:
     """A complete pair set without a teacher: its tokens follow from label and noise, so that they can be learnt."""
-    known = manifest.facts_of(recipe)
-    length, dim = manifest.noise_shape(known)
+    facts = PairFacts.of(recipe)
+    length, dim = facts.length, facts.dim
     shards = []
-    manifest.claim(recipe.pairs_uri, known, recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
     for begin in range(0, recipe.pairs.count, recipe.pairs.shard_rows):
         ids = np.arange(begin, min(begin + recipe.pairs.shard_rows, recipe.pairs.count))
-        labels = noise.labels(ids, known["layout"]["classes"])
-        drawn = noise.gaussian(known["seed"], ids, length, dim)
+        labels = facts.labels(ids)
+        drawn = noise.gaussian(facts.seed, ids, length, dim)
         tokens = (4 * labels[:, None] + 2 * (drawn[..., 0] > 0) + (drawn[..., 1] > 0)).astype(np.uint16)
-        shards.append(pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, Rows(ids, labels, drawn, tokens))))
-    manifest.finish(recipe.pairs_uri, known, shards, {"rows": recipe.pairs.count, "seconds": 1.0, "device": "cpu"})
+        shards.append(pairs.write_shard(recipe.pairs_uri, facts, pairs.table(facts, Rows(ids, labels, drawn, tokens))))
+    manifest.finish(recipe.pairs_uri, facts, shards, {"rows": recipe.pairs.count, "seconds": 1.0, "device": "cpu"})
 
 
 def with_train(recipe: Recipe, **changes: Any) -> Recipe:

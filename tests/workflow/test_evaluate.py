@@ -26,7 +26,9 @@ from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
-from pipeline.recipe import Recipe, fingerprint
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.rows import Rows
+from pipeline.recipe import Recipe
 from pipeline.report import legend, markdown, tables
 from pipeline.sampling import sample_files, samplers, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, Models
@@ -61,7 +63,7 @@ def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> Non
     facts = {
         "family": recipe.teacher.family,
         "teacher": checkpoints.checksums(recipe.teacher),
-        "pairs_fingerprint": fingerprint(manifest.facts_of(recipe)),
+        "pairs_fingerprint": PairFacts.of(recipe).fingerprint,
         "mask": "released",
         "pairs_count": 40,
         "steps_per_epoch": 5,
@@ -71,18 +73,18 @@ def export_student(recipe: Recipe, name: str, seed: int, **settings: Any) -> Non
 
 
 def write_pairs(recipe: Recipe) -> None:
-    known = manifest.facts_of(recipe)
-    length, dim = manifest.noise_shape(known)
+    facts = PairFacts.of(recipe)
+    length, dim = facts.length, facts.dim
     ids = np.arange(40)
     tokens = np.random.default_rng(0).integers(0, 24, (40, length)).astype(np.uint16)
     shards = []
-    manifest.claim(recipe.pairs_uri, known, recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
     for start in range(0, 40, recipe.pairs.shard_rows):
         part = ids[start : start + recipe.pairs.shard_rows]
         drawn = noise.gaussian(recipe.pairs.seed, part, length, dim)
-        rows = pairs.Rows(part, noise.labels(part, 10), drawn, tokens[part])
-        shards.append(pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, rows)))
-    manifest.finish(recipe.pairs_uri, known, shards, {"rows": 40, "seconds": 1.0, "device": "cpu"})
+        rows = Rows(part, noise.labels(part, 10), drawn, tokens[part])
+        shards.append(pairs.write_shard(recipe.pairs_uri, facts, pairs.table(facts, rows)))
+    manifest.finish(recipe.pairs_uri, facts, shards, {"rows": 40, "seconds": 1.0, "device": "cpu"})
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +406,7 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     contexts = {one.dataset.name: one.tags[0].value for one in run.inputs.dataset_inputs}
     assert contexts == {"pairs": "training", "reference": "evaluation"}
     assert run.data.tags["distill_run"] == "a-run"
-    assert run.data.tags["pairs_fingerprint"] == fingerprint(manifest.facts_of(recipe))
+    assert run.data.tags["pairs_fingerprint"] == PairFacts.of(recipe).fingerprint
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     pictures = {"samples.png", "curve.png", "tradeoff.png"}
     assert files == {"report.html", "report.md", "report.json", "scores.json", "recipe.yaml"} | pictures

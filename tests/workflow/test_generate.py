@@ -28,14 +28,16 @@ from tiny import tiny, with_pairs
 from pipeline import storage
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
-from pipeline.pairs import manifest
+from pipeline.pairs import completion, manifest, verification
 from pipeline.pairs import shards as pairs
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import Outcome, write_owned
 from pipeline.pairs.replica import Replica
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.settings.cluster import ClusterSettings
-from pipeline.workflow import generate as module
 from pipeline.workflow.generate import generate
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate_pairs.py"
@@ -106,13 +108,13 @@ def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path
     small = contents(recipe.pairs_uri)
     assert set(small) == {"shard-00000.parquet", "shard-00001-4.parquet"}
     assert generate(recipe).startswith("Nothing is missing")
-    first = pairs.read_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001-4.parquet")
+    first = pairs.read_shard(recipe.pairs_uri, PairFacts.of(recipe), "shard-00001-4.parquet")
 
     assert "Made 16 pairs" in generate(with_pairs(recipe, count=32, batch=5)), "another batch is legal"
     large = contents(recipe.pairs_uri)
     assert set(large) == {"shard-00000.parquet", "shard-00001.parquet"}
     assert large["shard-00000.parquet"] == small["shard-00000.parquet"]
-    whole = pairs.read_shard(recipe.pairs_uri, manifest.facts_of(recipe), "shard-00001.parquet")
+    whole = pairs.read_shard(recipe.pairs_uri, PairFacts.of(recipe), "shard-00001.parquet")
     for a, b in zip(first, whole, strict=True):
         assert a is not None
         assert b is not None
@@ -132,10 +134,10 @@ def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path
 @pytest.mark.faults("pairs: a truncated shard")
 def test_a_truncated_shard_of_a_killed_run_is_named(tmp_path: Path, no_ray: None) -> None:
     recipe = with_pairs(tiny(tmp_path), count=16)
-    known = manifest.facts_of(recipe)
-    manifest.claim(recipe.pairs_uri, known, recipe)
-    made = pairs.table(known, Replica(recipe, known).rows(0, 16))
-    place = Path(recipe.pairs_uri, pairs.write_shard(recipe.pairs_uri, known, made).name)
+    facts = PairFacts.of(recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
+    made = pairs.table(facts, Replica(recipe, facts).rows(0, 16))
+    place = Path(recipe.pairs_uri, pairs.write_shard(recipe.pairs_uri, facts, made).name)
     data = place.read_bytes()
     place.write_bytes(data[:-7])
     with pytest.raises(ValueError, match=r"shard-00000\.parquet is damaged .*; delete it and run generate_pairs again"):
@@ -181,15 +183,15 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """What Ray's workers do, here; "shards" of the fixture's value is after how many of them the job is stopped."""
     stop = {"shards": 10**9}
 
-    def commits(recipe: Recipe, known: manifest.Facts, count: int, todo: list[int], *rest: Any) -> Iterator[Outcome]:
-        replica, size = Replica(recipe, known), recipe.pairs.shard_rows
-        for done, number in enumerate(todo):
+    def commits(recipe: Recipe, gap: Gap, *rest: Any) -> Iterator[Outcome]:
+        replica = Replica(recipe, gap.facts)
+        for done, number in enumerate(gap.missing):
             if done == stop["shards"]:
                 raise Stopped
-            table = replica(number, min(size, count - number * size))
-            yield Outcome(number, write_owned(recipe.pairs_uri, known, "here", table))
+            table = pairs.table(gap.facts, replica.rows(number, gap.rows_of(number)))
+            yield Outcome(number, write_owned(recipe.pairs_uri, gap.facts, "here", table))
 
-    monkeypatch.setattr(module, "commits", commits)
+    monkeypatch.setattr(completion, "commits", commits)
     monkeypatch.setattr(cluster, "session", lambda recipe, replicas: nullcontext())
     return stop
 
@@ -201,10 +203,10 @@ def test_what_was_recorded_is_not_read_again(
     read: list[str] = []
     inspect = pairs.inspect_shard
 
-    def noted(uri: str, known: manifest.Facts, name: str, sha256: str | None = None) -> manifest.Shard:
+    def noted(uri: str, facts: PairFacts, name: str, sha256: str | None = None) -> manifest.Shard:
         if sha256 is None:  # else it is verify's
             read.append(name)
-        return inspect(uri, known, name, sha256)
+        return inspect(uri, facts, name, sha256)
 
     monkeypatch.setattr(pairs, "inspect_shard", noted)
     recipe = with_pairs(tiny(tmp_path), count=24, shard_rows=6)
@@ -291,13 +293,13 @@ def test_a_failure_does_not_wait_for_what_is_still_read(
     ledger.unlink()
     inspect, held, third, asked = pairs.inspect_shard, threading.Event(), threading.Event(), []
 
-    def slow(uri: str, known: manifest.Facts, name: str) -> manifest.Shard:
+    def slow(uri: str, facts: PairFacts, name: str) -> manifest.Shard:
         asked.append(name)
         if len(asked) == 3:
             third.set()  # by the thread that is done with the first
         if name != "shard-00000.parquet":
             held.wait(60)
-        return inspect(uri, known, name)
+        return inspect(uri, facts, name)
 
     def stop(*args: Any) -> Iterator[Outcome]:
         assert third.wait(60)
@@ -306,7 +308,7 @@ def test_a_failure_does_not_wait_for_what_is_still_read(
 
     monkeypatch.setattr(pairs, "inspect_shard", slow)
     monkeypatch.setattr(pairs, "CHECKERS", 2)
-    monkeypatch.setattr(module, "commits", stop)
+    monkeypatch.setattr(completion, "commits", stop)
     with pytest.raises(Stopped):
         generate(recipe)
     held.set()
@@ -321,9 +323,9 @@ def test_verify_looks_at_every_machine_and_at_each_shard_alone(
     hosts = [f"node-{k // 4}" for k in range(40)]
     shards = [manifest.Shard(f"shard-{k:05d}.parquet", k, 6, 1, "", host) for k, host in enumerate(hosts)]
     for seed in range(20):
-        chosen = module._sample(shards, random.Random(seed))
+        chosen = verification._sample(shards, random.Random(seed))
         assert {shard.host for shard in chosen} == set(hosts)
-        assert len(module._sample(shards[:8], random.Random(seed))) == 8
+        assert len(verification._sample(shards[:8], random.Random(seed))) == 8
 
     recipe = with_pairs(tiny(tmp_path), count=60, shard_rows=6)
     generate(recipe)
@@ -332,11 +334,11 @@ def test_verify_looks_at_every_machine_and_at_each_shard_alone(
     lines = [line | {"host": f"node-{line['number']}"} for line in found["shards"]]
     Path(uri, "_manifest.json").write_text(json.dumps(found | {"shards": lines}))
 
-    def shares(recipe: Recipe, known: manifest.Facts, method: str, parts: list[pairs.Rows]) -> list[float]:
+    def shares(recipe: Recipe, cls: type, args: Any, method: str, parts: list[Rows]) -> list[float]:
         assert method == "agreements"
         return [0.4 if part.ids[0] // 6 == 7 else 1.0 for part in parts]
 
-    monkeypatch.setattr(module, "_on_replica", shares)
+    monkeypatch.setattr(cluster, "on_actor", shares)
     with pytest.raises(ValueError, match=r"only 40\.0% of the codes of .*shard-00007\.parquet, made on node-7,"):
         generate(with_pairs(recipe, verify=True))
 
@@ -432,9 +434,9 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not empty \(thesis\.doc\)"):
         generate(recipe)
     (place / "thesis.doc").unlink()
-    known = manifest.facts_of(recipe)
-    manifest.claim(str(place), known, recipe)
-    pairs.write_shard(str(place), known, Replica(recipe, known)(0, 16))
+    facts = PairFacts.of(recipe)
+    manifest.claim(str(place), facts, recipe)
+    pairs.write_shard(str(place), facts, pairs.table(facts, Replica(recipe, facts).rows(0, 16)))
     with pytest.raises(ValueError, match="holds a pair set made otherwise: seed is 1 there and 4 here"):
         generate(with_pairs(recipe, seed=4))
     assert sorted(path.name for path in place.iterdir()) == ["_recipe.json", "shard-00000.parquet"]
@@ -444,13 +446,13 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
 def test_verify_notices_another_teacher(tmp_path: Path) -> None:
     """Rows made by other weights under a manifest that says otherwise: every checksum fits, the codes do not."""
     recipe = with_pairs(tiny(tmp_path), count=16)
-    known = manifest.facts_of(recipe)
-    replica = Replica(recipe, known)
+    facts = PairFacts.of(recipe)
+    replica = Replica(recipe, facts)
     with torch.no_grad():
         replica.teacher.network.get_parameter("head.weight").neg_()
-    manifest.claim(recipe.pairs_uri, known, recipe)
-    shard = pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, replica.rows(0, 16)))
-    manifest.finish(recipe.pairs_uri, known, [shard], {"rows": 16, "seconds": 1.0, "device": "cpu"})
+    manifest.claim(recipe.pairs_uri, facts, recipe)
+    shard = pairs.write_shard(recipe.pairs_uri, facts, pairs.table(facts, replica.rows(0, 16)))
+    manifest.finish(recipe.pairs_uri, facts, [shard], {"rows": 16, "seconds": 1.0, "device": "cpu"})
     with pytest.raises(ValueError, match=r"only .*% of the codes of rows of .*shard-00000\.parquet were found"):
         generate(with_pairs(recipe, verify=True))
 

@@ -27,14 +27,17 @@ from pipeline.command_line import parse
 from pipeline.evaluation import timing
 from pipeline.files import places
 from pipeline.host.errors import Outage, Refused
-from pipeline.pairs import manifest, passes
+from pipeline.pairs import completion, manifest, passes
 from pipeline.pairs import shards as pairs
+from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.manifest import Gap
 from pipeline.pairs.replica import Replica
+from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.services.heartbeat import Heartbeat
 from pipeline.training.observer import Observer
-from pipeline.workflow import drawing, generate
+from pipeline.workflow import drawing
 from pipeline.workflow.distill import distill
 from pipeline.workflow.evaluate import evaluate as evaluate_job
 from pipeline.workflow.generate import generate as generate_job
@@ -252,14 +255,14 @@ def test_a_broken_download_leaves_nothing_in_the_cache(folder: str, s3_server: R
 @pytest.mark.usefixtures("impatient")
 def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Relay, tmp_path: Path) -> None:
     recipe = tiny.tiny(tmp_path)
-    known = manifest.facts_of(recipe)
+    facts = PairFacts.of(recipe)
     ids = np.arange(16)
-    drawn = noise.gaussian(1, ids, *manifest.noise_shape(known))
-    rows = pairs.Rows(ids, noise.labels(ids, 3), drawn, np.zeros((16, 14), np.uint16))
-    manifest.claim(folder, known, recipe)
+    drawn = noise.gaussian(1, ids, facts.length, facts.dim)
+    rows = Rows(ids, noise.labels(ids, 3), drawn, np.zeros((16, 14), np.uint16))
+    manifest.claim(folder, facts, recipe)
     down = pytest.raises(Outage, match=r"shard-00000\.parquet could not be written")
     with s3_server.failing(lambda method, target: "slow down" if method == "PUT" else ""), down:
-        passes.write_owned(folder, known, "here", pairs.table(known, rows))
+        passes.write_owned(folder, facts, "here", pairs.table(facts, rows))
     assert storage.listing(folder) == ["_recipe.json"]
 
 
@@ -355,21 +358,22 @@ def journey(s3_server: Relay, ray_cluster: str, tmp_path_factory: pytest.TempPat
 
 def make_pairs(recipe: Recipe) -> None:
     """The pair set of a recipe on a disk, without Ray."""
-    known, size = manifest.facts_of(recipe), recipe.pairs.shard_rows
-    manifest.claim(recipe.pairs_uri, known, recipe)
-    replica = Replica(recipe, known)
+    facts, size = PairFacts.of(recipe), recipe.pairs.shard_rows
+    manifest.claim(recipe.pairs_uri, facts, recipe)
+    replica = Replica(recipe, facts)
     made = [replica.rows(number, size) for number in range(recipe.pairs.count // size)]
-    shards = [pairs.write_shard(recipe.pairs_uri, known, pairs.table(known, rows)) for rows in made]
-    manifest.finish(recipe.pairs_uri, known, shards, {"rows": recipe.pairs.count, "seconds": 1.0, "device": "cpu"})
+    shards = [pairs.write_shard(recipe.pairs_uri, facts, pairs.table(facts, rows)) for rows in made]
+    manifest.finish(recipe.pairs_uri, facts, shards, {"rows": recipe.pairs.count, "seconds": 1.0, "device": "cpu"})
 
 
 def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -> list[str]:
     """Every job is stopped half-way and run again; names of what the second evaluation drew."""
-    committed, log, rows = generate.commits, Observer.log, drawing.parts_of
+    committed, log, rows = completion.commits, Observer.log, drawing.parts_of
 
-    def one_shard(recipe: Recipe, known: manifest.Facts, *rest: Any) -> Iterator[passes.Outcome]:
+    def one_shard(recipe: Recipe, gap: Gap, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
-        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, known, "here", Replica(recipe, known)(0, 12)))
+        table = pairs.table(gap.facts, Replica(recipe, gap.facts).rows(0, 12))
+        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, gap.facts, "here", table))
         raise Stopped
 
     def three_steps(observer: Observer, metrics: dict[str, float]) -> None:
@@ -386,11 +390,11 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
         drawn.extend(draw.name for draw in todo)
         return rows(plan, todo, frequencies)
 
-    patch.setattr(generate, "commits", one_shard)
+    patch.setattr(completion, "commits", one_shard)
     with pytest.raises(Stopped):
         generate_job(recipe)
     assert not storage.exists(f"{recipe.pairs_uri}/_manifest.json")
-    patch.setattr(generate, "commits", committed)
+    patch.setattr(completion, "commits", committed)
     with server.failing(every(6, *FAULTS)), server.counting() as requests:
         assert "Made" in generate_job(recipe)
     assert len(requests) >= 24, "each of the four faults came up"

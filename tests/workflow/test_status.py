@@ -12,6 +12,7 @@ from tiny import tiny, with_pairs
 
 from pipeline import storage
 from pipeline.pairs import manifest, shards
+from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.training import plan
 from pipeline.workflow.distill import distill
@@ -36,11 +37,11 @@ def test_pairs_say_what_is_missing_at_which_rate_and_since_when(tmp_path: Path) 
     asked = replace(recipe, status=True)
     assert "holds no pair set; generate_pairs has not begun one there" in generate(asked)
     assert not Path(recipe.run).exists()
-    known = manifest.facts_of(recipe)
-    manifest.claim(recipe.pairs_uri, known, recipe)
-    replica = Replica(recipe, known)
+    facts = PairFacts.of(recipe)
+    manifest.claim(recipe.pairs_uri, facts, recipe)
+    replica = Replica(recipe, facts)
     for number in (0, 1, 3):
-        shards.write_shard(recipe.pairs_uri, known, shards.table(known, replica.rows(number, 16)))
+        shards.write_shard(recipe.pairs_uri, facts, shards.table(facts, replica.rows(number, 16)))
     names = {f"shard-{number:05d}.parquet": age for number, age in ((0, 300.0), (1, 200.0), (3, 100.0))}
     aged(recipe.pairs_uri, names | {"_recipe.json": 400.0})
     text = generate(asked)
