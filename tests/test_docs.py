@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse
+from pipeline.ablation.plan import titled
+from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_settings
 from pipeline.models import checkpoints
 from pipeline.sampling import listed
 
@@ -239,7 +240,10 @@ def test_the_smallest_family_draws_as_its_page_says() -> None:
 def test_snippets_of_yaml_lie_over_a_recipe(page: Path, tmp_path: Path) -> None:
     for snippet in fenced(page, "yaml"):
         (tmp_path / "mine.yaml").write_text(snippet)
-        parse(None, [CONFIG, str(DEFAULT), CONFIG, str(tmp_path / "mine.yaml")])
+        recipe = parse(None, [CONFIG, str(DEFAULT), CONFIG, str(tmp_path / "mine.yaml")])
+        for axis, values in recipe.ablate.axes.items():
+            for value in values:
+                with_settings(recipe, value if titled(axis) else {axis: value})
 
 
 def test_samplers_of_the_pages_are_samplers() -> None:
