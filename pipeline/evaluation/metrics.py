@@ -15,7 +15,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 Gaussian = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
-BUFFER = 1024  # rows collected before they enter a covariance: smaller updates cost ten times as much
+BUFFER = 1024  # rows collected before they enter a covariance: many smaller updates cost more
 COMPONENTS = 50  # principal components of the pixel distance
 GROUPS, FEWEST = 10, 5  # of rounds of classes, left out in turn for the error of a distance
 SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1_000, 2020  # of KID: torch-fidelity's

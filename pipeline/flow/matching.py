@@ -147,8 +147,8 @@ class Matcher:
     def _solve(self, noise: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """In torch: noise [N, C], log_p [N, V] -> codes [N], evaluations [N]."""
         codes, counts = noise.new_empty(len(noise), dtype=torch.long), noise.new_empty(len(noise), dtype=torch.float32)
-        # A step of few tokens is many small operations; inference mode, which the results are made outside of, saves a
-        # tenth of their time.
+        # A step of few tokens is many small operations, which take less time in inference mode; the results are made
+        # outside of it.
         with full_precision(noise.device), torch.inference_mode():
             for rows, width in portions(log_p, self.shape[1]):
                 tokens = OpenTokens(log_p.index_select(0, rows).float(), self.codes, width)

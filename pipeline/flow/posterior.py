@@ -158,7 +158,7 @@ def prior(tokens: OpenTokens, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     S = sqrt(exp((2 H + margin sqrt(2 C)) / C) - 1) / s with H the entropy of p in nats and s^2 = tr Cov_p(c) / C:
     the signal-to-noise ratio at which a Gaussian channel of C dimensions carries H nats, and some more.
     """
-    p = tokens.log_p.softmax(-1)  # the exponential, several times faster
+    p = tokens.log_p.softmax(-1)  # the exponential, but faster
     moments = tokens.moments(p)
     mean, dimension = moments[:, :-1], moments.shape[1] - 1
     variance = (2 * moments[:, -1:] - mean.square().sum(-1, keepdim=True)) / dimension

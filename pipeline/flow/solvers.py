@@ -105,7 +105,7 @@ def adaptive(tokens: OpenTokens, noise: Tensor, tolerance: float) -> None:
         defect, weight = turn - bend, h * ((two - a) * (two - c) + two)
         y = torch.addcmul(y, weight, defect, value=1 / 12)
         # The step after it.
-        move = weight * (defect * defect).sum(-1, keepdim=True).sqrt()  # norm() takes 20 us for one token
+        move = weight * (defect * defect).sum(-1, keepdim=True).sqrt()  # norm() takes longer for one token
         growth = torch.minimum((move.pow(-1 / 4) * aim).clamp(0.25, 2.5), most / h)
         ga, after = growth * a, growth + one
         state = Stride(

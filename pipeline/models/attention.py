@@ -26,8 +26,8 @@ def attend(
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     """The same as matrix products, for bfloat16 training on a CPU.
 
-    torch 2.13 has no fast backward there: forward and backward of 156 tokens take 105 ms with the flash kernel, 88 ms
-    with the MATH backend, which computes in float32, and 32 ms here.
+    torch 2.13 has no fast backward there: forward and backward take longer with the flash kernel, and with the MATH
+    backend, which computes in float32.
     """
     if causal:
         mask = torch.full((q.shape[2], k.shape[2]), -math.inf, device=q.device).triu_(1)

@@ -84,7 +84,7 @@ class Float16(nn.Module):
 class OnCpu(TorchFunctionMode):
     """Products of float16 numbers through float32, rounded as a GPU rounds them.
 
-    Few CPUs multiply float16: torch's own product of two matrices of 2,048 takes 200 times as long as in float32.
+    Few CPUs multiply float16: torch's own products there take far longer than in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

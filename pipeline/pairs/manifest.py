@@ -135,7 +135,7 @@ def begun(uri: str) -> bool:
 def _content(uri: str, name: str) -> Any:
     """What is in one of the set's JSON files, under its name or that of earlier versions; None if there is none."""
     for place in (name, _earlier(name)):
-        with suppress(FileNotFoundError):  # asked for by name: a bucket lists 12,000 shards in seconds
+        with suppress(FileNotFoundError):  # asked for by name: to list a bucket of many shards takes longer
             return storage.read_json(storage.join(uri, place))
     return None
 

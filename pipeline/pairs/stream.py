@@ -73,10 +73,8 @@ class PairStream:
         """(epoch, rank ``rank``'s share) of the global batches of some epochs, the first of them from ``start`` on.
 
         A share has batch / world rows. Batches and windows are made one ahead in threads, the next epoch's first ones
-        while this one's last are used. A core of an Intel Xeon makes 4,500 rows/s of VAR's 680 x 32 with derived noise,
-        of LlamaGen's 256 x 8 23,000; with stored noise 13,000 and 97,000 from windows in memory, 3,400 and 32,000 where
-        each shard is read again. Raises ValueError for a batch that the ranks cannot share or that is larger than the
-        set.
+        while this one's last are used. Raises ValueError for a batch that the ranks cannot share or that is larger than
+        the set.
         """
         if batch % world or not 0 <= rank < world:
             raise ValueError(

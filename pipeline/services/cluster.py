@@ -40,8 +40,8 @@ from pipeline.settings.evaluate import FORMULA
 
 SPARE = 2  # logical CPUs of a local cluster beside the pool's: tasks that write or merge must never wait for a teacher
 
-# glibc gives every large block back to the kernel and gets it back page by page; keeping 1 GiB saved a fifth of the CPU
-# time of VAR's pairs. It is read when a process starts, so the workers have it and this process has not.
+# glibc gives every large block back to the kernel and gets it back page by page; keeping 1 GiB saves that CPU time. It
+# is read when a process starts, so the workers have it and this process has not.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount

@@ -61,7 +61,7 @@ class Store(NamedTuple):
 
 
 def loaded() -> ModuleType:
-    """MLflow, imported when first needed (1.5 s) and made quiet; the user's environment variables win."""
+    """MLflow, imported when first needed and made quiet; the user's environment variables win."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow

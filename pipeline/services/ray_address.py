@@ -26,7 +26,7 @@ def address() -> str:
 def check_address() -> None:
     """Raise Refused or Outage, one sentence, unless RAY_ADDRESS is unset or a Ray like ours answers there.
 
-    Nothing is joined, and next to nothing is asked: it costs milliseconds where all is well.
+    Nothing is joined, and next to nothing is asked.
     """
     import ray
 
@@ -102,7 +102,7 @@ def _check_versions(given: str, head: str) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's own compiled part
 
     try:
-        client = signals.interruptible(lambda: GcsClient(address=head))  # takes 40 s where what answers is no head
+        client = signals.interruptible(lambda: GcsClient(address=head))  # waits long where what answers is no head
         theirs = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", KV_NAMESPACE_CLUSTER, timeout=PATIENCE))
     except Exception as error:
         first = " ".join(str(error).split())[:300] or type(error).__name__

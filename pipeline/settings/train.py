@@ -53,8 +53,7 @@ class TrainSettings:
         precision: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast.
         compile: torch.compile the student's blocks. Changes float rounding only.
         recompute: keep less for the backward pass and compute it again there (activation checkpointing): in the
-            student's blocks, the decoder's and LPIPS's trunk's. The same student. Steps of a small VAR with VGG took a
-            quarter longer on a CPU; a sample of VAR-d16 takes 391 MB instead of 1,481, of LlamaGen-L 310 of 1,028.
+            student's blocks, the decoder's and LPIPS's trunk's. The same student in less memory and longer steps.
         workers: DDP workers; 0 trains in the driver's process.
         checkpoint_every: optimiser steps between checkpoints.
         keep: newest checkpoints kept.

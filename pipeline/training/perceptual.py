@@ -46,10 +46,9 @@ class Lpips(nn.Module):
 
     Images [B, 3, H, W] in [-1, 1] -> distance [B]. ``pretrained=False`` draws the trunk at random, for tests.
 
-    Channels lie last in memory: forward and backward of VGG on two images of 256 pixels take 1.97 s of a core of an
-    Intel Xeon instead of 2.30 in float32, 0.60 instead of 1.37 in bfloat16. On a GPU, where nothing was measured, it is
+    Channels lie last in memory: on a CPU that saves time, most in bfloat16. On a GPU, where nothing was measured, it is
     the layout of the tensor cores that tf32 and bf16 use. The decoders stay as they are: a GPU's GroupNorm puts
-    channels first again, and on that core VAR's gains nothing in float32.
+    channels first again, and on a CPU VAR's gains nothing in float32.
     """
 
     def __init__(self, kind: str, pretrained: bool = True) -> None:

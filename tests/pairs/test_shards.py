@@ -35,7 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.services import tracking
 from pipeline.settings.cluster import ClusterSettings
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "pairs.md"
 GOLDEN = Path(__file__).parents[1] / "goldens" / "pairs"  # a set that commit 0845e7b made of ``some_rows``
 
 
@@ -92,20 +92,21 @@ def test_the_same_rows_give_the_same_bytes(recipe: Recipe, tmp_path: Path) -> No
     assert again == first
 
 
-def test_pandas_reads_the_folder_as_the_readme_says(recipe: Recipe) -> None:
+def test_pandas_and_pyarrow_read_the_folder_as_its_page_says(recipe: Recipe) -> None:
     """Companions included: what readers of a folder do not take for Parquet, by its name, is left alone."""
     uri, facts, _ = write_set(recipe)
     manifest.record(uri, facts, [])
     storage.write_json(storage.join(uri, tracking.MARKER), {})
-    (snippet,) = re.findall(r"```python\n(import [^`]*pd\.read_parquet[^`]*)```", README.read_text())
-    assert "runs/demo/pairs" in snippet
-    found: dict[str, Any] = {}
-    exec(snippet.replace("runs/demo/pairs", uri), found)
-    rows = some_rows(facts, 0, 40)
+    with_pandas, with_pyarrow = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert "runs/demo/pairs" in with_pandas
+    rows, found, read = some_rows(facts, 0, 40), dict[str, Any](), dict[str, Any]()
+    exec(with_pandas.replace("runs/demo/pairs", uri), found)
     assert found["pairs"].shape == (40, 4)
     assert list(found["pairs"].columns) == ["sample_id", "label", "noise", "tokens"]
     assert np.array_equal(found["noise"], rows.noise)
     assert np.array_equal(found["tokens"], rows.tokens)
+    exec(with_pyarrow.replace("runs/demo/pairs", uri), read)
+    assert np.array_equal(read["noise"], rows.noise)
     assert pq.read_table(uri).num_rows == 40
 
 
