@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.ablation.plan import SPLIT, TEACHER, AblationPlan, Variant, text, titled
-from pipeline.ablation.results import AblationResults, AblationRow, Codes, Numbers, Shares, TrialSource
+from pipeline.ablation.results import AblationResults, AblationRow, ChangedCodes, Numbers, Shares, TrialSource
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
 from pipeline.recipe import leaves
@@ -57,7 +57,7 @@ def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults
     return json.loads(json.dumps(results))
 
 
-def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: Codes | None) -> Numbers:
+def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: ChangedCodes | None) -> Numbers:
     """Scores of one variant: by column and seed, None where a trial was lost; their mean and standard deviation."""
     scores: list[list[float | None]] = [[] for _ in plan.columns]
     trials: list[TrialSource] = []
@@ -103,7 +103,7 @@ def _base_value(base: Variant, axis: str, values: Sequence[Any]) -> Any:
     return {name: value for name, value in leaves(tree).items() if name in named}
 
 
-def _codes(plan: AblationPlan, key: str) -> Codes | None:
+def _codes(plan: AblationPlan, key: str) -> ChangedCodes | None:
     """Of how many codes a pair set differs from the base's on the same noise; None for the base's own and for others.
 
     Only sets of one seed and one layout share noise; how it is rounded may differ.

@@ -18,7 +18,7 @@ class Shares(_AfterEqualCodes):
     all: float
 
 
-class Codes(Shares):
+class ChangedCodes(Shares):
     """How a pair set's codes differ from the base's.
 
     Attributes:
@@ -79,7 +79,7 @@ class Numbers(TypedDict):
     spread: list[float | None]
     pairs: PairsSource
     trials: list[TrialSource]
-    codes: Codes | None
+    codes: ChangedCodes | None
 
 
 class AblationRow(Numbers):

@@ -25,7 +25,7 @@ from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
 from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
-from pipeline.report.results import Agreement, Curve, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row
+from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
@@ -159,7 +159,7 @@ def _agreement(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -> A
     return agreement(*(statistics[draw] for draw in (first["FlowMatched"], first["Autoregressive"], second)))
 
 
-def _curve(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], reference: Reference) -> Curve | None:
+def _curve(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], reference: Reference) -> TrainingCurve | None:
     draws = plan.curve()
     if not draws:
         return None

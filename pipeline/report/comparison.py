@@ -10,7 +10,6 @@ from itertools import combinations
 
 from pipeline.report.results import (
     ComparedReport,
-    Curve,
     OtherReport,
     PairSetCurve,
     PairSetCurvePoint,
@@ -18,6 +17,7 @@ from pipeline.report.results import (
     PairSets,
     Results,
     Row,
+    TrainingCurve,
 )
 
 MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
@@ -73,7 +73,7 @@ def _pairs_count(results: Results) -> int:
     return student["pairs_count"]
 
 
-def _curve(curves: list[tuple[int, dict[str, str | None], Curve | None]]) -> PairSetCurve | None:
+def _curve(curves: list[tuple[int, dict[str, str | None], TrainingCurve | None]]) -> PairSetCurve | None:
     """The students exported along the way of every report, if all have them, of equally many images each.
 
     Of each report the count of its pairs, this report's names for its samplers, and its curve.

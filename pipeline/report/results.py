@@ -76,7 +76,7 @@ class Pace(TypedDict, total=False):
         ms: milliseconds an image at batch 1, decoding included.
         speedup: how many times as fast as the teacher at batch 1.
         speedup_std: its standard error.
-        throughput_batch: that of ``Speed``.
+        throughput_batch: that of ``SpeedBaseline``.
         throughput: images a second at that batch.
         throughput_speedup: how many times as fast as the teacher at that batch.
         throughput_speedup_std: its standard error.
@@ -134,7 +134,7 @@ class Row(Quality, OfFeatures, Pace, total=False):
 # ---- beside the rows
 
 
-class Speed(TypedDict):
+class SpeedBaseline(TypedDict):
     """What the rows' speed is compared with.
 
     Attributes:
@@ -174,7 +174,7 @@ class CurvePoint(TypedDict):
     score: float
 
 
-class Curve(TypedDict):
+class TrainingCurve(TypedDict):
     """Distance over training.
 
     Attributes:
@@ -304,10 +304,10 @@ class Results(TypedDict):
     fingerprint: str
     shown: NotRequired[str]
     rows: list[Row]
-    speed: NotRequired[Speed]
+    speed: NotRequired[SpeedBaseline]
     alike: NotRequired[Sequence[Sequence[str]]]
     agreement: Agreement | None
-    curve: Curve | None
+    curve: TrainingCurve | None
     notes: NotRequired[list[str]]
     made: Origin
     pair_sets: NotRequired[PairSets | None]

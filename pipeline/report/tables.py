@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from pipeline.report.results import Curve, PairSets, Results, Row, SpeedAtBatch
+from pipeline.report.results import PairSets, Results, Row, SpeedAtBatch, TrainingCurve
 
 DEPARTS = "†"
 Shown = Literal[  # what a column may take out of a row as it is
@@ -168,7 +168,7 @@ def timed(results: Results) -> list[Row]:
     return [row for row in results["rows"] if row.get("ms") and (row.get("score") or 0) > 0]
 
 
-def over_training(curve: Curve) -> Table:
+def over_training(curve: TrainingCurve) -> Table:
     """The distance of every student exported along the way."""
     scores = {(point["step"], point["name"]): f"{point['score']:.2f}" for point in curve["points"]}
     return _crossed("optimiser step", str, scores)
