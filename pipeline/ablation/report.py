@@ -18,6 +18,7 @@ from pipeline.ablation.plan import SPLIT, TEACHER, AblationPlan, Variant, text, 
 from pipeline.ablation.results import AblationResults, AblationRow, ChangedCodes, Numbers, Shares, TrialSource
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
+from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import leaves
 from pipeline.report.markdown import as_markdown
 from pipeline.report.names import metric_name
@@ -120,10 +121,10 @@ def _codes(plan: AblationPlan, key: str) -> ChangedCodes | None:
 
 def first_tokens(uri: str, count: int) -> np.ndarray:
     """The tokens of the first ``count`` rows of a complete set, uint16 [count, n]; fewer if it has fewer."""
-    found = manifest.read(uri)
-    size = found["facts"]["shard_rows"]
-    names = [shard["name"] for shard in found["shards"] if shard["number"] * size < count]
-    return np.concatenate(list(shards.tokens_of(uri, found["facts"], names)))[:count]
+    inventory = manifest.read(uri)
+    facts = PairFacts.from_json(inventory["facts"])
+    names = [shard["name"] for shard in inventory["shards"] if facts.rows_of(shard["number"], count)]
+    return np.concatenate(list(shards.tokens_of(uri, facts, names)))[:count]
 
 
 def differing(ours: np.ndarray, theirs: np.ndarray, groups: Sequence[int]) -> Shares:
