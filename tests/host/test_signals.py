@@ -41,6 +41,11 @@ def stop(job: str, recipe: Recipe, folder: Path, number: int, line: str) -> None
     assert out.count(f"Stopped by {name}; what is finished is kept, and the same command goes on.") == 1
     assert "Traceback" not in out
     assert "***" not in out, "no crash report of Ray's"
+
+
+def stop_run(job: str, recipe: Recipe, folder: Path, number: int, line: str) -> None:
+    """``stop`` a job at work, whose MLflow run then says that it was killed."""
+    stop(job, recipe, folder, number, line)
     client = mlflow.MlflowClient(f"sqlite:///{recipe.run}/mlflow.db")
     experiment = client.get_experiment_by_name(recipe.name)
     newest = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])[0]
@@ -51,7 +56,7 @@ def stop(job: str, recipe: Recipe, folder: Path, number: int, line: str) -> None
 def test_pairs(ray_cluster: None, tmp_path: Path, slow: None) -> None:
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=200, shard_rows=4, batch=4)
     recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
-    stop("generate_pairs", recipe, tmp_path, signal.SIGTERM, "shards 1/50")
+    stop_run("generate_pairs", recipe, tmp_path, signal.SIGTERM, "shards 1/50")
 
 
 @pytest.mark.slow
@@ -60,13 +65,14 @@ def test_pairs_that_wait_for_nodes(ray_cluster: None, tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe = replace(recipe, cluster=replace(recipe.cluster, cpus=64))
     stop("generate_pairs", recipe, tmp_path, signal.SIGINT, "Waiting for nodes")
+    assert not Path(recipe.run).exists(), "nothing is claimed before the nodes are there"
 
 
 @pytest.mark.faults("signals: SIGINT")
 def test_a_report(ray_cluster: None, tmp_path: Path) -> None:
     recipe = tiny(tmp_path, "var", **IMAGES)
     settings = replace(recipe.evaluate, samplers=[{"name": "Autoregressive"}], count=200_000, batch=50)
-    stop("evaluate", replace(recipe, evaluate=settings), tmp_path, signal.SIGINT, "parts 1/")
+    stop_run("evaluate", replace(recipe, evaluate=settings), tmp_path, signal.SIGINT, "parts 1/")
 
 
 def long_training(folder: Path, workers: int) -> Recipe:
@@ -81,13 +87,13 @@ def long_training(folder: Path, workers: int) -> Recipe:
 
 @pytest.mark.faults("signals: SIGHUP")
 def test_a_student_in_the_drivers_process(ray_cluster: None, tmp_path: Path) -> None:
-    stop("distill", long_training(tmp_path, 0), tmp_path, signal.SIGHUP, "steps 1/")
+    stop_run("distill", long_training(tmp_path, 0), tmp_path, signal.SIGHUP, "steps 1/")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_student_on_workers(ray_cluster: None, tmp_path: Path, number: int) -> None:
-    stop("distill", long_training(tmp_path, 1), tmp_path, number, "steps 1/")
+    stop_run("distill", long_training(tmp_path, 1), tmp_path, number, "steps 1/")
 
 
 @pytest.mark.faults("signals: SIGTERM during the imports")
