@@ -30,7 +30,7 @@ Report = Callable[[str], None]
 
 
 def cheap() -> torch.autocast:
-    """bf16 autocast: less time on a CPU, and the same curves."""
+    """bf16 autocast: less time on a CPU with instructions for it, and the same curves."""
     return torch.autocast("cpu", torch.bfloat16)
 
 

@@ -59,6 +59,15 @@ def tuned_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def emulates_bf16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 without instructions for it: slower than float32, not faster.
+
+    Asked of oneDNN, which is what multiplies; a torch that cannot tell is taken to have them.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not supported()
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32, whatever is set around: for the search of a code.

@@ -24,6 +24,7 @@ from pipeline.files.local import TEMPORARY
 from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
+from pipeline.numerics.precision import emulates_bf16
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
@@ -125,13 +126,21 @@ CHECKS: dict[Job, tuple[Callable[[Recipe], None], ...]] = {
 }
 
 
+# The sections of the recipe whose ``precision`` says how the networks of a job multiply.
+NETWORKS: dict[Job, tuple[str, ...]] = {
+    "generate_pairs": ("teacher",),
+    "distill": ("train",),
+    "evaluate": ("teacher", "evaluate"),
+}
+
+
 # ---- from where the work is done
 
 
 @dataclass(frozen=True)
 class View:
-    """What a process of the cluster sees: its machine, the file that it wrote, the files that it lacks, and its GPU
-    with the bytes of that, 0 without one.
+    """What a process of the cluster sees: its machine, the file that it wrote, the files that it lacks, its GPU with
+    the bytes of that, 0 without one, and whether its CPU is slow at bfloat16.
     """
 
     node: str
@@ -139,6 +148,7 @@ class View:
     missing: tuple[str, ...]
     gpu: str
     memory: int
+    emulates_bf16: bool
 
 
 def check_workers(recipe: Recipe, job: Job, folder: str) -> None:
@@ -150,6 +160,7 @@ def check_workers(recipe: Recipe, job: Job, folder: str) -> None:
     """
     alone = cluster.on_one_machine(recipe)
     if alone and recipe.cluster.runs_on != "cuda":
+        warn_of_bf16(recipe, job, emulates_bf16())
         return
     views = cluster.on_every_node(recipe, look, folder, list(local_files(recipe, job)))
     seen = set(storage.listing(folder))
@@ -168,6 +179,7 @@ def check_workers(recipe: Recipe, job: Job, folder: str) -> None:
             )
         if view.memory and job != "evaluate":
             check_memory(recipe, job, view)
+    warn_of_bf16(recipe, job, any(view.emulates_bf16 for view in views))
 
 
 def look(folder: str, files: list[str]) -> View:
@@ -177,9 +189,22 @@ def look(folder: str, files: list[str]) -> View:
     missing = tuple(file for file in files if not Path(file).exists())
     node = os.uname().nodename
     if not torch.cuda.is_available():
-        return View(node, probe, missing, "", 0)
+        return View(node, probe, missing, "", 0, emulates_bf16())
     gpu = torch.cuda.get_device_properties(0)
-    return View(node, probe, missing, gpu.name, gpu.total_memory)
+    return View(node, probe, missing, gpu.name, gpu.total_memory, emulates_bf16())
+
+
+def warn_of_bf16(recipe: Recipe, job: Job, emulated: bool) -> None:
+    """Say which precision of ``job`` slows it down where CPUs work that have no instructions for bfloat16."""
+    if recipe.cluster.runs_on == "cuda" or not emulated:
+        return
+    for section in NETWORKS[job]:
+        if getattr(recipe, section).precision == "bf16":
+            print(
+                f"warning: {section}.precision is bf16, for which the CPU has no instructions: products take several"
+                f" times as long as in fp32. --{section}.precision fp32 is faster; its numbers differ in rounding.",
+                file=sys.stderr,
+            )
 
 
 def local_files(recipe: Recipe, job: Job) -> Iterator[str]:

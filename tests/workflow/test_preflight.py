@@ -19,7 +19,7 @@ from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe
 from pipeline.workflow import footprints, preflight
 from pipeline.workflow.generate import generate
-from pipeline.workflow.preflight import View
+from pipeline.workflow.preflight import Job, View
 
 
 @pytest.fixture
@@ -68,12 +68,32 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(
     recipe = replace(recipe, cluster=replace(recipe.cluster, gpus=1, device="cpu"))
     need = footprints.of_generation(recipe)
     bare = need.fixed + need.sample * recipe.pairs.batch
-    view = View("node-1", "", (), "a card", bare - 1)
+    view = View("node-1", "", (), "a card", bare - 1, False)
     with pytest.raises(Refused, match=r"pairs.batch 6 needs about .* and a card on node node-1 has .* at most 0 fit"):
         preflight.check_memory(recipe, "generate_pairs", view)
     preflight.check_memory(recipe, "generate_pairs", replace(view, memory=bare + 1))
     assert "warning: pairs.batch 6 needs about" in capsys.readouterr().err
     preflight.check_memory(recipe, "generate_pairs", replace(view, memory=need.bytes(6) + 1))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("job", "sections"), [("distill", ["train"]), ("evaluate", ["teacher", "evaluate"])])
+def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(
+    digits: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: Job, sections: list[str]
+) -> None:
+    """And the embedded default, which runs on every laptop, does not ask for it."""
+    monkeypatch.setattr(preflight.cluster, "on_one_machine", lambda recipe: True)
+    monkeypatch.setattr(preflight, "emulates_bf16", lambda: True)
+    for family in ("digits-llamagen", "digits-var"):
+        preflight.check_workers(parse(None, ["--config", f"jobs/recipes/{family}.yaml"]), job, digits.pairs_uri)
+    assert capsys.readouterr().err == ""
+
+    low = {name: replace(getattr(digits, name), precision="bf16") for name in sections}
+    preflight.check_workers(replace(digits, **low), job, digits.pairs_uri)
+    said = capsys.readouterr().err
+    assert [f"--{name}.precision fp32 is faster" in said for name in sections] == [True] * len(sections)
+    monkeypatch.setattr(preflight, "emulates_bf16", lambda: False)
+    preflight.check_workers(replace(digits, **low), job, digits.pairs_uri)
     assert capsys.readouterr().err == ""
 
 
