@@ -20,6 +20,7 @@ from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.studies import AblationSettings, BenchmarkSettings
 from pipeline.settings.teacher import TeacherSettings
+from pipeline.settings.text import CaptionSettings, TextSettings
 from pipeline.settings.train import TrainSettings
 
 
@@ -31,6 +32,8 @@ class Recipe:
         name: of the experiment; the MLflow runs carry it.
         run: folder (path or URI) that holds pairs, student, report and the default MLflow store.
         teacher: network, weights and filter.
+        captions: prompts of a teacher that takes captions; none for one that takes classes.
+        text: their encoder.
         pairs: noise-token pairs.
         train: distillation.
         evaluate: sampling and scoring.
@@ -45,6 +48,8 @@ class Recipe:
     name: Name = "digits-llamagen"
     run: Uri = "runs/digits-llamagen"
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    captions: CaptionSettings = field(default_factory=CaptionSettings)
+    text: TextSettings = field(default_factory=TextSettings)
     pairs: PairSettings = field(default_factory=PairSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

@@ -24,7 +24,8 @@ from pipeline.benchmark.sheet import Row, Section
 from pipeline.command_line import parse
 from pipeline.flow import matching
 from pipeline.models import checkpoints, standin
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
 from pipeline.recipe import Recipe
 from pipeline.report import plots
@@ -129,7 +130,7 @@ def _generation(family: object, settings: object) -> Callable[[int], None]:
     def work(samples: int) -> None:
         with torch.device("meta"):
             teacher = family.Teacher(checkpoints.config(settings), settings.filter)  # type: ignore[attr-defined, arg-type]
-        condition = Condition(torch.zeros(samples, dtype=torch.long))
+        condition = Labels(torch.zeros(samples, dtype=torch.long))
         footprint.hollow(teacher).generate(condition, lambda t, log_p: torch.zeros(log_p.shape[:-1], dtype=torch.long))
 
     return work

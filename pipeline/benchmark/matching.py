@@ -17,7 +17,8 @@ from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.flow import matching, oracle
 from pipeline.flow.matching import Solver
 from pipeline.host.stopwatch import Stopwatch, once, warm_up
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Condition, Labels
 
 SOLVERS = (
     Solver("adaptive", tolerance=1e-3),
@@ -35,7 +36,7 @@ def inputs(teacher: Teacher, batch: int) -> tuple[Condition, Tensor]:
     """Labels and noise [B, n, C] of the first samples, on the teacher's device."""
     ids, layout, device = np.arange(batch), teacher.layout, teacher.codebook.device
     x = torch.from_numpy(noise.gaussian(0, ids, layout.length, layout.code_dim)).float().to(device)
-    return Condition(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), x
+    return Labels(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), x
 
 
 def likeliest(step: int, log_p: Tensor) -> Tensor:

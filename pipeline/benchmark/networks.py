@@ -18,7 +18,8 @@ from pipeline.benchmark.clock import Peaks, turns
 from pipeline.benchmark.matching import inputs, likeliest
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
 from pipeline.recipe import Recipe
 from pipeline.sampling import selection, speed
@@ -120,7 +121,7 @@ class LeastWork:
 
             raster = set(teacher.layout.groups) == {1} and teacher.layout.steps > TRACED
             stop = TRACED + 1 if raster else None
-            footprint.hollow(teacher).generate(Condition(torch.zeros(batch, dtype=torch.long)), choose, stop=stop)
+            footprint.hollow(teacher).generate(Labels(torch.zeros(batch, dtype=torch.long)), choose, stop=stop)
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counted)]
         while len(steps) < teacher.layout.steps:
             steps.append((2 * steps[-1][0] - steps[-2][0], 2 * steps[-1][1] - steps[-2][1]))

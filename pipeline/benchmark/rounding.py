@@ -16,7 +16,8 @@ from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.flow import matching
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Labels
 from pipeline.numerics.precision import Precision, products
 from pipeline.recipe import Recipe
 
@@ -83,7 +84,7 @@ def _batch(teacher: Teacher, recipe: Recipe, ids: np.ndarray, forced: Tensor | N
         found.append(matcher(x[:, layout.span(t)], log_p))
         return found[-1] if forced is None else forced[:, layout.span(t)]
 
-    teacher.generate(Condition(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), choose)
+    teacher.generate(Labels(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), choose)
     matcher.check()
     return torch.cat(seen, dim=1), torch.cat(found, dim=1)
 

@@ -22,7 +22,8 @@ from pipeline import storage
 from pipeline.digits import networks
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher, TrainableTokenizer, nearest
+from pipeline.models.base import Teacher, TrainableTokenizer, nearest
+from pipeline.models.conditions import Labels
 from pipeline.settings.teacher import TeacherSettings
 
 PLACES = 10  # of every digit in the training set of a teacher
@@ -196,7 +197,7 @@ def train_teacher(teacher: Teacher, plan: PretrainingPlan, seed: int, report: Re
     run = Averaged(teacher.network, plan.teacher_lr, plan.teacher_steps, ema=0.998, weight_decay=0.05)
     for step, index in enumerate(batches(len(read), plan.teacher_batch, plan.teacher_steps, generator)):
         dropped = torch.rand(len(index), generator=generator) < 0.1
-        condition = Condition(labels[index].masked_fill(dropped, teacher.layout.classes))
+        condition = Labels(labels[index].masked_fill(dropped, teacher.layout.classes))
         with cheap():
             logits = teacher(condition, read[index])
         loss = F.cross_entropy(logits.float().flatten(0, 1), learnt[index].flatten())

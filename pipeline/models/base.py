@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
+from pipeline.models.conditions import Condition
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs, Recording
 from pipeline.numerics.precision import full_precision
@@ -65,24 +66,6 @@ class Layout:
             if self.before(t) == tokens:
                 return t
         raise ValueError(f"a prefix of {tokens} tokens ends inside an AR step; the steps hold {self.groups} tokens.")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What an image is drawn for: class labels [B] int64. Only the models look inside."""
-
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Condition:
-        """A copy on ``device``."""
-        return Condition(self.labels.to(device))
-
-    def split(self, size: int) -> list[Condition]:
-        """In pieces of ``size``, the last one maybe smaller."""
-        return [Condition(labels) for labels in self.labels.split(size)]
 
 
 class Tokenizer(nn.Module):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.models import base, checkpoints
-from pipeline.models.base import Choose, Condition, Layout
+from pipeline.models.base import Choose, Layout
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.recipe import Recipe
 from pipeline.settings.teacher import Filter, TeacherSettings
 
@@ -65,8 +66,9 @@ class Teacher(base.Teacher):
         """Codes int64 [B, n] that compress like drawn ones, after ``seconds``."""
         time.sleep(self.seconds)
         factor, odd, shift = FACTORS
-        place = torch.arange(self.layout.length, device=condition.labels.device)
-        return ((condition.labels[:, None] * odd + place) * factor // shift) % self.layout.vocabulary
+        labels = labels_of(condition)
+        place = torch.arange(self.layout.length, device=labels.device)
+        return ((labels[:, None] * odd + place) * factor // shift) % self.layout.vocabulary
 
 
 def of(recipe: Recipe, folder: str, seconds: float = 0.0) -> Recipe:

@@ -15,7 +15,7 @@ from pipeline.flow import matching
 from pipeline.host.ahead import ahead
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.numerics.precision import set_products
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.rows import Rows
@@ -94,7 +94,7 @@ class Replica:
             answers.append(codes)
             return prefix[:, layout.span(step)]
 
-        tokens = self.teacher.generate(Condition(torch.from_numpy(labels).to(self.device)), choose)
+        tokens = self.teacher.generate(Labels(torch.from_numpy(labels).to(self.device)), choose)
         self.teacher.check()
         matcher.check()
         return tokens

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.flow import matching
 from pipeline.host.errors import Refused
-from pipeline.models.base import Choose, Condition, Layout, Student, Teacher, nearest
+from pipeline.models.base import Choose, Layout, Student, Teacher, nearest
+from pipeline.models.conditions import Condition, Labels, labels_of
 from pipeline.numerics.precision import Precision, autocast, products, tuned_convolutions
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
@@ -84,7 +85,7 @@ class Models:
         labels = torch.from_numpy(noise.labels(ids, layout.classes)).to(self.device)
         gaussian = torch.from_numpy(noise.gaussian(self.seed, ids, layout.length, layout.code_dim))
         uniform = torch.from_numpy(noise.uniform(self.seed, ids, layout.length))
-        return Inputs(Condition(labels), gaussian.float().to(self.device), uniform.to(self.device))
+        return Inputs(Labels(labels), gaussian.float().to(self.device), uniform.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,8 @@ class OneStepStar(Sampler):
         if models.frequencies is None:
             raise ValueError("sampler OneStepStar needs the token frequencies of a pair set, and none were given.")
         counts = models.frequencies if self.given_class else models.frequencies.sum(0, keepdim=True)
-        rows = inputs.condition.labels if self.given_class else torch.zeros_like(inputs.condition.labels)
+        labels = labels_of(inputs.condition)
+        rows = labels if self.given_class else torch.zeros_like(labels)
         # As many positions at a time as fit: [B, n, V] whole would be gigabytes.
         at_once = max(1, CHUNK // (len(rows) * counts.shape[2]))
         positions = [

@@ -9,6 +9,7 @@ from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
 from pipeline.configuration.fields import Name, Pool, Range, Seed, Size, SizeOrOff, Uri
 from pipeline.numerics.precision import Precision
+from pipeline.settings.text import UnseenSettings
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
 FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
@@ -45,6 +46,8 @@ class EvaluateSettings:
         image_size: side that images are resized to before they are scored, bicubically, as LlamaGen's authors do; 0
             takes the teacher's, but 256 of one that makes 384, for which nobody has a reference.
         reference_flavour: the flavour of statistics that do not say it themselves.
+        captions: prompts that are drawn, of which no pair was made.
+        clip: URI of a folder in Hugging Face's layout with a CLIP model, for a CLIP score of images and prompts.
         npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
@@ -72,6 +75,8 @@ class EvaluateSettings:
     images: Uri | None = None
     image_size: SizeOrOff = 0
     reference_flavour: Flavour | None = None
+    captions: UnseenSettings = field(default_factory=UnseenSettings)
+    clip: Uri | None = None
     npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
-from pipeline.models.base import Condition, Layout
+from pipeline.models.base import Layout
+from pipeline.models.conditions import Condition, Labels
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.rows import Rows
@@ -87,7 +88,7 @@ def blank(layout: Layout, count: int) -> Batch:
     """A batch of zeros, for work that only looks at shapes."""
     tokens = torch.zeros(count, layout.length, dtype=torch.long)
     x_t, ones = torch.zeros(count, layout.length, layout.code_dim), torch.ones(count, dtype=torch.long)
-    return Batch(x_t, ones, tokens, Condition(tokens[:, 0]))
+    return Batch(x_t, ones, tokens, Labels(tokens[:, 0]))
 
 
 def noised(pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, codebook: Tensor) -> Batch:
@@ -101,7 +102,7 @@ def noised(pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, cod
     is_data = torch.from_numpy(np.arange(layout.length) < before[:, None])
     host = (is_data, pairs.noise, torch.from_numpy(t), pairs.tokens, pairs.labels)
     mask, gaussian, steps, tokens, labels = (_on(codebook.device, tensor) for tensor in host)
-    return Batch(torch.where(mask[..., None], codebook[tokens], gaussian), steps, tokens, Condition(labels))
+    return Batch(torch.where(mask[..., None], codebook[tokens], gaussian), steps, tokens, Labels(labels))
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:

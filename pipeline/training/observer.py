@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.models.convnet import to_uint8
 from pipeline.numerics.precision import autocast
 from pipeline.settings.train import TrainSettings
@@ -125,6 +125,6 @@ class Observer:
         for steps in dict.fromkeys([(1,), settings.start_steps]):
             x = start
             for t in steps:
-                x = self.state.average.jump(x, start, t, Condition(labels), settings.split)
+                x = self.state.average.jump(x, start, t, Labels(labels), settings.split)
             drawn.append(x)
         return [to_uint8(tokenizer.decode(embeddings)).cpu().numpy() for embeddings in drawn]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.recomputation import recomputed
@@ -41,7 +41,7 @@ def of_generation(recipe: Recipe) -> Footprint:
             return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
         def work(samples: int) -> None:
-            condition = Condition(torch.zeros(samples, dtype=torch.long))
+            condition = Labels(torch.zeros(samples, dtype=torch.long))
             footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
 
         return footprint.trace(work)

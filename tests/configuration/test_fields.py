@@ -32,6 +32,7 @@ ZERO = {  # fields that may be 0
         "train.workers",
         "evaluate.curve_count",
         "evaluate.image_size",
+        "evaluate.captions.skip",
         "cluster.stall_minutes",
         "pairs.patience_hours",
         "cluster.gpus",
@@ -209,7 +210,7 @@ def test_every_uri_is_made_portable(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     monkeypatch.chdir(tmp_path)
     recipe = with_settings(Recipe(), {name: ["x"] if name == "evaluate.compare" else "x" for name in ADDRESSES})
     portable = json.dumps(cluster.portable(recipe).resolved())
-    assert len(ADDRESSES) == 14
+    assert len(ADDRESSES) == 18
     assert portable.count(json.dumps(str(tmp_path / "x"))) == len(ADDRESSES)
     stays = {"evaluate.student": "models:/a/1", "evaluate.inception": "formula", "evaluate.reference": "CHANGE: it"}
     kept = with_settings(Recipe(), stays)

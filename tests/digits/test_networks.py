@@ -12,7 +12,8 @@ from pipeline import noise
 from pipeline.command_line import parse
 from pipeline.digits import networks, pretrain
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Labels
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import inverse_cdf
 
@@ -79,7 +80,7 @@ def test_the_shipped_teacher_draws_the_digit_it_is_asked_for(name: str) -> None:
     teacher, ids = checkpoints.teacher(settings), np.arange(60)
     uniform = torch.from_numpy(noise.uniform(9, ids, teacher.layout.length))
     labels = torch.from_numpy(noise.labels(ids, 10))
-    codes = teacher.generate(Condition(labels), lambda t, log_p: inverse_cdf(log_p, uniform[:, teacher.layout.span(t)]))
+    codes = teacher.generate(Labels(labels), lambda t, log_p: inverse_cdf(log_p, uniform[:, teacher.layout.span(t)]))
     _, logits = networks.scorer()(teacher.decode(teacher.codebook[codes]))
     assert (logits.argmax(1) == labels).float().mean() > 0.8
 
@@ -150,7 +151,7 @@ def test_a_teacher_learns_and_its_average_follows(name: str) -> None:
     teacher = checkpoints.teacher(settings).requires_grad_(True)
     run = pretrain.Averaged(teacher.network, 1e-3, steps=4, ema=0.5)
     codes = torch.zeros(8, teacher.layout.length, dtype=torch.long)
-    condition = Condition(torch.zeros(8, dtype=torch.long))
+    condition = Labels(torch.zeros(8, dtype=torch.long))
     losses = []
     for _ in range(4):
         with pretrain.cheap():

@@ -19,7 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline.flow import matching
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher, nearest
+from pipeline.models.base import Teacher, nearest
+from pipeline.models.conditions import Labels
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import Graphs
 from pipeline.models.var.transformer import unit
@@ -64,7 +65,7 @@ def test_fp16_is_several_times_nearer_than_bf16(tmp_path: Path, family: Family) 
         layout = teacher.layout
         codes = torch.randint(layout.vocabulary, (3, layout.length), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            logits[precision] = teacher(Condition(torch.arange(3)), codes)
+            logits[precision] = teacher(Labels(torch.arange(3)), codes)
         teacher.check()
         assert teacher.codebook.dtype == torch.float32
     assert logits["fp16"].dtype == torch.float32

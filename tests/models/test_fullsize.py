@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import checkpoints, llamagen, var
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.models.llamagen import teacher as llamagen_teacher
 from pipeline.models.var import teacher as var_teacher
 from pipeline.settings.teacher import Filter
@@ -31,7 +31,7 @@ OFFICIAL = json.loads((golden.FOLDER / "state_dicts.json").read_text())
 GUIDED = Filter(guidance=2.0)
 BIG = var.Config(depth=36, shared_aln=True, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280), "XXL": (48, 24, 1536), "3B": (24, 32, 3200)}
-LABEL = Condition(torch.tensor([207]))
+LABEL = Labels(torch.tensor([207]))
 
 
 def gpt(size: str) -> llamagen.Config:

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from pipeline.flow import matching
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Captions, Labels
 from pipeline.models.graphs import Cuda, Graphs
-from pipeline.models.llamagen import Captions
 from pipeline.numerics.compilation import compiled
 from pipeline.recipe import Recipe
 from pipeline.settings.cluster import ClusterSettings
@@ -64,7 +64,7 @@ class Drawn:
             self.shown.append(log_p)
             return matching.match(noise[:, layout.span(t)], log_p, teacher.codebook)
 
-        self.codes = teacher.generate(Condition(labels), choose, **how)
+        self.codes = teacher.generate(Labels(labels), choose, **how)
 
 
 def assert_equal(found: Drawn, expected: Drawn) -> None:
@@ -174,7 +174,7 @@ def test_no_step_asks_what_was_computed(tmp_path: Path, family: Family, filter: 
     """Tensors without numbers do: no item, no bool, no index by a mask."""
     teacher = checkpoints.teacher(replace(tiny(tmp_path, family, **config).teacher, filter=filter))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        condition = Condition(torch.zeros(3, dtype=torch.long))
+        condition = Labels(torch.zeros(3, dtype=torch.long))
         with pytest.raises(DataDependentOutputException):
             bool(condition.labels.any())
         codes = teacher.generate(condition, lambda t, log_p: log_p.argmax(-1))
@@ -242,7 +242,7 @@ def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, 
 @FAMILIES
 def test_a_step_does_not_wait_for_the_gpu(tmp_path: Path, family: Family) -> None:
     teacher = checkpoints.teacher(tiny(tmp_path, family).teacher).cuda()
-    condition = Condition(torch.arange(3, device="cuda"))
+    condition = Labels(torch.arange(3, device="cuda"))
     teacher.generate(condition, lambda t, log_p: log_p.argmax(-1))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -16,8 +16,9 @@ from tiny import tiny
 from torch import Tensor
 
 from pipeline.models import checkpoints
-from pipeline.models.base import Choose, Condition, nearest
-from pipeline.models.llamagen import Captions, Config, Student, Teacher, Tokenizer
+from pipeline.models.base import Choose, nearest
+from pipeline.models.conditions import Captions, Labels
+from pipeline.models.llamagen import Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import LlamaNetwork, log_probabilities, rotary
 from pipeline.pairs.facts import PairFacts
@@ -37,7 +38,7 @@ DIGITS = Config(
     layers=2, heads=4, dim=32, ffn_multiple=32, classes=10, side=8, vocabulary=64, code_dim=4, channels=32,
     multipliers=(1, 1, 2), z_channels=64, encoder_blocks=1, decoder_blocks=1, attention=False,
 )  # fmt: skip
-LABELS = Condition(torch.tensor(GPT["inputs"]["labels"]))
+LABELS = Labels(torch.tensor(GPT["inputs"]["labels"]))
 TOKENS = golden.tensor(GPT["inputs"]["tokens"])
 
 
@@ -368,7 +369,7 @@ def test_cached_equals_uncached(guidance):
     teacher, forced = make_teacher(Filter(guidance=guidance)), Forced(TOKENS)
     teacher.generate(LABELS, forced)
     cond = teacher(LABELS, TOKENS)
-    uncond = teacher(Condition(torch.full_like(LABELS.labels, SMALL.classes)), TOKENS)
+    uncond = teacher(Labels(torch.full_like(LABELS.labels, SMALL.classes)), TOKENS)
     expected = (uncond + guidance * (cond - uncond)).log_softmax(-1)
     torch.testing.assert_close(forced.all, expected, atol=1e-4, rtol=0)
 
@@ -453,7 +454,7 @@ def test_bf16_network_gives_float32_probabilities_near_the_exact_ones():
 
 # --- student ------------------------------------------------------------------------------------------------
 
-DD_LABELS = Condition(torch.tensor(DD["inputs"]["labels"]))
+DD_LABELS = Labels(torch.tensor(DD["inputs"]["labels"]))
 NOISE = golden.tensor(DD["inputs"]["noise"])
 DATA = golden.tensor(DD["inputs"]["data_idx"])
 
@@ -584,7 +585,7 @@ def test_llamagen_has_no_choice_of_mask():
 def test_small_nets_learn():
     torch.manual_seed(0)
     teacher = Teacher(DIGITS, GUIDED)
-    images, condition = torch.rand(8, 3, 32, 32) * 2 - 1, Condition(torch.arange(8))
+    images, condition = torch.rand(8, 3, 32, 32) * 2 - 1, Labels(torch.arange(8))
 
     def reconstruct() -> Tensor:
         reconstruction, _, loss = teacher.tokenizer(images)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.flow import matching
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.settings.teacher import Filter
 
 CASES = [
@@ -30,7 +30,7 @@ def test_the_codes_are_those_of_plain_sampling(tmp_path: Path, family: Family, f
     """By flow matching; the log-probabilities differ by rounding."""
     teacher = checkpoints.teacher(replace(tiny(tmp_path, family, **config).teacher, filter=filter))
     stirred(teacher.network)
-    layout, condition = teacher.layout, Condition(torch.tensor([0, 2, 1, 2]))
+    layout, condition = teacher.layout, Labels(torch.tensor([0, 2, 1, 2]))
     noise = torch.randn(4, layout.length, layout.code_dim, generator=torch.Generator().manual_seed(0))
     shown: list[list[Tensor]] = [[], []]
 

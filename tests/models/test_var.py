@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.base import Condition, nearest
+from pipeline.models.base import nearest
+from pipeline.models.conditions import Labels
 from pipeline.models.convnet import to_uint8
 from pipeline.models.var import Config, Student, Teacher, Tokenizer
 from pipeline.models.var.teacher import ScalePass, filtered, guided
@@ -251,7 +252,7 @@ class TestTokenizer:
 
 class TestTeacher:
     atol, outputs, inputs = VAR["atol"], VAR["outputs"], VAR["inputs"]
-    condition = Condition(torch.tensor(VAR["inputs"]["labels"]))
+    condition = Labels(torch.tensor(VAR["inputs"]["labels"]))
     codes = joined(VAR["inputs"]["tokens"])
 
     def test_state_dict(self, teacher: Teacher) -> None:
@@ -264,12 +265,12 @@ class TestTeacher:
     def test_teacher_forcing(self, teacher: Teacher) -> None:
         logits = teacher(self.condition, self.codes)
         golden.check(self.outputs["teacher_forcing_logits"], logits, self.atol["teacher_forcing_logits"])
-        null = Condition(torch.full_like(self.condition.labels, 10))
+        null = Labels(torch.full_like(self.condition.labels, 10))
         name = "teacher_forcing_logits_null_class"
         golden.check(self.outputs[name], teacher(null, self.codes), self.atol[name])
 
     def test_label_is_never_dropped(self, teacher: Teacher) -> None:
-        many = Condition(self.condition.labels[:1].expand(64))
+        many = Labels(self.condition.labels[:1].expand(64))
         logits = teacher.train()(many, self.codes[:1].expand(64, -1))
         teacher.eval()
         assert torch.allclose(logits, logits[:1], atol=1e-4)
@@ -309,10 +310,10 @@ class TestTeacher:
     @pytest.mark.parametrize("guidance", [0, 2.5])
     def test_cached_is_uncached(self, teacher: Teacher, guidance: float) -> None:
         """generate against guidance and softmax of two teacher-forced passes."""
-        condition = Condition(torch.tensor([3, 8]))
+        condition = Labels(torch.tensor([3, 8]))
         seen = Forced(self.codes)
         with_filter(teacher, Filter(guidance=guidance)).generate(condition, seen)
-        null = Condition(torch.tensor([10, 10]))
+        null = Labels(torch.tensor([10, 10]))
         conditional, unconditional = (teacher(c, self.codes) for c in (condition, null))
         for t in range(1, 5):
             span, w = CONFIG.layout.span(t), guidance * (t - 1) / 3
@@ -378,7 +379,7 @@ class TestTeacher:
         same = Teacher(config, Filter(guidance=1), torch.Generator().manual_seed(0))
         assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), same.network.parameters(), strict=True))
         codes = torch.from_numpy(fill.tokens("digits", (4, config.layout.length), 64))
-        condition = Condition(torch.tensor([0, 1, 2, 10]))
+        condition = Labels(torch.tensor([0, 1, 2, 10]))
         optimizer = torch.optim.AdamW(made.network.parameters(), lr=1e-3)
         losses = []
         for _ in range(3):
@@ -449,7 +450,7 @@ class TestFilter:
 
 class TestStudent:
     atol, outputs = DD["atol"], DD["outputs"]
-    condition = Condition(torch.tensor(DD["inputs"]["labels"]))
+    condition = Labels(torch.tensor(DD["inputs"]["labels"]))
     noise = golden.tensor(DD["inputs"]["noise"])
     split = DD["inputs"]["split_t"]
 
@@ -595,7 +596,7 @@ class TestStudent:
     def test_a_new_student_is_the_teacher(self, teacher: Teacher) -> None:
         """Its class token, with the new parts silenced, gives the teacher's logits of the first step."""
         made = Student.from_teacher(teacher, seed=3, mask="paper").eval()
-        condition = Condition(torch.tensor([2, 7]))
+        condition = Labels(torch.tensor([2, 7]))
         with torch.no_grad():
             made.n_d_embed.weight.zero_()
             c = made.class_emb(condition.labels)

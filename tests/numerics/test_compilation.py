@@ -21,7 +21,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pipeline.evaluation import plan
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Teacher
+from pipeline.models.base import Teacher
+from pipeline.models.conditions import Labels
 from pipeline.numerics import compilation
 from pipeline.numerics.compilation import FORMS, compiled
 from pipeline.recipe import Recipe
@@ -51,7 +52,7 @@ def pair(settings: TeacherSettings) -> tuple[Teacher, Teacher]:
 
 
 def greedy(teacher: Teacher, batch: int, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
-    condition = Condition(torch.arange(batch) % teacher.layout.classes)
+    condition = Labels(torch.arange(batch) % teacher.layout.classes)
     return teacher.generate(condition, lambda t, log_p: log_p.argmax(-1), prefix, stop)
 
 
@@ -127,7 +128,7 @@ def test_a_student_needs_few_forms(tmp_path: Path, family: Family) -> None:
         with torch.no_grad():
             for batch in (1, 4, 16, 3):
                 x = torch.randn(batch, plain.layout.length, plain.layout.code_dim)
-                condition = Condition(torch.zeros(batch, dtype=torch.long))
+                condition = Labels(torch.zeros(batch, dtype=torch.long))
                 for t in (1, 2):
                     found, expected = (net.jump(x, x, t, condition, 0) for net in (fast, plain))
                     assert error(found, expected) < SAYS

@@ -14,7 +14,7 @@ from tiny import Family, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint, Meter
 from pipeline.recipe import Recipe
@@ -87,7 +87,7 @@ def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Famil
     teacher = checkpoints.teacher(recipe.teacher)
     with Meter() as meter, torch.no_grad():
         teacher = copy.deepcopy(teacher)  # so that its weights count
-        condition = Condition(torch.zeros(samples, dtype=torch.long))
+        condition = Labels(torch.zeros(samples, dtype=torch.long))
         teacher.generate(condition, lambda step, log_p: torch.zeros(log_p.shape[:-1], dtype=torch.long))
     assert meter.peak == pytest.approx(planned.fixed + samples * planned.sample, rel=0.03)
 

@@ -23,7 +23,8 @@ from pipeline.evaluation import plan
 from pipeline.evaluation.artist import Artist
 from pipeline.flow import matching
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, nearest
+from pipeline.models.base import nearest
+from pipeline.models.conditions import Labels
 from pipeline.numerics.precision import autocast, full_precision, products, set_products
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
@@ -183,7 +184,7 @@ def test_a_teacher_in_bf16(tmp_path: Path, family: Family) -> None:
     logits = []
     for settings in (recipe.teacher, with_precision(recipe, "bf16").teacher):
         teacher = checkpoints.teacher(settings)
-        condition, layout = Condition(torch.arange(3)), teacher.layout
+        condition, layout = Labels(torch.arange(3)), teacher.layout
         codes = torch.randint(layout.vocabulary, (3, layout.length), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             logits.append(teacher(condition, codes))
@@ -214,7 +215,7 @@ def test_logits_are_float32_where_nothing_is_trained(tmp_path: Path, family: Fam
     teacher = checkpoints.teacher(settings)
     student: Any = stirred(checkpoints.family(settings).Student.from_teacher(teacher, 0))
     x = torch.randn(40, teacher.layout.length, teacher.layout.code_dim, generator=torch.Generator().manual_seed(0))
-    given = x, torch.ones(40, dtype=torch.long), Condition(torch.zeros(40, dtype=torch.long))
+    given = x, torch.ones(40, dtype=torch.long), Labels(torch.zeros(40, dtype=torch.long))
     with autocast("bf16", "cpu"):
         assert student(*given).logits.dtype == torch.bfloat16, "in training"
         with torch.no_grad():

@@ -11,7 +11,7 @@ from tiny import Family, tiny, with_pairs
 
 from pipeline import noise
 from pipeline.flow import matching, oracle
-from pipeline.models.base import Condition
+from pipeline.models.conditions import Labels
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
@@ -37,7 +37,7 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
             return oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
 
         with torch.no_grad():
-            slow = teacher.generate(Condition(torch.tensor([i % layout.classes])), choose)
+            slow = teacher.generate(Labels(torch.tensor([i % layout.classes])), choose)
         same.append(np.array_equal(slow[0].numpy(), tokens))
     assert np.mean(same) >= 7 / 8, "the solver's tolerance may flip a near tie"
     assert rows.labels.tolist() == [i % layout.classes for i in range(16, 24)]

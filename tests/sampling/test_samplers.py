@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pipeline import noise
 from pipeline.flow import matching, oracle
-from pipeline.models.base import Choose, Condition, Layout, Prediction, Student, Teacher, Tokenizer, nearest
+from pipeline.models.base import Choose, Layout, Prediction, Student, Teacher, Tokenizer, nearest
+from pipeline.models.conditions import Condition, Labels
 from pipeline.sampling import samplers, selection
 from pipeline.sampling.samplers import (
     Autoregressive,
@@ -135,7 +136,7 @@ class Slow:
     def jump(self, x: Tensor, t: int, split: int) -> Tensor:
         kept, coded = LAYOUT.before(t), LAYOUT.before(split + 1)
         x_t = torch.stack([x[i] if i < kept else self.noise[i] for i in range(6)])
-        logits, embeddings = self.student(x_t[None], torch.tensor([t]), Condition(self.label))
+        logits, embeddings = self.student(x_t[None], torch.tensor([t]), Labels(self.label))
         out = []
         for i in range(6):
             if i < coded and i < kept:

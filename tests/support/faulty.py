@@ -10,7 +10,8 @@ import ray
 from torch import Tensor
 
 from pipeline.models import llamagen
-from pipeline.models.base import Choose, Condition
+from pipeline.models.base import Choose
+from pipeline.models.conditions import Condition
 from pipeline.models.llamagen import Config, Student, Tokenizer
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica

@@ -23,7 +23,8 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.command_line import parse
 from pipeline.models import checkpoints
-from pipeline.models.base import Condition, Student, Teacher
+from pipeline.models.base import Student, Teacher
+from pipeline.models.conditions import Condition, Labels
 from pipeline.recipe import Recipe
 
 SAMPLES = 8
@@ -68,7 +69,7 @@ def main(name: str) -> None:
     recipe = recipe or fullsize.read(overlay.stem.removesuffix("-cpu"), overlay)
     teacher = checkpoints.teacher(recipe.teacher)
     samples = SAMPLES if teacher.layout.length < 200 else 1
-    condition = Condition(torch.from_numpy(noise.labels(range(samples), teacher.layout.classes)))
+    condition = Labels(torch.from_numpy(noise.labels(range(samples), teacher.layout.classes)))
     random = torch.Generator().manual_seed(1)
 
     def draw(step: int, log_p: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipeline.host.errors import Unfinished
 from pipeline.models import var
-from pipeline.models.base import Condition, Prediction
+from pipeline.models.base import Prediction
+from pipeline.models.conditions import Condition
 from pipeline.models.var import Config, Teacher, Tokenizer
 
 __all__ = ["Config", "Student", "Teacher", "Tokenizer"]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tiny import tiny
 from torch import Tensor, nn
 
-from pipeline.models.base import Condition, Layout, Prediction, Tokenizer
+from pipeline.models.base import Layout, Prediction, Tokenizer
+from pipeline.models.conditions import Labels
 from pipeline.settings.train import TrainSettings
 from pipeline.training import step as training_step
 from pipeline.training.losses import Loss, cross_entropy, summary
@@ -157,6 +158,6 @@ def test_frozen_networks_have_no_gradients_and_targets_no_graph(tmp_path: Path) 
     loss.tokenizer.decoder.register_forward_hook(lambda module, args, out: decoded.append(out))
     tokens = torch.zeros(2, loss.tokenizer.layout.length, dtype=torch.long)
     x, t = loss.tokenizer.codebook[tokens], torch.tensor([1, 2])
-    loss(student(x, t, Condition(torch.zeros(2, dtype=torch.long))), tokens, t)[0].backward()
+    loss(student(x, t, Labels(torch.zeros(2, dtype=torch.long))), tokens, t)[0].backward()
     assert [image.requires_grad for image in decoded] == [False, True], "the teacher's, then the student's"
     assert all(p.grad is None for net in frozen for p in net.parameters())

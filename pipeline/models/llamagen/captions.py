@@ -6,57 +6,25 @@ The text encoder itself (FLAN-T5-XL, the last hidden state of its encoder) is no
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.conditions import Captions
 
-@dataclass(frozen=True)
-class Captions:
-    """A ``base.Condition`` of captions: features [B, T, D] float and which of the T positions they fill, bool [B, T].
 
-    The features end at position T; before them stand zeros.
+def caption_mask(captions: Captions, tokens: int) -> Tensor:
+    """Added to attention logits over the captions and then ``tokens`` tokens: float [B, 1, T + tokens, T + tokens].
+
+    A position sees itself, and of the earlier ones the tokens and the filled places of the caption.
     """
-
-    features: Tensor
-    valid: Tensor
-
-    @classmethod
-    def from_encoder(cls, features: Tensor, lengths: Tensor) -> Captions:
-        """Right-padded output of the encoder, [B, T, D], of which the first lengths [B] positions count."""
-        positions = torch.arange(features.shape[1], device=features.device)
-        valid = positions >= features.shape[1] - lengths[:, None]
-        order = (positions + lengths[:, None]) % features.shape[1]
-        shifted = features.gather(1, order[..., None].expand_as(features))
-        return cls(shifted * valid[..., None], valid)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def to(self, device: torch.device | str) -> Captions:
-        """A copy on ``device``."""
-        return Captions(self.features.to(device), self.valid.to(device))
-
-    def split(self, size: int) -> list[Captions]:
-        """In pieces of ``size``, the last one maybe smaller."""
-        parts = zip(self.features.split(size), self.valid.split(size), strict=True)
-        return [Captions(features, valid) for features, valid in parts]
-
-    def mask(self, tokens: int) -> Tensor:
-        """Added to attention logits over the captions and then ``tokens`` tokens: float [B, 1, T + tokens, T + tokens].
-
-        A position sees itself, and of the earlier ones the tokens and the filled places of the caption.
-        """
-        batch, captions = self.valid.shape
-        seen = torch.cat([self.valid, self.valid.new_ones(batch, tokens)], dim=1)[:, None, None]
-        length = captions + tokens
-        earlier = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=seen.device)
-        return torch.zeros(batch, 1, length, length, device=seen.device).masked_fill(
-            ~(earlier & seen | itself), -math.inf
-        )
+    batch, positions = captions.valid.shape
+    seen = torch.cat([captions.valid, captions.valid.new_ones(batch, tokens)], dim=1)[:, None, None]
+    length = positions + tokens
+    earlier = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=seen.device)
+    return torch.zeros(batch, 1, length, length, device=seen.device).masked_fill(~(earlier & seen | itself), -math.inf)
 
 
 class Projection(nn.Module):

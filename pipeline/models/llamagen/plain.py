@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.base import Choose, Condition
+from pipeline.models.base import Choose
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.models.llamagen.teacher import Layer, RotaryAttention, Teacher, log_probabilities, rotary, turn
 
 
@@ -20,7 +21,7 @@ from pipeline.models.llamagen.teacher import Layer, RotaryAttention, Teacher, lo
 def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
     """Codes [B, n] int64, all AR steps from the first, given classes."""
     net, n, w = teacher.network, teacher.layout.length, teacher.filter.guidance
-    layers, labels, codes = cast("list[Layer]", list(net.layers)), condition.labels, []
+    layers, labels, codes = cast("list[Layer]", list(net.layers)), labels_of(condition), []
     tables = [labels, torch.full_like(labels, teacher.layout.classes)][: teacher.copies(1)]
     inputs = [net.cls_embedding(table) for table in tables]
     caches = [[_empty(layer.attention, len(labels), n) for layer in layers] for _ in tables]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
 from pipeline.models import base
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.models.llamagen.config import Config
 from pipeline.models.llamagen.teacher import INIT_STD, ClassEmbedding, Layer, RMSNorm, Teacher, rotary
 
@@ -56,12 +57,12 @@ class Student(base.Student):
         self.n_d_embed = nn.Embedding(2, config.dim)  # row 0 marks noise, row 1 data
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: base.Condition) -> base.Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> base.Prediction:
         """x_t [B, n, C], t [B] int64 (AR steps from 1, may differ within a batch) -> logits and embeddings.
 
         The class and the t - 1 tokens before AR step t are data, the others noise.
         """
-        label = self.cls_embedding(condition.labels)
+        label = self.cls_embedding(labels_of(condition))
         h = torch.cat([label, self.tok_embeddings(x_t)], dim=1)
         data = torch.arange(h.shape[1], device=h.device) < t[:, None]
         noise_row, data_row = self.n_d_embed.weight

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from pipeline.host.errors import Refused
 from pipeline.models import base, filters
 from pipeline.models.attention import attend
-from pipeline.models.base import Condition as Labels
+from pipeline.models.conditions import Captions, Condition, Labels, labels_of
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
-from pipeline.models.llamagen.captions import CaptionEmbedding, Captions
+from pipeline.models.llamagen.captions import CaptionEmbedding, caption_mask
 from pipeline.models.llamagen.config import Config
 from pipeline.models.llamagen.tokenizer import Tokenizer
 from pipeline.settings.teacher import Filter
@@ -159,8 +159,8 @@ class LlamaNetwork(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        captions = (config.caption_length, config.caption_dim, config.dim)
-        self.cls_embedding = CaptionEmbedding(*captions) if config.caption_dim else ClassEmbedding(config)
+        caption = (config.caption_length, config.caption_dim, config.dim)
+        self.cls_embedding = CaptionEmbedding(*caption) if config.caption_dim else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocabulary, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
@@ -176,23 +176,23 @@ class LlamaNetwork(nn.Module):
         layers = cast("list[Layer]", list(self.layers))
         self.float16.switch_on(part for layer in layers for part in (layer.attention, layer.feed_forward))
 
-    def null(self, condition: Labels | Captions) -> Labels | Captions:
+    def null(self, condition: Condition) -> Condition:
         """What the unconditional half of guidance is given instead."""
         if isinstance(condition, Captions):
             return cast("CaptionEmbedding", self.cls_embedding).null(condition)
-        return Labels(torch.full_like(condition.labels, self.config.classes))
+        return Labels(torch.full_like(labels_of(condition), self.config.classes))
 
-    def embed(self, conditions: Sequence[Labels | Captions], codes: Tensor) -> Tensor:
+    def embed(self, conditions: Sequence[Condition], codes: Tensor) -> Tensor:
         """Conditions of B samples each and their first m codes [B, m] -> inputs [copies * B, T + m, dim]."""
-        given = [self.cls_embedding(c if isinstance(c, Captions) else c.labels) for c in conditions]
+        given = [self.cls_embedding(c if isinstance(c, Captions) else labels_of(c)) for c in conditions]
         tokens = self.tok_embeddings(codes).repeat(len(given), 1, 1)
         return torch.cat([torch.cat(given), tokens], dim=1)
 
-    def forward(self, condition: Labels | Captions, codes: Tensor) -> Tensor:
+    def forward(self, condition: Condition, codes: Tensor) -> Tensor:
         """Condition of B samples, codes [B, n] -> logits [B, n, V]; the last code is not looked at."""
         h = self.embed([condition], codes[:, :-1])
         rotations = rotary(self.config, h.device)[: h.shape[1]]
-        mask = condition.mask(codes.shape[1] - 1) if isinstance(condition, Captions) else None
+        mask = caption_mask(condition, codes.shape[1] - 1) if isinstance(condition, Captions) else None
         with self.float16.region(h.device):
             for layer in self.layers:
                 h = layer(h, rotations, mask=mask)
@@ -261,7 +261,7 @@ class Teacher(base.Teacher):
         self.network = LlamaNetwork(config)
         self.tokenizer = Tokenizer(config)
 
-    def forward(self, condition: Labels | Captions, codes: Tensor) -> Tensor:
+    def forward(self, condition: Condition, codes: Tensor) -> Tensor:
         """Teacher-forced logits [B, n, V] in the network's dtype, without guidance or filter; codes [B, n].
 
         The label ``layout.classes`` is the null class: training drops a label by replacing it with that.
@@ -271,7 +271,7 @@ class Teacher(base.Teacher):
     @torch.no_grad()
     def generate(
         self,
-        condition: Labels | Captions,
+        condition: Condition,
         choose: base.Choose,
         prefix: Tensor | None = None,
         stop: int | None = None,
@@ -310,7 +310,7 @@ class RasterPass:
     """One generation on its way through the network, AR step after AR step: its cache, its rotations, its mask."""
 
     def __init__(
-        self, teacher: Teacher, batch: int, length: int, first: int = 1, condition: Labels | Captions | None = None
+        self, teacher: Teacher, batch: int, length: int, first: int = 1, condition: Condition | None = None
     ) -> None:
         """Room for ``length`` codes of ``batch`` images, drawn from AR step ``first`` on."""
         self.teacher, self.network, self.batch = teacher, teacher.network, batch
@@ -319,7 +319,7 @@ class RasterPass:
         self.rotations = rotary(teacher.config, self.cache.device)
         self.mask = None
         if isinstance(condition, Captions):
-            self.mask = condition.mask(length - 1).repeat(copies, 1, 1, 1)
+            self.mask = caption_mask(condition, length - 1).repeat(copies, 1, 1, 1)
 
     def begin(self, t: int, h: Tensor) -> Tensor:
         """AR step t from the inputs [copies * B, g, dim] of all positions up to its own -> log p [B, 1, V]."""

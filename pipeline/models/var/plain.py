@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.base import Choose, Condition
+from pipeline.models.base import Choose
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.models.var.teacher import Teacher, VarNetwork, filtered
 from pipeline.models.var.transformer import CosineAttention, modulated, unit
 
@@ -24,7 +25,7 @@ Cache = list[tuple[Tensor, Tensor] | None]
 def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
     """Codes [B, n] int64, all AR steps from the first."""
     net, layout, quantize = teacher.network, teacher.layout, teacher.tokenizer.quantize
-    labels, strength, codes = condition.labels, teacher.filter.guidance, []
+    labels, strength, codes = labels_of(condition), teacher.filter.guidance, []
     tables = [labels, torch.full_like(labels, layout.classes)][: 2 if strength else 1]
     caches: list[Cache] = [[None] * len(net.layers) for _ in tables]
     f_hat: Tensor | None = None

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
 from pipeline.models import base
-from pipeline.models.base import Condition, Prediction, answer
+from pipeline.models.base import Prediction, answer
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.models.var.config import Config
 from pipeline.models.var.teacher import Teacher
 from pipeline.models.var.transformer import Transformer, draw, initialise, modulated
@@ -77,7 +78,7 @@ class Student(Transformer, base.Student):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """As base.Student; embeddings have the dtype of the weights or of autocast."""
-        c = self.class_emb(condition.labels)
+        c = self.class_emb(labels_of(condition))
         # The class has level 0 and the tokens of AR step t level t, so data is what lies below t: [B, n + 1].
         data = (self.lvl_1L < t[:, None]).long()
         tokens = self.word_embed(x_t.to(self.word_embed.weight.dtype))

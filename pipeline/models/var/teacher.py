@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.host.errors import Refused
 from pipeline.models import base, filters
-from pipeline.models.base import Choose, Condition
+from pipeline.models.base import Choose
+from pipeline.models.conditions import Condition, labels_of
 from pipeline.models.float16 import Float16
 from pipeline.models.graphs import eagerly
 from pipeline.models.var.config import Config
@@ -114,7 +115,7 @@ class Teacher(base.Teacher):
         """
         known = codes[:, : self.layout.before(self.layout.steps)]  # the last scale's codes are no input
         _, inputs = self.tokenizer.quantize.replay(self.codebook[known])
-        return self.network(condition.labels, torch.cat(inputs, dim=1))
+        return self.network(labels_of(condition), torch.cat(inputs, dim=1))
 
     @torch.no_grad()
     def generate(
@@ -122,7 +123,7 @@ class Teacher(base.Teacher):
     ) -> Tensor:
         """As base.Teacher: one scale per AR step; guidance runs both halves in one batch."""
         first, end = self.span(prefix, stop)
-        labels, layout, quantize = condition.labels, self.layout, self.tokenizer.quantize
+        labels, layout, quantize = labels_of(condition), self.layout, self.tokenizer.quantize
         if prefix is None:
             prefix = labels.new_empty(len(labels), 0)
         if len(prefix) != len(labels):
