@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pipeline.benchmark.clock import Peaks, turns
-from pipeline.benchmark.matching import inputs, likeliest
+from pipeline.benchmark.matching import inputs, likeliest, usual_condition
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
-from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
+from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, Models, Sampler
 from pipeline.sampling.speed import Speed
 from pipeline.settings.teacher import TeacherSettings
+from pipeline.text import encoder
 
 BEAT = {"cpu": 1.3, "cuda": 3.0}  # times as fast as plain code, at batch BEATEN_AT
 BEATEN_AT = 4
@@ -113,6 +115,7 @@ class LeastWork:
         with torch.device("meta"):
             teacher = checkpoints.cast(family.Teacher(config, settings.filter), settings)
         counted = [(0.0, 0.0)]
+        condition = usual_condition(teacher.caption, batch, teacher.layout.classes)
         with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
 
             def choose(step: int, log_p: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class LeastWork:
 
             raster = set(teacher.layout.groups) == {1} and teacher.layout.steps > TRACED
             stop = TRACED + 1 if raster else None
-            footprint.hollow(teacher).generate(Labels(torch.zeros(batch, dtype=torch.long)), choose, stop=stop)
+            footprint.hollow(teacher).generate(condition, choose, stop=stop)
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counted)]
         while len(steps) < teacher.layout.steps:
             steps.append((2 * steps[-1][0] - steps[-2][0], 2 * steps[-1][1] - steps[-2][1]))
@@ -166,6 +169,8 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     student = checkpoints.new_student(recipe.teacher, teacher, asked, seed).eval().to(device)
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
+    encode = encoder.conditioner(recipe.text, device)
+    models = replace(models, conditioning=conditioning(recipe), encode=encode)
     several, paper = listed(recipe)
     section = Section(
         "Sampling",

@@ -17,9 +17,11 @@ from pipeline.flow import matching
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import of_column
 from pipeline.numerics.precision import Precision, products
+from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 
 TOKENS = 10_000
 BATCH = 16
@@ -84,7 +86,8 @@ def _batch(teacher: Teacher, recipe: Recipe, ids: np.ndarray, forced: Tensor | N
         found.append(matcher(x[:, layout.span(t)], log_p))
         return found[-1] if forced is None else forced[:, layout.span(t)]
 
-    teacher.generate(Labels(torch.from_numpy(noise.labels(ids, layout.classes)).to(device)), choose)
+    encode = encoder.conditioner(recipe.text, device)
+    teacher.generate(encode(of_column(conditioning(recipe)(ids))), choose)
     matcher.check()
     return torch.cat(seen, dim=1), torch.cat(found, dim=1)
 

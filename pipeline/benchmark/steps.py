@@ -15,6 +15,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 from pipeline.training import batches, step
 from pipeline.training.batches import Batch
 from pipeline.training.losses import Loss
@@ -54,11 +55,11 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
     state = TrainingState(student, recipe.train)
     step.prepare(student, loss)
     layout, samples = checkpoints.config(recipe.teacher).layout, at_once(recipe.train)
-    pairs = batches.made_up(layout, samples)
+    pairs, encode = batches.made_up(layout, samples), encoder.conditioner(recipe.text, device)
     total = 2 * (WARM_UP + repeats)
 
     def batch() -> Batch:
-        return batches.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook)
+        return batches.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook, encode)
 
     def whole() -> None:
         step.step(student, loss, state, batch(), total)

@@ -17,6 +17,7 @@ from pipeline.models import standin
 from pipeline.numerics.precision import set_products
 from pipeline.pairs.stream import Pairs, PairStream
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 from pipeline.training import batches as training_data
 from pipeline.training import step as training_step
 from pipeline.training.plan import at_once
@@ -87,13 +88,14 @@ def _waited(recipe: Recipe, pairs: PairStream, device: torch.device) -> float:
     set_products(recipe.train.precision)
     student, loss = training_step.build(recipe, device)
     state, settings = TrainingState(student, recipe.train), recipe.train
+    encode = encoder.conditioner(recipe.text, device)
     training_step.prepare(student, loss)
     waiting = start = 0.0
     for step, (waited, (epoch, share)) in enumerate(timed(_endless(pairs, settings.batch, STEPS + 2))):
         if step == 2:  # the first open files and threads
             waiting, start = -waited, time.perf_counter()
         waiting += waited
-        batch = training_data.noised(share, epoch, settings, pairs.layout, loss.tokenizer.codebook)
+        batch = training_data.noised(share, epoch, settings, pairs.layout, loss.tokenizer.codebook, encode)
         training_step.step(student, loss, state, batch, STEPS + 2)
         if device.type == "cuda":
             torch.cuda.synchronize()

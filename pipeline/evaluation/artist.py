@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import noise
 from pipeline.evaluation import scoring
 from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.real_images import RealImages
@@ -36,9 +35,10 @@ from pipeline.numerics.precision import set_products
 from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import Models, Sampler
 from pipeline.services import cluster
+from pipeline.text import encoder
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
-Labelled = tuple[Tensor, np.ndarray | None]  # images [B, 3, H, W] and their labels [B], where they are known
+Labelled = tuple[Tensor, np.ndarray | None]  # images [B, 3, H, W] and their labels or prompts [B], where known
 
 
 class Artist:
@@ -82,7 +82,7 @@ class Artist:
     def statistics(self, draw: Draw, item: int) -> Statistics:
         """Draw and score the images of one unit of work."""
         started = time.perf_counter()
-        out = Statistics.empty(self.network, self.plan.layout.classes, self.plan.side, draw.count)
+        out = Statistics.empty(self.network, self.plan.layout.classes or 1, self.plan.side, draw.count)
         places = np.array(draw.places(item))
         rows = look_at(out, self.network, draw, places, self.plan.recipe.evaluate.batch, self.images)
         if draw in self.samples:
@@ -109,7 +109,7 @@ def draw_images(models: Models, sampler: Sampler, ids: np.ndarray, side: int) ->
     images = models.decode(sampler.draw(models, ids), sampler.student)
     if images.shape[-1] != side:
         images = F.interpolate(images, size=(side, side), mode="bicubic")
-    return images, noise.labels(ids, models.layout.classes)
+    return images, models.column(ids)
 
 
 def look_at(
@@ -151,7 +151,9 @@ def load_models(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Models:
     shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
     recipe = plan.recipe
     precisions = recipe.teacher.precision, recipe.evaluate.precision
-    return Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
+    encode = encoder.conditioner(recipe.text, plan.device)
+    models = Models(teacher, None, recipe.pairs.solver, recipe.evaluate.seed, shares, plan.device, *precisions)
+    return dataclasses.replace(models, conditioning=plan.conditioning, encode=encode)
 
 
 def load_student(plan: EvaluationPlan, uri: str, models: Models) -> Student:

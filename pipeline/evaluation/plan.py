@@ -10,20 +10,23 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pipeline import storage
-from pipeline.evaluation import equal_code, scoring, students, tally
+from pipeline import noise, storage
+from pipeline.evaluation import equal_code, scoring, students, tally, unseen
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
+from pipeline.models.conditions import Conditioning
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
+from pipeline.text.prompts import PromptList
 
 PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
 FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
@@ -94,6 +97,7 @@ class EvaluationPlan:
     students: dict[str, str] = field(default_factory=dict)
     snapshots: dict[int, str] = field(default_factory=dict)
     exported: dict[str, Any] = field(default_factory=dict)
+    prompts: PromptList | None = None  # that no pair was made of; None for a teacher that takes classes
     registered: str = ""  # the student's version in the model registry, where the recipe names one
     notes: tuple[str, ...] = ()
 
@@ -113,12 +117,17 @@ class EvaluationPlan:
         return scoring.side(self.recipe.evaluate, self.layout.image_size)
 
     @property
+    def conditioning(self) -> Conditioning:
+        """What samples are drawn for, by id."""
+        return self.prompts or partial(noise.labels, classes=self.layout.classes)
+
+    @property
     def student(self) -> str:
         return self.recipe.evaluate.student or storage.join(self.recipe.student_uri, "student.safetensors")
 
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
-        settings, classes = self.recipe.evaluate, self.layout.classes
+        settings, classes = self.recipe.evaluate, self.layout.classes or 1
         keep = min(settings.count, FEATURE_BYTES // (self.facts["dim"] * 4))
         if keep < settings.count:
             keep -= keep % classes
@@ -181,6 +190,8 @@ class EvaluationPlan:
             facts |= {"seed": evaluate.seed, "student": self.students.get(draw.student)} | self.built
         if self.side != self.layout.image_size:
             facts["image_size"] = self.side
+        if draw.sampler and self.prompts:
+            facts |= {"prompts": self.facts["prompts"], "encoder": self.facts["encoder"]}
         if draw.student:
             facts["student_precision"] = evaluate.precision
         if isinstance(draw.sampler, FlowMatched):
@@ -277,9 +288,12 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
     for name in ("teacher", "evaluate"):
         if getattr(recipe, name).compile:
             compilation.check(f"{name}.compile", recipe.cluster.runs_on)
+    prompts = unseen.prompts(recipe)
+    if prompts:
+        facts |= unseen.facts(recipe, prompts)
     pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
-    return EvaluationPlan(recipe, layout, listed, facts["reference"]["images"], facts)
+    return EvaluationPlan(recipe, layout, listed, facts["reference"]["images"], facts, prompts=prompts)
 
 
 def _with_students(plan: EvaluationPlan) -> EvaluationPlan:

@@ -112,7 +112,7 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
     if settings.features == "digits" and settings.images:
         raise Refused("evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.")
     if settings.features == "digits":
-        if (image_size, classes) != (32, networks.CLASSES):
+        if image_size != 32 or classes not in (networks.CLASSES, 0):  # 0 of a teacher that takes captions
             raise Refused(
                 f"evaluate.features is digits, which scores 32x32 images of {networks.CLASSES} classes, but"
                 f" the teacher makes {image_size}x{image_size} images of {classes}; use evaluate.features"

@@ -185,8 +185,9 @@ class Statistics:
         if self.second and sight.second is not None:
             self.second.add(sight.second)
         if labels is not None:
-            self.variance.add(sight.thumbnails, labels)
-            if names_labels:
+            prompts = labels.dtype == object  # of which each stands for itself: the variance is that of all images
+            self.variance.add(sight.thumbnails, np.zeros(len(labels), dtype=np.int64) if prompts else labels)
+            if names_labels and not prompts:
                 self.right += int((sight.logits.argmax(1) == labels).sum())
                 self.labelled += len(labels)
         if keep.any():

@@ -123,6 +123,7 @@ class Teacher(nn.Module):
 
     ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
     ``tokenizer`` has its own file. A network that can compute in float16 has a method ``to_float16`` and a ``float16``.
+    ``caption`` are the positions and the width of the longest captions that it takes, None for one that takes classes.
     With ``graphs``, AR steps are recorded and replayed, on a GPU.
     """
 
@@ -130,6 +131,7 @@ class Teacher(nn.Module):
     filter: Filter
     tokenizer: Tokenizer
     network: nn.Module
+    caption: tuple[int, int] | None = None
     graphs: Graphs | None = None
 
     @property

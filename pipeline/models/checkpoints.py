@@ -166,6 +166,15 @@ def config(settings: TeacherSettings) -> Any:
     return kind(**values)
 
 
+def caption_shape(settings: TeacherSettings) -> tuple[int, int] | None:
+    """Positions and width (T, D) of the captions that a recipe's teacher takes at most; None if it takes classes.
+
+    A width of 0 says that it takes the prompts themselves, without an encoder. A family's Config says so as
+    ``caption``; one that never takes captions needs no such attribute.
+    """
+    return getattr(config(settings), "caption", None)
+
+
 def student_options(settings: TeacherSettings, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Of ``asked``, as ``TrainSettings.student_options`` or a student's file has them, what the family's student takes.
 

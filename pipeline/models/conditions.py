@@ -18,6 +18,9 @@ from torch import Tensor
 Conditioning = Callable[[Sequence[int] | np.ndarray], np.ndarray]
 """Sample ids [B] -> the column of their conditions [B]: a function of the id alone."""
 
+Encode = Callable[["Condition"], "Condition"]
+"""What samples are drawn for -> what a network is given, on its device: prompts become ``Captions``."""
+
 
 class Condition(Protocol):
     """One thing to draw for every image of a batch."""
@@ -107,6 +110,16 @@ def of_column(column: np.ndarray) -> Labels | Prompts:
     if column.dtype == object:
         return Prompts(tuple(column))
     return Labels(torch.from_numpy(column))
+
+
+def blank(count: int, caption: tuple[int, int] | None) -> Labels | Captions:
+    """A condition of ``count`` samples without a meaning, for work that only looks at shapes.
+
+    ``caption`` (T, D) are the positions and the width of the longest captions, None for a network that takes classes.
+    """
+    if caption is None:
+        return Labels(torch.zeros(count, dtype=torch.long))
+    return Captions(torch.zeros(count, *caption), torch.ones(count, caption[0], dtype=torch.bool))
 
 
 def labels_of(condition: Condition) -> Tensor:

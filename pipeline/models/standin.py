@@ -7,6 +7,7 @@ can be learnt from it.
 from __future__ import annotations
 
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.models import base, checkpoints
 from pipeline.models.base import Choose, Layout
-from pipeline.models.conditions import Condition, labels_of
+from pipeline.models.conditions import Condition, Prompts, labels_of
 from pipeline.recipe import Recipe
 from pipeline.settings.teacher import Filter, TeacherSettings
+from pipeline.settings.text import TextSettings
 
 FACTORS = (2654435761, 40503, 1 << 12)  # of the codes' formula: Knuth's hash, another odd number, the shift
 
@@ -33,6 +35,11 @@ class Config:
     classes: int
     image_size: int
     seconds: float = 0.0
+
+    @property
+    def caption(self) -> tuple[int, int] | None:
+        """Where it has no classes it takes the prompts themselves."""
+        return None if self.classes else (0, 0)
 
     @property
     def layout(self) -> Layout:
@@ -53,7 +60,7 @@ class Tokenizer(base.Tokenizer):
 
 
 class Teacher(base.Teacher):
-    """Sleeps, then returns codes that depend on label and position alone; it asks ``choose`` nothing."""
+    """Sleeps, then returns codes that depend on class or prompt and position alone; it asks ``choose`` nothing."""
 
     def __init__(self, config: Config, filters: Filter) -> None:
         super().__init__()
@@ -66,7 +73,7 @@ class Teacher(base.Teacher):
         """Codes int64 [B, n] that compress like drawn ones, after ``seconds``."""
         time.sleep(self.seconds)
         factor, odd, shift = FACTORS
-        labels = labels_of(condition)
+        labels = _numbers(condition)
         place = torch.arange(self.layout.length, device=labels.device)
         return ((labels[:, None] * odd + place) * factor // shift) % self.layout.vocabulary
 
@@ -84,4 +91,11 @@ def of(recipe: Recipe, folder: str, seconds: float = 0.0) -> Recipe:
     teacher = Teacher(checkpoints.config(settings), settings.filter)
     checkpoints.save(teacher.tokenizer, settings.tokenizer, {})
     checkpoints.save(teacher.network, settings.checkpoint, {})
-    return replace(recipe, teacher=settings)
+    return replace(recipe, teacher=settings, text=TextSettings())
+
+
+def _numbers(condition: Condition) -> Tensor:
+    """A number of each sample's condition, int64 [B]."""
+    if isinstance(condition, Prompts):
+        return torch.tensor([zlib.crc32(text.encode()) for text in condition.texts])
+    return labels_of(condition)

@@ -1,7 +1,7 @@
-"""What determines the rows of a pair set: the teacher, its tokens, the noise, the solver, and how shards are cut.
+"""What determines the rows of a pair set: the teacher, its tokens, the noise, the solver, how shards are cut, prompts.
 
 ``PairFacts`` says it in the form of the set's JSON files, whose fingerprint is the set's, and everything that follows
-from it alone: a sample's noise and label, and the ids, the size and the name of every shard. n is the tokens of an
+from it alone: a sample's noise and class, and the ids, the size and the name of every shard. n is the tokens of an
 image, C the dimension of a code.
 """
 
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,14 @@ from pipeline import noise
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
+from pipeline.models.conditions import Conditioning
 from pipeline.noise import Dtype
 from pipeline.recipe import Recipe, fingerprint
+from pipeline.text import encoder
+from pipeline.text.prompts import PromptList
 
 FORMAT = 1
+PROMPT_BYTES = 128  # of a prompt, about: those of LAION-COCO have 60
 SHARD = re.compile(r"shard-(\d{5,})(?:-(\d+))?\.parquet")
 
 
@@ -43,6 +48,8 @@ class PairFacts:
         noise_is_stored: in the shards, or derived again by the reader.
         shard_rows: rows of every shard but the last.
         dtype: what the noise is rounded to.
+        captions: ``PromptList.facts`` of the prompts; None for a teacher that takes classes.
+        encoder: ``encoder.check`` of what turns them into features; None for one that takes no features.
     """
 
     format: int
@@ -53,6 +60,8 @@ class PairFacts:
     noise_is_stored: bool
     shard_rows: int
     dtype: Dtype
+    captions: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, checksums: dict[str, str] | None = None) -> PairFacts:
@@ -68,10 +77,6 @@ class PairFacts:
             raise Refused(
                 f"the teacher has {layout.vocabulary} codes; a pair set stores tokens as uint16, up to 65536."
             )
-        if not layout.classes:
-            raise Refused(
-                "the teacher takes captions, and there is no reader of captions here yet; give a class-conditional one."
-            )
         filters, precision = asdict(recipe.teacher.filter), recipe.teacher.precision
         teacher = {"family": recipe.teacher.family, "filter": filters, "precision": precision}
         return cls(
@@ -83,6 +88,7 @@ class PairFacts:
             noise_is_stored=settings.noise == "stored",
             shard_rows=settings.shard_rows,
             dtype=settings.dtype,
+            **_of_text(recipe),
         )
 
     @classmethod
@@ -98,6 +104,8 @@ class PairFacts:
             noise_is_stored=content["noise"] == "stored",
             shard_rows=content["shard_rows"],
             dtype=content.get("dtype", "float16"),
+            captions=content.get("captions"),
+            encoder=content.get("encoder"),
         )
 
     def json(self) -> dict[str, Any]:
@@ -111,8 +119,12 @@ class PairFacts:
             "noise": "stored" if self.noise_is_stored else "derived",
             "shard_rows": self.shard_rows,
         }
-        # float16 is not named: the sets from before there was a choice stay valid
-        return content if self.dtype == "float16" else content | {"dtype": self.dtype}
+        # What is as it always was is not named: the sets from before there was a choice stay valid.
+        if self.dtype != "float16":
+            content["dtype"] = self.dtype
+        if self.captions:
+            content |= {"captions": self.captions, "encoder": self.encoder}
+        return content
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +157,8 @@ class PairFacts:
     def row_bytes(self) -> int:
         """Bytes of a row in memory, and at most about as many on disk."""
         size = np.dtype(self.dtype).itemsize
-        return 12 + 2 * self.length + (size * self.length * self.dim if self.noise_is_stored else 0)
+        condition = PROMPT_BYTES if self.captions else 4
+        return 8 + condition + 2 * self.length + (size * self.length * self.dim if self.noise_is_stored else 0)
 
     def noise(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """The noise of samples as their teacher sees it: [len(ids), n, C] of ``dtype``."""
@@ -156,7 +169,7 @@ class PairFacts:
         return noise.digest(self.seed, self.length, self.dim, self.dtype)
 
     def labels(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The classes of samples: int64 [len(ids)]."""
+        """The classes of samples, int64 [len(ids)], where the teacher takes classes."""
         return noise.labels(ids, self.layout.classes)
 
     # ---- shards: a number, the ids of its rows, a name
@@ -186,6 +199,34 @@ class PairFacts:
         match = SHARD.fullmatch(name)
         assert match, name
         return int(match[1]), int(match[2] or self.shard_rows)
+
+
+def conditioning(recipe: Recipe) -> Conditioning:
+    """What the pairs of a recipe are drawn for, by sample id; raises what ``PromptList.open`` does."""
+    if recipe.captions.uri:
+        return PromptList.open(recipe.captions.uri, recipe.captions.column)
+    return partial(noise.labels, classes=checkpoints.config(recipe.teacher).layout.classes)
+
+
+def _of_text(recipe: Recipe) -> dict[str, Any]:
+    """The facts of prompts and encoder; {} for classes. Refused where teacher, captions and encoder do not belong."""
+    caption = checkpoints.caption_shape(recipe.teacher)
+    if caption is None:
+        for name, value in (("captions.uri", recipe.captions.uri), ("text.encoder", recipe.text.encoder)):
+            if value:
+                raise Refused(
+                    f"{name} is {value}, and the teacher takes classes (its config has no caption_dim); leave it out,"
+                    " or give a text-to-image teacher."
+                )
+        return {}
+    if not recipe.captions.uri:
+        raise Refused(
+            "the teacher takes captions and captions.uri is not set; give a Parquet file, a folder of them or a text"
+            " file of prompts."
+        )
+    length, width = caption
+    prompts = PromptList.open(recipe.captions.uri, recipe.captions.column)
+    return {"captions": prompts.facts(), "encoder": encoder.check(recipe.text, width, length) if width else None}
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from pipeline.flow import matching
 from pipeline.host.ahead import ahead
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import of_column
 from pipeline.numerics.precision import set_products
-from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.facts import PairFacts, conditioning
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 
 
 class Replica:
@@ -30,6 +31,8 @@ class Replica:
         set_products(recipe.teacher.precision)
         self.recipe, self.facts, self.device = recipe, facts, recipe.cluster.runs_on
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
+        self.conditioning = conditioning(recipe)
+        self.encode = encoder.conditioner(recipe.text, self.device)
 
     def rows(self, number: int, count: int) -> Rows:
         """The first ``count`` rows of shard ``number``; without noise in a set that does not store it.
@@ -47,9 +50,9 @@ class Replica:
 
     def make(self, ids: np.ndarray, gaussian: np.ndarray) -> Rows:
         """Alg. 1 for the given samples, together; ``gaussian`` [B, n, C] is their noise."""
-        labels = self.facts.labels(ids)
-        tokens = self._generate(labels, gaussian)
-        return Rows(ids, labels, gaussian, tokens.cpu().numpy().astype(np.uint16))
+        conditions = self.conditioning(ids)
+        tokens = self._generate(conditions, gaussian)
+        return Rows(ids, conditions, gaussian, tokens.cpu().numpy().astype(np.uint16))
 
     def agreements(self, parts: list[Rows]) -> list[float]:
         """``agreement`` of each."""
@@ -62,7 +65,7 @@ class Replica:
             some = rows.take(slice(begin, begin + batch))
             stored = torch.from_numpy(some.tokens.astype(np.int64)).to(self.device)
             answers: list[Tensor] = []
-            self._generate(some.labels, self.facts.noise(some.ids), stored, answers)
+            self._generate(some.conditions, self.facts.noise(some.ids), stored, answers)
             same += int((torch.cat(answers, dim=1) == stored).sum())
         return same / rows.tokens.size
 
@@ -78,7 +81,7 @@ class Replica:
     @torch.no_grad()
     def _generate(
         self,
-        labels: np.ndarray,
+        conditions: np.ndarray,
         gaussian: np.ndarray,
         prefix: Tensor | None = None,
         answers: list[Tensor] | None = None,
@@ -94,7 +97,7 @@ class Replica:
             answers.append(codes)
             return prefix[:, layout.span(step)]
 
-        tokens = self.teacher.generate(Labels(torch.from_numpy(labels).to(self.device)), choose)
+        tokens = self.teacher.generate(self.encode(of_column(conditions)), choose)
         self.teacher.check()
         matcher.check()
         return tokens

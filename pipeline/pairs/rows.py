@@ -10,10 +10,13 @@ from pipeline.pairs.facts import PairFacts
 
 
 class Rows(NamedTuple):
-    """Rows as stored: ids and labels int64 [b], noise [b, n, C] or None if derived, tokens uint16 [b, n]."""
+    """Rows as stored: ids int64 [b], conditions [b], noise [b, n, C] or None if derived, tokens uint16 [b, n].
+
+    Conditions are int64 labels, or prompts in an object array of str.
+    """
 
     ids: np.ndarray
-    labels: np.ndarray
+    conditions: np.ndarray
     noise: np.ndarray | None
     tokens: np.ndarray
 

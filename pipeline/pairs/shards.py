@@ -1,10 +1,10 @@
 """The rows of a pair set: Parquet shards and their checks.
 
 ``manifest`` owns the folder around them, ``stream`` reads them for training. The columns are sample_id uint64,
-label int32, noise [n * C], float16 unless ``pairs.dtype`` says float32 (left out and derived again when ``pairs.noise``
-is derived), and tokens uint16 [n]: lists of a fixed length, which pandas, DuckDB, polars and datasets read, with the
-shape in the field's metadata. Shards of earlier versions have Arrow's tensor type instead and are read as well. b is
-rows, n the tokens of an image, C the dimension of a code, V the vocabulary.
+label int32 (or prompt, a string, of a teacher that takes captions), noise [n * C], float16 unless ``pairs.dtype`` says
+float32 (left out and derived again when ``pairs.noise`` is derived), and tokens uint16 [n]: lists of a fixed length,
+which pandas, DuckDB, polars and datasets read, with the shape in the field's metadata. Shards of earlier versions have
+Arrow's tensor type instead and are read as well. b is rows, n the tokens of an image, C the dimension of a code.
 
 A shard holds a CRC-32 of its own bytes, so that a single flipped bit is noticed wherever it is, and one of every page,
 for readers of single columns. Shards of earlier versions have neither: only the manifest's SHA-256 finds such a bit.
@@ -42,7 +42,8 @@ UNSEALED = b"00000000"  # in their place while the shard is written
 
 def schema(facts: PairFacts) -> pa.Schema:
     """The columns of a shard; noise only where it is stored."""
-    columns = [pa.field("sample_id", pa.uint64()), pa.field("label", pa.int32())]
+    condition = pa.field("prompt", pa.string()) if facts.captions else pa.field("label", pa.int32())
+    columns = [pa.field("sample_id", pa.uint64()), condition]
     if facts.noise_is_stored:
         columns.append(_lists("noise", pa.from_numpy_dtype(facts.dtype), [facts.length, facts.dim]))
     return pa.schema([*columns, _lists("tokens", pa.uint16(), [facts.length])])
@@ -70,7 +71,8 @@ def table(facts: PairFacts, rows: Rows) -> pa.Table:
         raise Refused(f"tokens run from {low} to {high}; they must lie in the vocabulary of {facts.codes}.")
     arrays = {
         "sample_id": pa.array(rows.ids.astype(np.uint64)),
-        "label": pa.array(rows.labels.astype(np.int32)),
+        "prompt": pa.array(rows.conditions, pa.string()) if facts.captions else None,
+        "label": None if facts.captions else pa.array(rows.conditions.astype(np.int32)),
         "noise": None if rows.noise is None else _flat(rows.noise),
         "tokens": _flat(rows.tokens.astype(np.uint16)),
     }
@@ -162,15 +164,22 @@ def _decode(data: bytes, uri: str, facts: PairFacts, name: str) -> Rows:
         seal = "" if whole else " or it lost its CRC-32"
         raise _damaged(uri, name, f"its columns are {', '.join(table.schema.names)} of other names or types{seal}")
     ids = table["sample_id"].to_numpy().astype(np.int64)
-    labels = table["label"].to_numpy().astype(np.int64)
+    conditions = _conditions(table)
     if not np.array_equal(ids, facts.ids_of(name)):
         first, last = facts.ids_of(name)[[0, -1]]
         raise _damaged(uri, name, f"its {len(ids)} rows are not the ids from {first} to {last}")
-    if not np.array_equal(labels, facts.labels(ids)):
+    if not facts.captions and not np.array_equal(conditions, facts.labels(ids)):
         raise _damaged(uri, name, "its labels are not those of its ids")
     tokens = _checked(_array(table["tokens"], (facts.length,)), uri, facts, name)
     shape = (facts.length, facts.dim)
-    return Rows(ids, labels, _array(table["noise"], shape) if facts.noise_is_stored else None, tokens)
+    return Rows(ids, conditions, _array(table["noise"], shape) if facts.noise_is_stored else None, tokens)
+
+
+def _conditions(table: pa.Table) -> np.ndarray:
+    """The column of conditions: int64 labels [b], or prompts [b] in an object array of str."""
+    if "prompt" in table.column_names:
+        return np.array(table["prompt"].to_pylist(), dtype=object)
+    return table["label"].to_numpy().astype(np.int64)
 
 
 def _checked(tokens: np.ndarray, uri: str, facts: PairFacts, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.host.ahead import ahead
+from pipeline.models.conditions import Condition, of_column
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Shard
@@ -25,10 +26,10 @@ WINDOW = 1 << 30  # bytes of rows that are shuffled together; a set that fits is
 
 
 class Pairs(NamedTuple):
-    """A batch for training: ids int64 [b], labels int64 [b], noise float32 [b, n, C], tokens int64 [b, n]."""
+    """A batch for training: ids int64 [b], what they are drawn for, noise float32 [b, n, C], tokens int64 [b, n]."""
 
     ids: Tensor
-    labels: Tensor
+    condition: Condition
     noise: Tensor
     tokens: Tensor
 
@@ -149,7 +150,7 @@ class PairStream:
     def _pairs(self, rows: Rows) -> Pairs:
         return Pairs(
             torch.from_numpy(rows.ids),
-            torch.from_numpy(rows.labels),
+            of_column(rows.conditions),
             torch.from_numpy(noise_of(self.facts, rows).astype(np.float32)),
             torch.from_numpy(rows.tokens.astype(np.int64)),
         )

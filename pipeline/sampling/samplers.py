@@ -2,7 +2,7 @@
 
 A sampler is a frozen value that a recipe lists by class name. All of them turn (seed, sample ids) into
 embeddings [B, n, C], the teacher's through ``Teacher.generate`` and the student's through ``Student.jump``,
-so the same id asks every sampler for the same label from the same noise. AR steps are counted from 1.
+so the same id asks every sampler for the same class or prompt from the same noise. AR steps are counted from 1.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from pipeline import noise
 from pipeline.flow import matching
 from pipeline.host.errors import Refused
 from pipeline.models.base import Choose, Layout, Student, Teacher, nearest
-from pipeline.models.conditions import Condition, Labels, labels_of
+from pipeline.models.conditions import Condition, Conditioning, Encode, labels_of, of_column
 from pipeline.numerics.precision import Precision, autocast, products, tuned_convolutions
 
 CHUNK = 1 << 23  # float64 entries of one block of cumulative sums, 64 MiB
 
 
 class Inputs(NamedTuple):
-    """What a sampler may use of its samples: labels, noise float32 [B, n, C] and uniform draws float64 [B,
-    n].
-    """
+    """What a sampler may use: what its samples are drawn for, noise float32 [B, n, C], uniform draws float64 [B, n]."""
 
     condition: Condition
     noise: Tensor
@@ -42,6 +40,8 @@ class Models:
     ``student`` and ``frequencies`` may be missing where no sampler needs them. ``frequencies`` holds how
     often the pair set has each code at each position, [classes, n, V], or [1, n, V] where no sampler is given
     the class. Each network works in its own precision, the decoder in that of the network it draws for.
+    ``conditioning`` says what a sample is drawn for, by default its class, and ``encode`` makes of it what the networks
+    are given, by default the same.
     """
 
     teacher: Teacher
@@ -52,6 +52,8 @@ class Models:
     device: torch.device | str = "cpu"
     teacher_precision: Precision = "fp32"
     student_precision: Precision = "fp32"
+    conditioning: Conditioning | None = None
+    encode: Encode | None = None
 
     @property
     def layout(self) -> Layout:
@@ -79,13 +81,18 @@ class Models:
         with products(self.student_precision if student else self.teacher_precision), tuned_convolutions():
             return self.teacher.decode(embeddings)
 
+    def column(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What the samples ``ids`` are drawn for: int64 labels [B], or prompts [B]."""
+        return self.conditioning(ids) if self.conditioning else noise.labels(ids, self.layout.classes)
+
     def inputs(self, ids: Sequence[int] | np.ndarray) -> Inputs:
-        """Labels, noise and uniform draws of the samples ``ids``."""
+        """Conditions, noise and uniform draws of the samples ``ids``."""
         layout = self.layout
-        labels = torch.from_numpy(noise.labels(ids, layout.classes)).to(self.device)
+        condition: Condition = of_column(self.column(ids))
         gaussian = torch.from_numpy(noise.gaussian(self.seed, ids, layout.length, layout.code_dim))
         uniform = torch.from_numpy(noise.uniform(self.seed, ids, layout.length))
-        return Inputs(Labels(labels), gaussian.float().to(self.device), uniform.to(self.device))
+        condition = self.encode(condition) if self.encode else condition.to(self.device)
+        return Inputs(condition, gaussian.float().to(self.device), uniform.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -310,13 +317,21 @@ class OneStepStar(Sampler):
     def steps_label(self, layout: Layout) -> int:
         return 1
 
+    def check(self, layout: Layout) -> None:
+        """There must be classes to be given."""
+        if self.given_class and not layout.classes:
+            raise Refused(
+                "sampler OneStepStar has given_class, and this teacher takes captions; leave given_class out."
+            )
+
     def sample(self, models: Models, inputs: Inputs) -> Tensor:
         """One draw per position; no network is asked."""
         if models.frequencies is None:
             raise ValueError("sampler OneStepStar needs the token frequencies of a pair set, and none were given.")
         counts = models.frequencies if self.given_class else models.frequencies.sum(0, keepdim=True)
-        labels = labels_of(inputs.condition)
-        rows = labels if self.given_class else torch.zeros_like(labels)
+        rows = torch.zeros(len(inputs.noise), dtype=torch.long, device=inputs.noise.device)
+        if self.given_class:
+            rows = labels_of(inputs.condition)
         # As many positions at a time as fit: [B, n, V] whole would be gigabytes.
         at_once = max(1, CHUNK // (len(rows) * counts.shape[2]))
         positions = [

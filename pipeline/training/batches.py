@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline import noise
+from pipeline.models import conditions
 from pipeline.models.base import Layout
-from pipeline.models.conditions import Condition, Labels
+from pipeline.models.conditions import Condition, Encode, of_column
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.rows import Rows
@@ -23,9 +24,13 @@ from pipeline.pairs.stream import WINDOW, Pairs, PairStream
 from pipeline.settings.train import TrainSettings
 from pipeline.training.plan import TrainingPlan
 
+WORDS = 12  # of a made-up prompt; those of LAION-COCO have 9 on average
+
 
 class Batch(NamedTuple):
-    """On the training device: X_t [B, n, C], t [B] int64, the teacher's tokens [B, n] int64, and the condition."""
+    """On the training device: X_t [B, n, C], t [B] int64, the teacher's tokens [B, n] int64, and the condition, as the
+    networks are given it.
+    """
 
     x_t: Tensor
     t: Tensor
@@ -73,36 +78,41 @@ def as_pairs(rows: Rows) -> Pairs:
     """Rows with their noise -> a batch for training."""
     gaussian = torch.from_numpy(rows.noise).float()
     tokens = torch.from_numpy(rows.tokens.astype(np.int64))
-    return Pairs(torch.from_numpy(rows.ids), torch.from_numpy(rows.labels), gaussian, tokens)
+    return Pairs(torch.from_numpy(rows.ids), of_column(rows.conditions), gaussian, tokens)
 
 
 def made_up(layout: Layout, count: int) -> Pairs:
-    """Pairs of the right shape and no meaning, to measure speed with."""
+    """Pairs of the right shape and no meaning, to measure speed with; prompts are of ``WORDS`` words."""
     ids = np.arange(count)
+    column = noise.labels(ids, layout.classes) if layout.classes else np.full(count, "word " * WORDS, dtype=object)
     gaussian = noise.gaussian(0, ids, layout.length, layout.code_dim)
     tokens = np.zeros((count, layout.length), dtype=np.uint16)
-    return as_pairs(Rows(ids, noise.labels(ids, layout.classes), gaussian, tokens))
+    return as_pairs(Rows(ids, column, gaussian, tokens))
 
 
-def blank(layout: Layout, count: int) -> Batch:
-    """A batch of zeros, for work that only looks at shapes."""
+def blank(layout: Layout, count: int, caption: tuple[int, int] | None = None) -> Batch:
+    """A batch of zeros, for work that only looks at shapes; ``caption`` as for ``conditions.blank``."""
     tokens = torch.zeros(count, layout.length, dtype=torch.long)
     x_t, ones = torch.zeros(count, layout.length, layout.code_dim), torch.ones(count, dtype=torch.long)
-    return Batch(x_t, ones, tokens, Labels(tokens[:, 0]))
+    return Batch(x_t, ones, tokens, conditions.blank(count, caption))
 
 
-def noised(pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, codebook: Tensor) -> Batch:
+def noised(
+    pairs: Pairs, draw: int, settings: TrainSettings, layout: Layout, codebook: Tensor, encode: Encode | None = None
+) -> Batch:
     """X_t of Alg. 2: the codes of the tokens before AR step t, noise from there on; on the codebook's device.
 
-    t is drawn evenly from ``start_steps`` by (seed, sample id, ``draw``), the epoch.
+    t is drawn evenly from ``start_steps`` by (seed, sample id, ``draw``), the epoch. ``encode`` turns the condition
+    into what the networks are given; None for classes, which are given as they are.
     """
     starts = np.array(settings.start_steps)
     t = starts[noise.choice(settings.seed, pairs.ids.numpy(), draw, len(starts))]
     before = np.array([layout.before(step) for step in range(1, layout.steps + 1)])[t - 1]
     is_data = torch.from_numpy(np.arange(layout.length) < before[:, None])
-    host = (is_data, pairs.noise, torch.from_numpy(t), pairs.tokens, pairs.labels)
-    mask, gaussian, steps, tokens, labels = (_on(codebook.device, tensor) for tensor in host)
-    return Batch(torch.where(mask[..., None], codebook[tokens], gaussian), steps, tokens, Labels(labels))
+    host = (is_data, pairs.noise, torch.from_numpy(t), pairs.tokens)
+    mask, gaussian, steps, tokens = (_on(codebook.device, tensor) for tensor in host)
+    condition = encode(pairs.condition) if encode else pairs.condition.to(codebook.device)
+    return Batch(torch.where(mask[..., None], codebook[tokens], gaussian), steps, tokens, condition)
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:

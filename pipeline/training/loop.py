@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.host.ahead import timed
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
+from pipeline.text import encoder
 from pipeline.training import batches
 from pipeline.training import state as training_state
 from pipeline.training.observer import Message, Observer, Report, Window
@@ -39,7 +40,7 @@ def train(config: dict[str, Any]) -> None:
     folder = plan.at("checkpoints")
     newest = broadcast_from_rank_zero(training_state.newest(folder) if rank == 0 else None)
     student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
-    state = TrainingState(student, settings)
+    state, encode = TrainingState(student, settings), encoder.conditioner(plan.recipe.text, device)
     if newest and rank == 0:
         resume(plan, state, newest, config["report"])
 
@@ -50,7 +51,7 @@ def train(config: dict[str, Any]) -> None:
     network = _distributed(student, settings, device)
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
-    observer = Observer(plan, state, loss, config["report"], config["mlflow_run"]) if rank == 0 else None
+    observer = Observer(plan, state, loss, encode, config["report"], config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     pairs = batches.stream(plan)
@@ -58,7 +59,7 @@ def train(config: dict[str, Any]) -> None:
     with training_state.Writer(folder, settings.keep) as writer:
         for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
             window.waited += waited
-            batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook)
+            batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook, encode)
             window.add(*step(network, loss, state, batch, plan.total))
 
             saving = state.step % settings.checkpoint_every == 0 or state.step == plan.total

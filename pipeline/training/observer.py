@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models import checkpoints
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import Encode
 from pipeline.models.convnet import to_uint8
 from pipeline.numerics.precision import autocast
 from pipeline.settings.train import TrainSettings
@@ -80,8 +80,11 @@ class Window:
 class Observer:
     """Tells the driver how training goes and writes the exported students, all from the moving average."""
 
-    def __init__(self, plan: TrainingPlan, state: TrainingState, loss: Loss, report: Report, mlflow_run: str) -> None:
-        self.plan, self.state, self.loss, self.report, self.mlflow_run = plan, state, loss, report, mlflow_run
+    def __init__(
+        self, plan: TrainingPlan, state: TrainingState, loss: Loss, encode: Encode, report: Report, mlflow_run: str
+    ) -> None:
+        self.plan, self.state, self.loss, self.encode = plan, state, loss, encode
+        self.report, self.mlflow_run = report, mlflow_run
         self.rows = batches.held_out(plan)
         self.since = time.perf_counter()
 
@@ -109,7 +112,7 @@ class Observer:
         size = at_once(settings)
         for begin in range(0, len(self.rows.ids), size):
             pairs = batches.as_pairs(self.rows.take(slice(begin, begin + size)))
-            batch = batches.noised(pairs, 0, settings, self.plan.layout, codebook)
+            batch = batches.noised(pairs, 0, settings, self.plan.layout, codebook, self.encode)
             with autocast(settings.precision, codebook.device):
                 prediction = self.state.average(batch.x_t, batch.t, batch.condition)
                 total += self.loss(prediction, batch.tokens, batch.t)[1]
@@ -120,11 +123,12 @@ class Observer:
         """Images of the first held-out noises: the teacher's, then Alg. 3's in one step and in all start steps."""
         settings, tokenizer = self.plan.recipe.train, self.loss.tokenizer
         pairs = batches.as_pairs(self.rows.take(slice(0, GRID)))
-        start, tokens, labels = (x.to(tokenizer.codebook.device) for x in (pairs.noise, pairs.tokens, pairs.labels))
+        start, tokens = (x.to(tokenizer.codebook.device) for x in (pairs.noise, pairs.tokens))
+        condition = self.encode(pairs.condition)
         drawn = [tokenizer.codebook[tokens]]
         for steps in dict.fromkeys([(1,), settings.start_steps]):
             x = start
             for t in steps:
-                x = self.state.average.jump(x, start, t, Labels(labels), settings.split)
+                x = self.state.average.jump(x, start, t, condition, settings.split)
             drawn.append(x)
         return [to_uint8(tokenizer.decode(embeddings)).cpu().numpy() for embeddings in drawn]

@@ -17,6 +17,7 @@ from pipeline.numerics.compilation import compiled, layers
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 from pipeline.training import batches, perceptual
 from pipeline.training.batches import Batch
 from pipeline.training.losses import Loss
@@ -91,7 +92,8 @@ def seconds_per_step(recipe: Recipe) -> float:
     state = TrainingState(student, settings)
     prepare(student, loss)
     pairs = batches.made_up(layout, settings.batch // max(1, settings.workers))
-    batch = batches.noised(pairs, 0, settings, layout, loss.tokenizer.codebook)
+    encode = encoder.conditioner(recipe.text, device)
+    batch = batches.noised(pairs, 0, settings, layout, loss.tokenizer.codebook, encode)
     ends = []
     for _ in range(WARM_UP + MEASURED):
         step(student, loss, state, batch, total=WARM_UP + MEASURED)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import noise, storage
+from pipeline import storage
 from pipeline.evaluation import references, scoring, summary, timing
 from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.evaluation.references import References
@@ -141,7 +141,7 @@ def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> 
     """
     own = _write_reference(plan, statistics)
     columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
-    labels = noise.labels(range(columns), plan.layout.classes)
+    labels = plan.conditioning(range(columns))
     grids = [images[:columns] for draw in plan.table() if (images := statistics.outline(draw).images) is not None]
     files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, labels)}
     files |= plots.charts(results)

@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.models import checkpoints
-from pipeline.models.conditions import Labels
+from pipeline.models import checkpoints, conditions
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.recomputation import recomputed
@@ -31,6 +30,7 @@ def of_generation(recipe: Recipe) -> Footprint:
     sequence only the first steps are traced; each later one adds the same to the cache.
     """
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    caption = checkpoints.caption_shape(recipe.teacher)
     with torch.device("meta"):
         teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
 
@@ -41,7 +41,7 @@ def of_generation(recipe: Recipe) -> Footprint:
             return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
         def work(samples: int) -> None:
-            condition = Labels(torch.zeros(samples, dtype=torch.long))
+            condition = conditions.blank(samples, caption)
             footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
 
         return footprint.trace(work)
@@ -58,6 +58,7 @@ def of_training(recipe: Recipe) -> Footprint:
     """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
     settings = replace(recipe.train, micro_batch=0)  # what is traced is taken at once
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
+    caption = checkpoints.caption_shape(recipe.teacher)
     with torch.device("meta"):
         tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
         options = checkpoints.student_options(recipe.teacher, settings.student_options)
@@ -71,7 +72,7 @@ def of_training(recipe: Recipe) -> Footprint:
         for module in filter(None, (tokenizer, student, network)):
             footprint.hollow(module)
         loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
-        batch = batches.blank(config.layout, samples)
+        batch = batches.blank(config.layout, samples, caption)
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 

@@ -67,6 +67,11 @@ class Config:
             raise Refused(f"LlamaGen config channels is {self.channels}; GroupNorm needs a multiple of 32.")
 
     @property
+    def caption(self) -> tuple[int, int] | None:
+        """Positions and width of the longest captions; None for a network that takes classes."""
+        return (self.caption_length, self.caption_dim) if self.caption_dim else None
+
+    @property
     def conditions(self) -> int:
         """Positions before the first token: the class, or the caption."""
         return self.caption_length if self.caption_dim else 1

@@ -257,6 +257,7 @@ class Teacher(base.Teacher):
         super().__init__()
         self.config = config
         self.layout = config.layout
+        self.caption = config.caption
         self.filter = filter
         self.network = LlamaNetwork(config)
         self.tokenizer = Tokenizer(config)
