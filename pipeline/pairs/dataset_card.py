@@ -36,21 +36,45 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 
 | column | type | |
 |---|---|---|
-| sample_id | uint64 | with seed {facts.seed}, determines noise and label |
-| label | int32 | class, sample_id modulo {facts.layout.classes} |
+| sample_id | uint64 | with seed {facts.seed}, determines noise and {"prompt" if facts.captions else "label"} |
+{_condition_row(facts)}
 {noise_row}| tokens | uint16 [{length}] | codes of a vocabulary of {facts.codes} |
 
 {origin}
 
 * Teacher, {teacher["precision"]}: SHA-256 of the checkpoint `{teacher["checkpoint"]}`, of the tokenizer \
 `{teacher["tokenizer"]}`.
-* Filter: guidance {filters["guidance"]}, temperature {filters["temperature"]}, top-k {filters["top_k"]}, top-p \
+{_of_text(facts)}* Filter: guidance {filters["guidance"]}, temperature {filters["temperature"]}, top-k {filters["top_k"]}, top-p \
 {filters["top_p"]}.
 * Solver: {", ".join(f"{name} {value}" for name, value in facts.solver.items())}.
 * {len(manifest["shards"])} shards, {manifest["bytes"] / 1e6:,.1f} MB; the last run made {run["rows"]:,} rows in \
 {run["seconds"]:,.0f} s on {run["device"]}.
 * Fingerprint `{manifest["fingerprint"]}`; `{name}` holds the rest.
 """
+
+
+def _condition_row(facts: PairFacts) -> str:
+    """The table's row of the column that says what a pair was drawn for."""
+    if facts.captions:
+        return (
+            f"| prompt | string | as it was given: row (sample_id modulo {facts.captions['rows']:,}) of the prompts |"
+        )
+    return f"| label | int32 | class, sample_id modulo {facts.layout.classes} |"
+
+
+def _of_text(facts: PairFacts) -> str:
+    """Where prompts and features come from; nothing of a teacher that takes classes."""
+    lines = ""
+    if facts.captions:
+        column = f", column {facts.captions['column']}" if facts.captions["column"] else ""
+        lines += f"* Prompts: {facts.captions['rows']:,} rows{column}, SHA-256 `{facts.captions['sha256']}`.\n"
+    if facts.encoder:
+        clean = facts.encoder["clean"] or "none"
+        lines += (
+            f"* Text encoder, {facts.encoder['precision']}, at most {facts.encoder['length']} tokens, cleaning {clean}:"
+            f" SHA-256 of the weights `{facts.encoder['weights']}`, of the tokenizer `{facts.encoder['tokenizer']}`.\n"
+        )
+    return lines
 
 
 def _size(count: int) -> str:

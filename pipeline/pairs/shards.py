@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pipeline import noise, storage
 from pipeline.host.errors import Refused
+from pipeline.models.conditions import Conditioning
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Shard
@@ -141,13 +142,20 @@ def read_shard(uri: str, facts: PairFacts, name: str) -> Rows:
     return rows._replace(noise=noise_of(facts, rows))
 
 
-def inspect_shard(uri: str, facts: PairFacts, name: str, sha256: str | None = None) -> Shard:
-    """Read a committed shard whole and check it; ValueError naming the file and what to do."""
+def inspect_shard(
+    uri: str, facts: PairFacts, name: str, sha256: str | None = None, conditioning: Conditioning | None = None
+) -> Shard:
+    """Read a committed shard whole and check it; ValueError naming the file and what to do.
+
+    With ``conditioning`` its conditions, too, must be those of its ids.
+    """
     data = storage.read_bytes(storage.join(uri, name))
     digest = hashlib.sha256(data).hexdigest()
     rows = _decode(data, uri, facts, name)
     if sha256 is not None and digest != sha256:
         raise _damaged(uri, name, "its bytes are not those that the manifest lists")
+    if conditioning and not np.array_equal(rows.conditions, conditioning(rows.ids)):
+        raise _damaged(uri, name, "its prompts are not those of its ids in captions.uri")
     return Shard(name, facts.shard_of(rows.ids[0].item()), len(rows.ids), len(data), digest)
 
 
@@ -211,12 +219,15 @@ def _array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
 # ---- a whole set
 
 
-def verify(uri: str) -> dict[str, Any]:
-    """Check schema, ids, labels and SHA-256 of every shard; the manifest, or ValueError for the first bad shard."""
+def verify(uri: str, conditioning: Conditioning | None = None) -> dict[str, Any]:
+    """Check schema, ids, conditions and SHA-256 of every shard; the manifest, or ValueError for the first bad shard.
+
+    Labels follow from the ids; prompts are held against those of ``conditioning``.
+    """
     inventory = manifest.read(uri)
     facts = PairFacts.from_json(inventory["facts"])
     with ThreadPoolExecutor(CHECKERS) as pool:
-        args = [(uri, facts, shard["name"], shard["sha256"]) for shard in inventory["shards"]]
+        args = [(uri, facts, shard["name"], shard["sha256"], conditioning) for shard in inventory["shards"]]
         for _ in pool.map(inspect_shard, *zip(*args, strict=True)):
             pass
     return inventory

@@ -7,7 +7,7 @@ import random
 from pipeline import storage
 from pipeline.host.errors import Refused
 from pipeline.pairs import manifest, shards
-from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.facts import PairFacts, conditioning
 from pipeline.pairs.manifest import Shard
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
@@ -25,7 +25,7 @@ def verify(recipe: Recipe, facts: PairFacts) -> str:
     Refused for a shard that is damaged or does not agree, FileNotFoundError for a set that is not complete.
     """
     uri, chance = recipe.pairs_uri, random.Random()  # others every time
-    inventory = shards.verify(uri)
+    inventory = shards.verify(uri, conditioning(recipe) if facts.captions else None)
     sample = _sample([Shard(**shard) for shard in inventory["shards"]], chance)
     parts = []
     for shard in sample:

@@ -198,7 +198,7 @@ def warn_of_bf16(recipe: Recipe, job: Job, emulated: bool) -> None:
     """Say which precision of ``job`` slows it down where CPUs work that have no instructions for bfloat16."""
     if recipe.cluster.runs_on == "cuda" or not emulated:
         return
-    for section in NETWORKS[job]:
+    for section in (*NETWORKS[job], *["text"] * bool(recipe.text.encoder)):
         if getattr(recipe, section).precision == "bf16":
             print(
                 f"warning: {section}.precision is bf16, for which the CPU has no instructions: products take several"
@@ -212,7 +212,9 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
     teacher, evaluate = recipe.teacher, recipe.evaluate
     uris = [teacher.tokenizer, teacher.checkpoint]
     if job == "evaluate":
-        uris += [uri for uri in (evaluate.student, evaluate.reference, evaluate.images) if uri]
+        given = (evaluate.student, evaluate.reference, evaluate.images, evaluate.captions.uri, evaluate.clip)
+        uris += [uri for uri in given if uri]
+    uris += [uri for uri in (recipe.captions.uri, recipe.text.encoder) if uri]
     for uri in uris:
         if not uri.startswith(("package://", "models:/")) and not storage.is_remote(uri):
             yield storage.resolve(uri)

@@ -40,7 +40,7 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
             slow = teacher.generate(Labels(torch.tensor([i % layout.classes])), choose)
         same.append(np.array_equal(slow[0].numpy(), tokens))
     assert np.mean(same) >= 7 / 8, "the solver's tolerance may flip a near tie"
-    assert rows.labels.tolist() == [i % layout.classes for i in range(16, 24)]
+    assert rows.conditions.tolist() == [i % layout.classes for i in range(16, 24)]
     assert rows.noise is not None
     assert np.array_equal(rows.noise, noise.gaussian(1, range(16, 24), layout.length, layout.code_dim))
 

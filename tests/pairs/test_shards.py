@@ -510,7 +510,7 @@ def test_token_frequencies_count_every_token(recipe: Recipe) -> None:
     uri, facts, _ = write_set(recipe)
     rows = some_rows(facts, 0, 40)
     slow = np.zeros((3, 14, 24), dtype=np.int64)
-    for label, tokens in zip(rows.labels, rows.tokens, strict=True):
+    for label, tokens in zip(rows.conditions, rows.tokens, strict=True):
         for position, token in enumerate(tokens):
             slow[label, position, token] += 1
     assert np.array_equal(pairs.token_frequencies(uri, by_class=True), slow)
@@ -562,7 +562,7 @@ def test_a_batch_carries_its_rows(recipe: Recipe, window: int) -> None:
         assert [column.dtype for column in batch] == [torch.int64, torch.int64, torch.float32, torch.int64]
         assert batch.noise.shape == (3, 14, 4)
         at = batch.ids.numpy()
-        assert np.array_equal(batch.labels.numpy(), rows.labels[at])
+        assert np.array_equal(batch.condition.labels.numpy(), rows.conditions[at])
         assert np.array_equal(batch.noise.numpy(), rows.noise[at].astype(np.float32))
         assert np.array_equal(batch.tokens.numpy(), rows.tokens[at])
 

@@ -790,7 +790,7 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Tr
 def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.TrainingPlan) -> None:
     student, loss = training_step.build(plan.recipe, torch.device("cpu"))
     sent: list[Message] = []
-    observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, sent.append, "run")
+    observer = Observer(plan, TrainingState(student, plan.recipe.train), loss, lambda given: given, sent.append, "run")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in observer.state.average.parameters():
