@@ -22,7 +22,6 @@ from pipeline.models.base import Layout
 from pipeline.models.conditions import Conditioning
 from pipeline.numerics import compilation
 from pipeline.pairs import manifest
-from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
@@ -257,7 +256,7 @@ def prepare(recipe: Recipe) -> EvaluationPlan:
     """
     plan = inputs(recipe)
     if any(sampler.frequencies for sampler in plan.samplers):
-        pairs = PairFacts.of(recipe, plan.facts["teacher"])
+        pairs = manifest.facts_of(recipe, plan.facts["teacher"])
         inventory = manifest.read(recipe.pairs_uri, pairs.fingerprint)
         plan.facts["pairs"] = {"fingerprint": inventory["fingerprint"], "count": inventory["count"]}
     return _with_students(plan) if any(sampler.student for sampler in plan.samplers) else plan
@@ -299,7 +298,7 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
 def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
     """The plan with the student and those exported along the way; refuses one of another teacher or pair set."""
     recipe, facts = plan.recipe, plan.facts
-    of_pairs = PairFacts.of(recipe, facts["teacher"]).fingerprint
+    of_pairs = manifest.facts_of(recipe, facts["teacher"]).fingerprint
     wanted = {"family": facts["family"], "teacher": facts["teacher"], "pairs_fingerprint": of_pairs}
     exported = students.exported(plan.student, wanted)
     samplers = selection.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))

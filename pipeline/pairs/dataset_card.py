@@ -43,8 +43,8 @@ teacher `{teacher["family"]}`, for Distilled Decoding (arXiv 2412.17153).
 {origin}
 
 * Teacher, {teacher["precision"]}: SHA-256 of the checkpoint `{teacher["checkpoint"]}`, of the tokenizer \
-`{teacher["tokenizer"]}`.
-{_of_text(facts)}* Filter: guidance {filters["guidance"]}, temperature {filters["temperature"]}, top-k {filters["top_k"]}, top-p \
+`{teacher["tokenizer"]}`.{_of_text(facts)}
+* Filter: guidance {filters["guidance"]}, temperature {filters["temperature"]}, top-k {filters["top_k"]}, top-p \
 {filters["top_p"]}.
 * Solver: {", ".join(f"{name} {value}" for name, value in facts.solver.items())}.
 * {len(manifest["shards"])} shards, {manifest["bytes"] / 1e6:,.1f} MB; the last run made {run["rows"]:,} rows in \
@@ -67,12 +67,12 @@ def _of_text(facts: PairFacts) -> str:
     lines = ""
     if facts.captions:
         column = f", column {facts.captions['column']}" if facts.captions["column"] else ""
-        lines += f"* Prompts: {facts.captions['rows']:,} rows{column}, SHA-256 `{facts.captions['sha256']}`.\n"
+        lines += f"\n* Prompts: {facts.captions['rows']:,} rows{column}, SHA-256 `{facts.captions['sha256']}`."
     if facts.encoder:
         clean = facts.encoder["clean"] or "none"
         lines += (
-            f"* Text encoder, {facts.encoder['precision']}, at most {facts.encoder['length']} tokens, cleaning {clean}:"
-            f" SHA-256 of the weights `{facts.encoder['weights']}`, of the tokenizer `{facts.encoder['tokenizer']}`.\n"
+            f"\n* Text encoder, {facts.encoder['precision']}, at most {facts.encoder['length']} tokens, cleaning"
+            f" {clean}: SHA-256 of the weights `{facts.encoder['weights']}`, of the tokenizer `{facts.encoder['tokenizer']}`."
         )
     return lines
 

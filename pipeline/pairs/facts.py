@@ -64,11 +64,14 @@ class PairFacts:
     encoder: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, checksums: dict[str, str] | None = None) -> PairFacts:
-        """The facts of the recipe's pair set; ``checksums`` are ``checkpoints.checksums``, where the caller has them.
+    def of(
+        cls, recipe: Recipe, checksums: dict[str, str] | None = None, captions: dict[str, Any] | None = None
+    ) -> PairFacts:
+        """The facts of the recipe's pair set.
 
-        Raises ValueError or FileNotFoundError for a teacher that is not there, and for one whose pairs cannot be
-        stored or drawn.
+        ``checksums`` are ``checkpoints.checksums`` and ``captions`` ``PromptList.facts``, where the caller has them.
+        Raises ValueError or FileNotFoundError for a teacher that is not there, and for one whose pairs cannot be stored
+        or drawn.
         """
         config, settings = checkpoints.config(recipe.teacher), recipe.pairs
         sums = checkpoints.checksums(recipe.teacher) if checksums is None else checksums
@@ -88,7 +91,7 @@ class PairFacts:
             noise_is_stored=settings.noise == "stored",
             shard_rows=settings.shard_rows,
             dtype=settings.dtype,
-            **_of_text(recipe),
+            **_of_text(recipe, captions),
         )
 
     @classmethod
@@ -208,7 +211,7 @@ def conditioning(recipe: Recipe) -> Conditioning:
     return partial(noise.labels, classes=checkpoints.config(recipe.teacher).layout.classes)
 
 
-def _of_text(recipe: Recipe) -> dict[str, Any]:
+def _of_text(recipe: Recipe, captions: dict[str, Any] | None) -> dict[str, Any]:
     """The facts of prompts and encoder; {} for classes. Refused where teacher, captions and encoder do not belong."""
     caption = checkpoints.caption_shape(recipe.teacher)
     if caption is None:
@@ -225,8 +228,8 @@ def _of_text(recipe: Recipe) -> dict[str, Any]:
             " file of prompts."
         )
     length, width = caption
-    prompts = PromptList.open(recipe.captions.uri, recipe.captions.column)
-    return {"captions": prompts.facts(), "encoder": encoder.check(recipe.text, width, length) if width else None}
+    captions = captions or PromptList.open(recipe.captions.uri, recipe.captions.column).facts()
+    return {"captions": captions, "encoder": encoder.check(recipe.text, width, length) if width else None}
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pipeline.recipe import Recipe, leaves
 RECIPE, LEDGER, MANIFEST, CARD = "_recipe.json", "_ledger.json", "_manifest.json", "_README.md"
 NAMED = 3  # files that a sentence names
 VERSIONS = ("torch", "numpy", "scipy", "pyarrow", "ray")
+TEXT_VERSIONS = ("transformers", "tokenizers", "ftfy", "beautifulsoup4")  # on which a prompt's features depend
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,17 @@ def records(uri: str, facts: PairFacts, sizes: dict[str, int]) -> dict[str, Shar
 def complete(uri: str) -> dict[str, Any] | None:
     """The manifest of a complete set, as it stands there; None without one."""
     return _content(uri, MANIFEST)
+
+
+def facts_of(recipe: Recipe, checksums: dict[str, str] | None = None) -> PairFacts:
+    """The facts of the recipe's pair set: of a complete one also where its list of prompts is gone.
+
+    Its shards hold the prompts, and the manifest says whose they are. Raises as ``PairFacts.of``.
+    """
+    uri, captions = recipe.captions.uri, None
+    if uri and not storage.exists(uri) and (content := complete(recipe.pairs_uri)):
+        captions = content["facts"].get("captions")
+    return PairFacts.of(recipe, checksums, captions)
 
 
 def begun(uri: str) -> bool:
@@ -222,8 +234,8 @@ def finish(uri: str, facts: PairFacts, shards: list[Shard], run: dict[str, Any])
             best[shard.number] = shard
     files = storage.sizes(uri)
     _check_presence(uri, best.values(), files)
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    run = run | {"versions": versions}
+    packages = (*VERSIONS, *(TEXT_VERSIONS if facts.encoder else ()))
+    run = run | {"versions": {name: importlib.metadata.version(name) for name in packages}}
     manifest = {
         "fingerprint": facts.fingerprint,
         "count": sum(shard.rows for shard in best.values()),

@@ -106,7 +106,7 @@ def check(recipe: Recipe, facts: PairFacts | None = None) -> TrainingPlan:
     A dry run may plan for pairs that are not there yet. ``facts`` are those of its pair set, where the caller has them.
     """
     check_losses(recipe.train, checkpoints.config(recipe.teacher).layout)
-    facts = facts or PairFacts.of(recipe)
+    facts = facts or manifest.facts_of(recipe)
     manifest.check_claim(recipe.pairs_uri, facts)
     plan = TrainingPlan(
         recipe=recipe,

@@ -14,7 +14,6 @@ from pipeline import storage
 from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host.progress import duration
 from pipeline.pairs import manifest
-from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
 from pipeline.recipe import Recipe
 from pipeline.training import state
@@ -31,7 +30,7 @@ def of_pairs(recipe: Recipe) -> str:
     if not manifest.begun(uri):
         return f"pairs: {uri} holds no pair set; generate_pairs has not begun one there."
     complete, sizes = manifest.complete(uri), manifest.committed(uri)
-    facts = PairFacts.of(recipe, checksums={})  # which shards there are does not depend on the weights
+    facts = manifest.facts_of(recipe, checksums={})  # which shards there are does not depend on the weights
     gap = Gap.among(sizes, facts, recipe.pairs.count, complete)
     rows = sum(facts.number_and_rows(name)[1] for name in gap.names)
     megabytes = sum(sizes[name] for name in gap.names) / 1e6

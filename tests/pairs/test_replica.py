@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import Family, tiny, with_pairs
+from tiny import Family, tiny, tiny_text, with_pairs
 
 from pipeline import noise
 from pipeline.flow import matching, oracle
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import Labels, Prompts
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 
 
 def replica(recipe: Recipe) -> Replica:
@@ -43,6 +44,30 @@ def test_rows_are_those_of_the_slow_oracle(tmp_path: Path, family: Family) -> No
     assert rows.conditions.tolist() == [i % layout.classes for i in range(16, 24)]
     assert rows.noise is not None
     assert np.array_equal(rows.noise, noise.gaussian(1, range(16, 24), layout.length, layout.code_dim))
+
+
+def test_prompts_are_encoded_in_the_replica_and_stored_as_they_are(tmp_path: Path) -> None:
+    """Against one sample at a time, each caption with its own length."""
+    recipe = tiny_text(tmp_path)
+    made = replica(recipe)
+    teacher, layout, rows = made.teacher, made.teacher.layout, made.rows(1, 8)
+    lines = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert rows.conditions.tolist() == lines[16:24]
+    assert len(np.unique(rows.tokens)) > 5, "the tiny teacher is no constant"
+    encode, same = encoder.load(recipe.text, "cpu"), []
+    for i, tokens in zip(rows.ids, rows.tokens, strict=True):
+        x = torch.from_numpy(noise.gaussian(1, [i], layout.length, layout.code_dim).astype(np.float64))
+
+        def choose(step: int, log_p: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
+            return oracle.exact(x[:, layout.span(step)], log_p, teacher.codebook)
+
+        with torch.no_grad():
+            slow = teacher.generate(encode(Prompts((lines[i],))), choose)
+        same.append(np.array_equal(slow[0].numpy(), tokens))
+    assert np.mean(same) >= 7 / 8, "the solver's tolerance may flip a near tie"
+    assert made.agreement(rows) == 1.0
+    others = rows._replace(conditions=rows.conditions[::-1].copy())
+    assert made.agreement(others) < 0.95, "the prompt matters"
 
 
 def test_the_teacher_sees_the_noise_that_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,14 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import tiny, with_pairs
+from tiny import tiny, tiny_text, with_pairs
 
 from pipeline import noise, storage
 from pipeline.host.errors import Refused, Unfinished
+from pipeline.models.conditions import Prompts
 from pipeline.pairs import dataset_card, manifest
 from pipeline.pairs import shards as pairs
 from pipeline.pairs import stream as pair_stream
-from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.facts import PairFacts, conditioning
 from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.rows import Rows
 from pipeline.pairs.stream import Pairs, PairStream
@@ -84,6 +85,65 @@ def test_a_shard_keeps_its_rows_and_its_types(recipe: Recipe) -> None:
     encodings = {columns.column(i).path_in_schema.split(".")[0]: columns.column(i).encodings for i in range(4)}
     assert "RLE_DICTIONARY" not in encodings["noise"]
     assert "RLE_DICTIONARY" in encodings["tokens"]
+
+
+ODD = [
+    *("a, b; \"quoted\" and 'single'", "two\nlines", "a\ttab", "", "   ", "word " * 5_000, "not UTF-8: \ufffd"),
+    *(
+        "😀 東京 مرحبا",
+        "NUL \x00 and bell \x07",
+        "the same",
+        "the same",
+        "<b>bold</b> &amp; https://example.com $5",
+        "-",
+    ),
+]
+
+
+def test_prompts_are_kept_to_the_letter(tmp_path: Path) -> None:
+    recipe = with_pairs(tiny_text(tmp_path), count=len(ODD), shard_rows=5)
+    uri, facts = recipe.pairs_uri, PairFacts.of(recipe)
+    manifest.claim(uri, facts, recipe)
+    shards, odd = [], np.array(ODD, dtype=object)
+    for first in range(0, len(ODD), 5):
+        ids = np.arange(first, min(first + 5, len(ODD)))
+        rows = Rows(ids, odd[ids], facts.noise(ids), np.zeros((len(ids), facts.length), np.uint16))
+        shards.append(pairs.write_shard(uri, facts, pairs.table(facts, rows)))
+        again = pairs.write_shard(str(tmp_path / "again"), facts, pairs.table(facts, rows))
+        assert again == shards[-1], "the same bytes"
+    inventory = manifest.finish(uri, facts, shards, {"rows": len(ODD), "seconds": 1.0, "device": "cpu"})
+    kept = Rows.join([pairs.read_shard(uri, facts, shard.name) for shard in shards])
+    assert kept.conditions.tolist() == ODD
+    assert pq.read_table(uri).column_names == ["sample_id", "prompt", "noise", "tokens"]
+    assert pq.read_schema(Path(uri, shards[0].name)).field("prompt").type == pa.string()
+
+    assert pairs.verify(uri)["count"] == len(ODD)
+    assert pairs.verify(uri, lambda ids: odd[ids])["count"] == len(ODD)
+    with pytest.raises(Refused, match=r"shard-00001.* is damaged \(its prompts are not those of its ids"):
+        pairs.verify(uri, lambda ids: np.where(ids == 6, "another", odd[ids]))
+    card = dataset_card.card(inventory, "_manifest.json")
+    assert "| prompt | string | as it was given: row (sample_id modulo 60) of the prompts |" in card
+    assert "label" not in card
+    assert facts.encoder
+    assert facts.encoder["weights"] in card
+
+
+def test_a_batch_of_prompts_carries_them(tmp_path: Path) -> None:
+    recipe = tiny_text(tmp_path)
+    uri, facts = recipe.pairs_uri, PairFacts.of(recipe)
+    prompts = conditioning(recipe)
+    manifest.claim(uri, facts, recipe)
+    shards = []
+    for first in range(0, 40, 16):
+        ids = np.arange(first, min(first + 16, 40))
+        rows = Rows(ids, prompts(ids), facts.noise(ids), np.zeros((len(ids), facts.length), np.uint16))
+        shards.append(pairs.write_shard(uri, facts, pairs.table(facts, rows)))
+    manifest.finish(uri, facts, shards, {"rows": 40, "seconds": 1.0, "device": "cpu"})
+    seen = {}
+    for batch in PairStream.open(uri).batches(epoch=0, seed=1, batch=8):
+        assert isinstance(batch.condition, Prompts)
+        seen |= dict(zip(batch.ids.tolist(), batch.condition.texts, strict=True))
+    assert seen == dict(enumerate(prompts(range(40)).tolist()))
 
 
 def test_the_same_rows_give_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:

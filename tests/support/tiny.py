@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tiny_text import WORDS, tiny_encoder
 
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.teacher import Filter, TeacherSettings
+from pipeline.settings.text import CaptionSettings, TextSettings
 from pipeline.settings.train import TrainSettings
 
 Family = Literal["var", "llamagen"]
@@ -65,6 +67,22 @@ def tiny(folder: Path, family: Family = "var", seed: int = 0, **config: Any) -> 
         pairs=PairSettings(count=40, shard_rows=16, batch=6, actors=1),
         train=TrainSettings(start_steps=(1, 2), split=1, batch=8, epochs=1, perceptual="digits", snapshots=1),
         evaluate=EvaluateSettings(count=20, batch=10, actors=1, curve_count=0, timing_batches=(1,)),
+    )
+
+
+PROMPTS = 60  # lines of the file of prompts
+
+
+def tiny_text(folder: Path, **config: Any) -> Recipe:
+    """As ``tiny``, a LlamaGen that takes captions of 8 positions, with a tiny text encoder and ``PROMPTS`` prompts."""
+    recipe = tiny(folder, "llamagen", **{"caption_dim": 16, "caption_length": 8} | config)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{WORDS[i % 5]} {WORDS[i // 5 % 5]} number {i}\n" for i in range(PROMPTS)))
+    return replace(
+        recipe,
+        name="tiny-text",
+        captions=CaptionSettings(uri=str(prompts)),
+        text=TextSettings(encoder=str(tiny_encoder(folder / "encoder")), precision="fp32", length=8, clean=False),
     )
 
 

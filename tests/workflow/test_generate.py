@@ -23,7 +23,7 @@ import pytest
 import ray
 import torch
 import yaml
-from tiny import tiny, with_pairs
+from tiny import tiny, tiny_text, with_pairs
 
 from pipeline import storage
 from pipeline.host.errors import Unfinished
@@ -100,6 +100,28 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     assert {shard["host"] for shard in other["shards"]} == {socket.gethostname()}
     assert one["count"] == 119
     assert one["made"][0]["rows"] < 119, "what the killed job had committed was not made again"
+
+
+def test_a_set_of_prompts_grows_is_mended_and_is_verified(ray_cluster: None, tmp_path: Path) -> None:
+    recipe = with_pairs(tiny_text(tmp_path), count=20, shard_rows=8, batch=4)
+    assert "Made 20 pairs" in generate(recipe)
+    small = contents(recipe.pairs_uri)
+    lost = Path(recipe.pairs_uri, "shard-00001.parquet")
+    lost.unlink()
+    assert "Made 8 pairs" in generate(recipe)
+    assert contents(recipe.pairs_uri) == small, "the same bytes, whoever the neighbours were"
+    grown = with_pairs(recipe, count=70)  # more than there are prompts, which come again with other noise
+    assert "Made 54 pairs" in generate(grown)
+    rows = Rows.join(
+        [
+            pairs.read_shard(recipe.pairs_uri, PairFacts.of(grown), name)
+            for name in sorted(contents(recipe.pairs_uri))
+            if "-4." not in name
+        ]
+    )
+    assert rows.conditions[60:].tolist() == rows.conditions[:10].tolist()
+    assert not np.array_equal(rows.tokens[60:], rows.tokens[:10])
+    assert "Verified" in generate(with_pairs(grown, verify=True))
 
 
 def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path) -> None:
