@@ -71,8 +71,9 @@ def _of_text(facts: PairFacts) -> str:
     if facts.encoder:
         clean = facts.encoder["clean"] or "none"
         lines += (
-            f"\n* Text encoder, {facts.encoder['precision']}, at most {facts.encoder['length']} tokens, cleaning"
-            f" {clean}: SHA-256 of the weights `{facts.encoder['weights']}`, of the tokenizer `{facts.encoder['tokenizer']}`."
+            f"\n* Text encoder, {facts.encoder['precision']}, at most {facts.encoder['length']} tokens,"
+            f" cleaning {clean}: SHA-256 of its weights `{facts.encoder['weights']}`, of its"
+            f" tokenizer `{facts.encoder['tokenizer']}`."
         )
     return lines
 
