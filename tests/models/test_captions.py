@@ -128,7 +128,7 @@ def asked(net: nn.Module, condition: Condition) -> None:
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        ((2, 121, 24), r"captions fill 121 positions, and the network has 1 to 120 \(teacher\.config\.caption_length\)"),
+        ((2, 121, 24), r"fill 121 positions, and the network has 1 to 120 \(teacher\.config\.caption_length\)"),
         ((2, 0, 24), "captions fill 0 positions"),
         ((2, 8, 25), r"features of width 25, and the network takes 24 \(teacher\.config\.caption_dim\)"),
     ],

@@ -54,7 +54,7 @@ def _empty(attention: RotaryAttention, batch: int, length: int) -> tuple[Tensor,
 
 
 def _layer(layer: Layer, x: Tensor, start: int, keys: Tensor, values: Tensor, rotated: Tensor, mask: Tensor) -> Tensor:
-    """x [B, g, dim] of positions from ``start`` on -> [B, g, dim]; their keys and values are written to [B, H, L, D]."""
+    """x [B, g, dim] of the positions from ``start`` on -> [B, g, dim]; writes their keys and values to [B, H, L, D]."""
     attention, heads = layer.attention, layer.attention.heads
     q, k, v = attention.wqkv(layer.attention_norm(x)).unflatten(-1, (3, heads, -1)).unbind(2)
     q, k = (turn(part.float(), rotated[:, None]).to(part.dtype) for part in (q, k))

@@ -125,8 +125,9 @@ class RasterPass:
 
     def restart(self, condition: Condition) -> None:
         """Other conditions, as many and as long, in the memory of the former ones: where graphs look for them."""
-        if self.columns is not None:
-            self.columns.copy_(self._columns(condition))
+        columns = self._columns(condition)
+        if self.columns is not None and columns is not None:
+            self.columns.copy_(columns)
 
     def _columns(self, condition: Condition) -> Tensor | None:
         if not isinstance(condition, Captions):
