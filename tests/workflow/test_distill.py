@@ -15,7 +15,7 @@ import numpy as np
 import perishable
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs import shards as pairs
-from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.facts import PairFacts, conditioning
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
@@ -801,3 +801,25 @@ def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Train
     image = (loss.tokenizer.decode(codes) * 127.5 + 127.5).clamp(0, 255)
     assert np.abs(rows[0] - image.numpy()).max() <= 0.51
     assert not np.array_equal(rows[1], rows[2])
+
+
+def test_a_student_of_prompts_learns_and_needs_no_list_of_prompts(tmp_path: Path, journal: Journal) -> None:
+    """The prompts come from the shards; the list, which may be gone by then, said only whose they are."""
+    made = tiny_text(tmp_path)
+    facts, ids, prompts = PairFacts.of(made), np.arange(40), conditioning(made)
+    drawn = noise.gaussian(facts.seed, ids, facts.length, facts.dim)
+    first = np.array([prompt.startswith("red") for prompt in prompts(ids)])
+    tokens = (4 * first[:, None] + 2 * (drawn[..., 0] > 0) + (drawn[..., 1] > 0)).astype(np.uint16)
+    manifest.claim(made.pairs_uri, facts, made)
+    shards = [
+        pairs.write_shard(made.pairs_uri, facts, pairs.table(facts, Rows(ids, prompts(ids), drawn, tokens).take(some)))
+        for some in (slice(0, 16), slice(16, 32), slice(32, 40))
+    ]
+    manifest.finish(made.pairs_uri, facts, shards, {"rows": 40, "seconds": 1.0, "device": "cpu"})
+    Path(str(made.captions.uri)).unlink()
+    made = with_train(made, batch=8, epochs=6, lr=3e-3, warmup=2, ema=0.9, log_every=1, micro_batch=3, start_steps=(1, 4))
+    made = with_train(made, split=9, lpips=0.0)
+    distill(made)
+    losses = list(journal.curve().values())
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert "cls_embedding.cap_proj.fc1.weight" in weights(training_plan.check(made).result)
