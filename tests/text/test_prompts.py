@@ -186,7 +186,9 @@ def test_facts_of_a_folder_change_with_its_content_and_not_with_time_or_place(tm
     before = facts(tmp_path / "x")
     assert before == facts(tmp_path / "y")
     assert (before["rows"], before["column"], len(before["sha256"])) == (23, "caption", 64)
-    parquet(tmp_path / "y" / "0.parquet", ["PROMPT 0", *MANY[1:5]])
+    size = (tmp_path / "y" / "0.parquet").stat().st_size
+    parquet(tmp_path / "y" / "0.parquet", ["prompt /", *MANY[1:5]])
+    assert (tmp_path / "y" / "0.parquet").stat().st_size == size, "so it is the footer that tells"
     changed = facts(tmp_path / "y")
     (tmp_path / "x" / "1.parquet").rename(tmp_path / "x" / "2.parquet")
     assert len({fact["sha256"] for fact in (before, changed, facts(tmp_path / "x"))}) == 3
