@@ -10,7 +10,7 @@ classes never pays them.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from math import prod
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.host.errors import Missing, Refused
-from pipeline.models.conditions import Captions, Condition, Prompts
+from pipeline.models.conditions import Captions, Condition, Encode, Prompts
+from pipeline.numerics.precision import products
 from pipeline.settings.text import TextSettings
 from pipeline.text import cleaning, encoder_files
 
@@ -47,7 +48,8 @@ class Encoder(nn.Module):
     def forward(self, prompts: Prompts) -> Captions:
         """Prompts of B texts -> features float32 [B, T, D] and validity [B, T]; B is 1 or more.
 
-        Autocast of the caller is switched off inside, so the features are the same wherever the prompts are encoded.
+        TF32 and autocast of the caller are switched off inside, so the features are the same wherever a prompt is
+        encoded.
         """
         ids = self.tokens(prompts)
         lengths = torch.tensor([len(row) for row in ids])
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
         padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])  # what stands there is seen by nobody
         mask = torch.arange(width) < lengths[:, None]
         device = next(self.network.parameters()).device
-        with torch.autocast(device.type, enabled=False):
+        with products("fp32"), torch.autocast(device.type, enabled=False):
             out = self.network(input_ids=padded.to(device), attention_mask=mask.to(device, torch.long))
         return Captions.from_encoder(out.last_hidden_state.float(), lengths.to(device))
 
@@ -66,7 +68,7 @@ class Encoder(nn.Module):
         return [list(row) for row in found["input_ids"]]
 
 
-def conditioner(settings: TextSettings, device: torch.device | str) -> Callable[[Condition], Condition]:
+def conditioner(settings: TextSettings, device: torch.device | str) -> Encode:
     """What a network's condition passes through first: prompts become captions, all else goes to the device.
 
     A recipe without ``text.encoder`` needs nothing else, and loads nothing.
@@ -121,7 +123,7 @@ def memory(settings: TextSettings) -> int:
 
 
 def check(settings: TextSettings, caption_dim: int, caption_length: int) -> dict[str, Any]:
-    """What determines the features: SHA-256 of weights and tokenizer, length, rules of cleaning, precision.
+    """What determines the features: SHA-256 of config.json, weights and tokenizer, length, cleaning, precision.
 
     ``caption_dim`` and ``caption_length`` are what the teacher takes. No weights are loaded, but the files are fetched,
     for their checksums. Raises Missing for packages and files that are not there; Refused for an encoder that is not
@@ -144,6 +146,7 @@ def check(settings: TextSettings, caption_dim: int, caption_length: int) -> dict
     wanted = encoder_files.shapes(config)
     encoder_files.check_weights(uri, wanted)
     return {
+        "config": storage.sha256(storage.join(uri, "config.json")),
         "weights": encoder_files.digest(uri, encoder_files.weights(uri, wanted)),
         "tokenizer": encoder_files.digest(uri, encoder_files.tokenizer(uri)),
         "length": settings.length,
@@ -210,8 +213,8 @@ def _tokenizer(uri: str, config: dict[str, Any]) -> Any:
         )
     if len(found) > config["vocab_size"]:
         raise Refused(
-            f"text.encoder {uri} has a tokenizer of {len(found)} tokens and a network that knows {config['vocab_size']};"
-            " fetch the tokenizer that belongs to it."
+            f"text.encoder {uri} has a tokenizer of {len(found)} tokens and a network that knows"
+            f" {config['vocab_size']}; fetch the tokenizer that belongs to it."
         )
     return found
 

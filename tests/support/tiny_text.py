@@ -19,8 +19,8 @@ from pipeline.text import encoder_files
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2
 WORDS = (
-    *["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-    *["a", "thin", "bold", "at", "the", "top", "left", "right"],
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("a", "thin", "bold", "at", "the", "top", "left", "right"),
 )
 
 
