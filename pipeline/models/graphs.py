@@ -75,7 +75,8 @@ class Recording:
 
 
 class Graphs:
-    """The recording of a teacher, if there is one: of a batch size that came twice in a row.
+    """The recording of a teacher, if there is one: of a batch size, and of so many positions of captions, that came
+    twice in a row.
 
     So the first generation runs eagerly, which warms up, and a last, smaller batch now and then neither costs a
     recording nor loses the one there is. Only one is kept: its cache and its graphs fill the memory of a full batch.

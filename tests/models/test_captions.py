@@ -19,7 +19,7 @@ from pipeline.models import checkpoints
 from pipeline.models.base import Prediction, nearest
 from pipeline.models.conditions import Captions, Condition, Labels, Prompts
 from pipeline.models.llamagen import Config, Student, Teacher
-from pipeline.models.llamagen.captions import CaptionEmbedding
+from pipeline.models.llamagen.captions import CaptionEmbedding, caption_columns, caption_mask
 from pipeline.models.llamagen.transformer import rotary
 from pipeline.numerics.precision import autocast
 from pipeline.settings.teacher import Filter
@@ -104,6 +104,14 @@ def test_a_bf16_teacher_of_trimmed_captions_is_near_the_exact_one() -> None:
     net.generate(few, rough)
     assert rough.all.dtype == torch.float32
     assert (rough.all - exact.all).abs().mean() < 0.3  # logits have a spread of 3 and bf16 8 bits
+
+
+def test_the_mask_position_by_position() -> None:
+    """Padding is seen by itself alone: a row that saw nothing would have no softmax."""
+    valid = torch.tensor([[False, True], [True, True]])
+    mask = caption_mask(caption_columns(Captions(torch.zeros(2, 2, 24), valid), 2))
+    seen = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+    assert mask.exp().tolist() == [[seen], [torch.ones(4, 4).tril().tolist()]]
 
 
 # ---- what is refused

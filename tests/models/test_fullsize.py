@@ -1,8 +1,7 @@
 """The official networks at their real sizes: names and shapes on the meta device, numbers in the slow tests.
 
 python -m pytest tests/models/test_fullsize.py          names, shapes and counts of every released network
-python -m pytest tests/models/test_fullsize.py -m slow  filled weights against the official numbers (minutes; 6 GB, of
-                                                        text-to-image GIGABYTES GB)
+python -m pytest tests/models/test_fullsize.py -m slow  filled weights against the official numbers (minutes, 8 GB)
 """
 
 from __future__ import annotations
