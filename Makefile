@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RECIPE ?= jobs/recipes/digits-llamagen.yaml
 DEMO := --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/demo.yaml
+DEMO_TEXT := --config jobs/recipes/digits-text.yaml --config jobs/recipes/demo-text.yaml
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 # A text as one word of the shell, whatever is in it: folders may have spaces and quotes in their names.
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: setup demo full ablate test test-slow test-faults lint format assets bench ui clean
+.PHONY: setup demo demo-text full ablate test test-slow test-faults lint format assets bench ui clean
 
 setup: .venv/ready
 
@@ -23,6 +24,12 @@ demo: setup
 	$(BIN)/python jobs/generate_pairs.py $(DEMO)
 	$(BIN)/python jobs/distill.py $(DEMO)
 	$(BIN)/python jobs/evaluate.py $(DEMO)
+
+# The same with captions: a student that draws "a bold 7 leaning right at the top left".
+demo-text: setup
+	$(BIN)/python jobs/generate_pairs.py $(DEMO_TEXT)
+	$(BIN)/python jobs/distill.py $(DEMO_TEXT)
+	$(BIN)/python jobs/evaluate.py $(DEMO_TEXT)
 
 # The same three jobs with a whole recipe: make full RECIPE=jobs/recipes/digits-llamagen.yaml
 full: setup
