@@ -278,8 +278,8 @@ def make_card(folder: str, plans: dict[str, PretrainingPlan], more: Sequence[str
             *more,
             "",
             "`scorer` scores (FD on digits features, class accuracy) and never teaches; `perceptual` teaches the",
-            "tokenizers and the optional perceptual loss and never scores. `captions.parquet` holds captions for pairs,",
-            "`unseen.parquet` those of combinations held out from it, with the digits that they describe.",
+            "tokenizers and the optional perceptual loss and never scores. `captions.parquet` holds captions for",
+            "pairs, `unseen.parquet` captions of combinations that no pair names completely, with their digits.",
             "",
         ]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.digits import captions
+from pipeline.host.errors import Missing
 from pipeline.models.conditions import Captions
 
 LENGTH = 16  # positions of a caption; the longest of the grammar fills 10, its end among them
@@ -50,7 +52,8 @@ def tokenizer_json() -> dict[str, Any]:
         | {"special": True}
         for i, piece in enumerate(SPECIAL)
     ]
-    end = SPECIAL[END]
+    end = {"SpecialToken": {"id": SPECIAL[END], "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
         "version": "1.0",
         "truncation": None,
@@ -60,10 +63,9 @@ def tokenizer_json() -> dict[str, Any]:
         "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}]
-            + [{"SpecialToken": {"id": end, "type_id": 0}}],
-            "special_tokens": {end: {"id": end, "ids": [END], "tokens": [end]}},
+            "single": [text, end],
+            "pair": [text, other, end],
+            "special_tokens": {SPECIAL[END]: {"id": SPECIAL[END], "ids": [END], "tokens": [SPECIAL[END]]}},
         },
         "decoder": None,
         "model": {
@@ -77,7 +79,9 @@ def tokenizer_json() -> dict[str, Any]:
 
 
 def new() -> nn.Module:
-    """A T5EncoderModel of ``SHAPE``, 86,464 parameters drawn from torch's generator."""
+    """A T5EncoderModel of ``SHAPE``, 86,464 parameters drawn from torch's generator; Missing without transformers."""
+    if find_spec("transformers") is None:
+        raise Missing("the digits' text encoder needs transformers; pip install 'distilled-decoding[text]'.")
     from pipeline.numerics import torchvision_ops  # noqa: F401  isort: skip  transformers imports torchvision
     from transformers import T5Config, T5EncoderModel  # slow to import, and only who trains a teacher needs it
 
@@ -112,7 +116,6 @@ def write_tokenizer(folder: str) -> None:
     more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": LENGTH, "padding_side": "right"}
     storage.write_json(f"{folder}/tokenizer_config.json", names | more)
     kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "dtype": "float16"}
-    # The name that transformers 5 gave up for ``dtype``; T5 without a decoder says so itself when it is built.
     storage.write_json(f"{folder}/config.json", SHAPE | kind)
 
 
