@@ -28,7 +28,8 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
-    "transformers": {"text.encoder"},
+    "transformers": {"text.encoder", "digits.text_encoder"},
+    "tokenizers": {"digits.text_encoder"},
     "ftfy": {"text.cleaning"},
     "bs4": {"text.cleaning"},
 }

@@ -45,6 +45,16 @@ def test_every_place_is_used_that_keeps_all_ink() -> None:
     assert set(columns.tolist()) == set(range(12, 21))
 
 
+def test_a_shift_ends_where_ink_would_be_lost() -> None:
+    image = torch.full((3, 3, 32, 32), -1.0)
+    image[:, :, 2:16, 10:20] = torch.rand(14, 10)
+    shifts = torch.tensor([[3, -4], [-4, 4], [0, 0]])
+    moved = networks.moved(image, shifts)
+    assert torch.equal(moved[0], image[0].roll((3, -4), (1, 2)))
+    assert torch.equal(moved[1], image[1].roll((-2, 4), (1, 2))), "the top is two rows away"
+    assert torch.equal(moved[2], image[2])
+
+
 def test_placing_the_digits_loses_no_ink() -> None:
     ink, left = (
         (images.double() + 1).sum((1, 2, 3)) for images, _ in (networks.centred(), networks.images_and_labels())
@@ -96,7 +106,7 @@ def test_the_shipped_tokenizer_reconstructs(name: str) -> None:
 
 def test_the_assets_are_small() -> None:
     folder = ROOT / "pipeline" / "assets" / "digits"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12e6
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12e6
 
 
 def test_every_shipped_recipe_parses() -> None:
