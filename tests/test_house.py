@@ -25,7 +25,7 @@ HOMES = {  # package -> the modules that may import it
     "lpips": {"training.perceptual"},
     "torch_fidelity": {"evaluation.inception"},
     "PIL": {"evaluation.real_images"},
-    "matplotlib": {"report.plots", "ablation.report", "benchmark.growth"},
+    "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
 }
