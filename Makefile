@@ -53,7 +53,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Train the embedded default's networks again from the 5,000 digits (about 30 minutes on two cores).
+# Train the embedded default's networks again from the 5,000 digits (about an hour on two cores).
 assets: setup
 	$(BIN)/python jobs/train_digits.py
 

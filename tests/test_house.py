@@ -28,6 +28,8 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
+    "transformers": {"digits.text_encoder"},
+    "tokenizers": {"digits.text_encoder"},
 }
 # The floors from the ground up. A room imports from the floors below its own and from itself, never from its neighbours
 # and never upward. The modules of the root stand among them under their own names.

@@ -121,13 +121,20 @@ def _shipped(net: Net, name: str) -> Net:
 
 def placed(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every image shifted by up to ``SHIFT`` pixels in each direction, less where a digit would lose ink."""
+    return moved(images, torch.randint(-SHIFT, SHIFT + 1, (len(images), 2), generator=generator))
+
+
+def moved(images: Tensor, shifts: Tensor) -> Tensor:
+    """Every image shifted down and to the right by its row of ``shifts``, less where a digit would lose ink.
+
+    Images float32 [B, 3, 32, 32] whose ground is -1, shifts int64 [B, 2] between -SHIFT and SHIFT.
+    """
     side = images.shape[-1]
-    drawn = torch.randint(-SHIFT, SHIFT + 1, (len(images), 2), generator=generator)
     ink = (images > -1).any(1)
-    rows, columns = (_shifted(side, drawn[:, axis], ink.any(2 - axis)) for axis in (0, 1))
+    rows, columns = (_shifted(side, shifts[:, axis], ink.any(2 - axis)) for axis in (0, 1))
     batch = torch.arange(len(images))[:, None, None]
-    moved = F.pad(images, (SHIFT,) * 4, value=-1.0).permute(0, 2, 3, 1)
-    return moved[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    padded = F.pad(images, (SHIFT,) * 4, value=-1.0).permute(0, 2, 3, 1)
+    return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _shifted(side: int, shift: Tensor, ink: Tensor) -> Tensor:

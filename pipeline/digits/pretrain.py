@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from pipeline.models.conditions import Labels
 from pipeline.settings.teacher import TeacherSettings
 
 PLACES = 10  # of every digit in the training set of a teacher
+CARRIED = (".safetensors", ".parquet", ".json")  # what the card lists
 Report = Callable[[str], None]
 
 
@@ -207,7 +208,8 @@ def train_teacher(teacher: Teacher, plan: PretrainingPlan, seed: int, report: Re
     return run.average
 
 
-def _reporter(name: str) -> Report:
+def reporter(name: str) -> Report:
+    """Prints lines under ``name``, with the seconds since now."""
     start = time.monotonic()
     return lambda line: print(f"[{time.monotonic() - start:5.0f} s] {name}: {line}", flush=True)
 
@@ -216,7 +218,7 @@ def make_classifier(name: str, folder: str) -> None:
     """Train and save ``perceptual`` or ``scorer``: two networks with nothing in common, so that none scores itself."""
     torch.set_num_threads(1)
     torch.manual_seed(11 if name == "perceptual" else 12)
-    report = _reporter(name)
+    report = reporter(name)
     if name == "perceptual":
         net = train_classifier(networks.Perceptual(), networks.Perceptual.classify, steps=300, seed=11, report=report)
     else:
@@ -229,7 +231,7 @@ def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, fol
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(plan.seed)
-    report = _reporter(name)
+    report = reporter(name)
     teacher: Teacher = checkpoints.family(settings).Teacher(checkpoints.config(settings), settings.filter)
     tokenizer = trainable(teacher)
     nn.init.normal_(_table(tokenizer).weight)
@@ -245,11 +247,15 @@ def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, fol
     checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", made, torch.float16)
 
 
-def make_card(folder: str, plans: dict[str, PretrainingPlan]) -> str:
-    """Write README.md beside the weights: what each file is, how it was made, its size and checksum."""
+def make_card(folder: str, plans: dict[str, PretrainingPlan], more: Sequence[str] = ()) -> str:
+    """Write README.md beside the files: what each is, how it was made, its size and checksum.
+
+    ``more`` are lines for what was trained after the families.
+    """
     rows = [
-        f"| `{path.name}` | {path.stat().st_size / 1e6:.2f} MB | `{storage.sha256(str(path))[:16]}` |"
-        for path in sorted(Path(folder).glob("*.safetensors"))
+        f"| `{path.relative_to(folder)}` | {path.stat().st_size / 1e6:.2f} MB | `{storage.sha256(str(path))[:16]}` |"
+        for path in sorted(Path(folder).rglob("*"))
+        if path.suffix in CARRIED
     ]
     trained = [
         f"* {name}: tokenizer {plan.tokenizer_steps} steps of 64 images, teacher {plan.teacher_steps} steps of"
@@ -269,9 +275,11 @@ def make_card(folder: str, plans: dict[str, PretrainingPlan]) -> str:
             *rows,
             "",
             *trained,
+            *more,
             "",
             "`scorer` scores (FD on digits features, class accuracy) and never teaches; `perceptual` teaches the",
-            "tokenizers and the optional perceptual loss and never scores.",
+            "tokenizers and the optional perceptual loss and never scores. `captions.parquet` holds captions for pairs,",
+            "`unseen.parquet` those of combinations held out from it, with the digits that they describe.",
             "",
         ]
     )
