@@ -122,6 +122,11 @@ class EvaluationPlan:
         return self.prompts or partial(noise.labels, classes=self.layout.classes)
 
     @property
+    def grid_columns(self) -> int:
+        """Columns of the sample grid."""
+        return min(self.recipe.evaluate.grid, self.recipe.evaluate.count)
+
+    @property
     def has_agreement(self) -> bool:
         """Whether it can be measured how far images are what their prompts ask for."""
         digits = self.recipe.evaluate.features == "digits"
@@ -309,7 +314,8 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
         facts["reference"] |= unseen.reference(recipe, prompts)
     pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
-    return EvaluationPlan(recipe, layout, listed, facts["reference"]["images"], facts, prompts=prompts, notes=_notes(facts, prompts))
+    real, notes = facts["reference"]["images"], _notes(facts, prompts)
+    return EvaluationPlan(recipe, layout, listed, real, facts, prompts=prompts, notes=notes)
 
 
 def _notes(facts: dict[str, Any], prompts: UnseenPrompts | None) -> tuple[str, ...]:

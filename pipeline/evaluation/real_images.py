@@ -2,8 +2,8 @@
 
 Each is a sequence whose slices are images [B, 3, H, W] with their labels. Photographs are cut as ADM's reference was:
 the short side halved with a box filter while it is twice the wanted size or more, then resized bicubically to it, then
-the centre taken. An image of the right size stays as it is. Rows of Parquet without an image, as img2dataset leaves them
-where a download failed, are left out.
+the centre taken. An image of the right size stays as it is. Rows of Parquet without an image, as img2dataset leaves
+them where a download failed, are left out.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import realpath
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,11 @@ def prompts(recipe: Recipe) -> UnseenPrompts | None:
             f"evaluate.captions.skip is {skip}, but pairs are made of the first {count:,} rows (pairs.count) of {uri};"
             f" set it to {count} or more, or give prompts of their own."
         )
+    if shared and not settings.skip and (rows := PromptList.open(uri, column(recipe)).rows) <= count:
+        raise Refused(
+            f"pairs are made of all {rows:,} rows of {uri} (pairs.count {count:,}), so none are left for the report;"
+            " give evaluate.captions.uri prompts of their own, or captions.uri a longer list."
+        )
     listed = PromptList.open(uri, column(recipe), skip, name="evaluate.captions")
     found = UnseenPrompts(listed, skip, _with_images(recipe, listed, skip))
     if len(found) < recipe.evaluate.count:
@@ -94,7 +100,10 @@ def column(recipe: Recipe) -> str:
 
 
 def facts(recipe: Recipe, found: UnseenPrompts) -> dict[str, Any]:
-    """Prompts and encoder as facts for fingerprints and report; the first prompt that the digits' measure cannot read."""
+    """Prompts and encoder as facts for fingerprints and report.
+
+    ``outside the grammar`` is the first prompt that the digits' measure cannot read, None where it can read all.
+    """
     caption = checkpoints.caption_shape(recipe.teacher)
     assert caption
     length, width = caption
@@ -183,8 +192,8 @@ def _with_images(recipe: Recipe, listed: PromptList, skip: int) -> np.ndarray | 
     images = _image_rows(images_uri)
     if images.row_count != len(listed) + skip:
         raise Refused(
-            f"{uri} has {len(listed) + skip:,} rows as evaluate.captions and {images.row_count:,} as evaluate.reference,"
-            " which looks into folders of it too; put all Parquet files into one folder."
+            f"{uri} has {len(listed) + skip:,} rows as evaluate.captions and {images.row_count:,} as"
+            " evaluate.reference, which looks into folders of it too; put all Parquet files into one folder."
         )
     rows = images.rows()
     return rows[rows >= skip][: recipe.evaluate.count] - skip
@@ -202,7 +211,9 @@ def _images_place(recipe: Recipe) -> str | None:
 
 
 def _same(one: str, other: str) -> bool:
-    return storage.resolve(one).rstrip("/") == storage.resolve(other).rstrip("/")
+    """Whether two URIs lead to one place; links and dots in a path do not make another."""
+    first, second = (uri if storage.is_remote(uri) else realpath(uri) for uri in map(storage.resolve, (one, other)))
+    return first == second
 
 
 def _quoted(text: str) -> str:

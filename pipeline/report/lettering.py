@@ -30,6 +30,12 @@ def shown(prompt: str) -> str:
     return "".join(letter if _has_glyph(letter) else BOX for letter in line) or EMPTY
 
 
+def printable(prompt: str) -> str:
+    """A whole prompt for a page: control characters but tabs and newlines become ``BOX``; ``EMPTY`` for none."""
+    kept = "".join(BOX if unicodedata.category(c) == "Cc" and c not in "\t\n\r" else c for c in prompt)
+    return kept if kept.strip() else EMPTY
+
+
 def wrapped(text: str, width: float, size: float) -> list[str]:
     """A line of text in lines of at most ``width`` pixels at ``size`` points; longer words are broken anywhere.
 
