@@ -34,7 +34,7 @@ def of_prompts(repeated: int | None = 0, **more: Any) -> dict[str, str]:
 
 def test_the_protocol_says_which_prompts_were_drawn() -> None:
     drawn = of_prompts()["drawn"]
-    assert "5,000 images a sampler. Sample i, from 0, has prompt i of captions.parquet, column TEXT from row 4000 on, and" in drawn
+    assert "Sample i, from 0, has prompt i of captions.parquet, column TEXT from row 4,000 on, and the noise" in drawn
     assert "0 of 5,000 prompts occur among those of the pairs, capital letters and blanks aside." in drawn
     assert "class" not in drawn
     assert "not known here: captions.uri is not set" in of_prompts(None)["drawn"]
