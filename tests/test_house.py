@@ -28,8 +28,10 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
-    "transformers": {"digits.text_encoder"},
+    "transformers": {"digits.text_encoder", "text.encoder"},
     "tokenizers": {"digits.text_encoder"},
+    "ftfy": {"text.cleaning"},
+    "bs4": {"text.cleaning"},
 }
 # The floors from the ground up. A room imports from the floors below its own and from itself, never from its neighbours
 # and never upward. The modules of the root stand among them under their own names.
@@ -40,6 +42,7 @@ FLOORS = [
     {"settings"},
     {"recipe"},
     {"command_line", "models", "services"},
+    {"text"},
     {"digits", "models.llamagen", "models.var", "pairs", "sampling"},
     {"evaluation", "training"},
     {"workflow"},
