@@ -160,12 +160,16 @@ class Teacher(nn.Module):
             if isinstance(part, Float16):
                 part.check()
 
-    def recording(self, batch: int, memory: Callable[[], Any]) -> Recording | None:
-        """The graphs for a generation from AR step 1 on, if there are any; ``memory`` makes the family's part."""
+    def recording(self, batch: int, memory: Callable[[], Any], conditions: int = 1) -> Recording | None:
+        """The graphs for a generation from AR step 1 on, if there are any; ``memory`` makes the family's part.
+
+        ``conditions`` are the positions of a condition, where they shape the first step.
+        """
         if self.graphs is None:
             return None
         device, shapes = self.codebook.device, [(batch, group, self.layout.vocabulary) for group in self.layout.groups]
-        return self.graphs.find((batch, self.filter), lambda capture: Recording(capture, memory(), shapes, device))
+        kind = (batch, conditions, self.filter)
+        return self.graphs.find(kind, lambda capture: Recording(capture, memory(), shapes, device))
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, n, C] -> images [B, 3, H, W] in [-1, 1]."""

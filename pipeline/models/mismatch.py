@@ -42,6 +42,8 @@ VAR = {
 LLAMAGEN = {
     "dim": ("output.weight", 1, 0),
     "classes": ("cls_embedding.embedding_table.weight", 0, -1),
+    "caption_dim": ("cls_embedding.cap_proj.fc1.weight", 1, 0),
+    "caption_length": ("cls_embedding.uncond_embedding", 0, 0),
     "vocabulary": ("output.weight", 0, 0),
 }
 CODES = {

@@ -134,9 +134,11 @@ def test_a_plan_counts_float16(tmp_path: Path, family: Family) -> None:
 # ---- recorded and compiled
 
 
-@FAMILIES
-def test_recorded_steps_draw_the_same_and_notice_the_same(tmp_path: Path, family: Family) -> None:
-    eager = checkpoints.teacher(in_(tiny(tmp_path, family), "fp16").teacher)
+@pytest.mark.parametrize(
+    ("family", "config"), [("var", {}), ("llamagen", {}), ("llamagen", {"caption_dim": 8, "caption_length": 16})]
+)
+def test_recorded_steps_draw_the_same_and_notice_the_same(tmp_path: Path, family: Family, config: dict) -> None:
+    eager = checkpoints.teacher(in_(tiny(tmp_path, family, **config), "fp16").teacher)
     stirred(eager.network)
     recorded = copy.deepcopy(eager)
     recorded.graphs = Graphs(lambda: Tapes(recorded))
@@ -221,9 +223,13 @@ def unwritten_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("condition", [{}, {"caption_dim": 8, "caption_length": 16}], ids=["classes", "captions"])
 @pytest.mark.parametrize("interval", [-1, 0, 3])
-def test_keys_that_nobody_wrote_are_not_looked_at(tmp_path: Path, interval: int, unwritten_is_nan: None) -> None:
-    settings = replace(in_(tiny(tmp_path, "llamagen", guidance_interval=interval), "fp16").teacher, filter=Filter(2.0))
+def test_keys_that_nobody_wrote_are_not_looked_at(
+    tmp_path: Path, interval: int, condition: dict, unwritten_is_nan: None
+) -> None:
+    recipe = tiny(tmp_path, "llamagen", guidance_interval=interval, **condition)
+    settings = replace(in_(recipe, "fp16").teacher, filter=Filter(2.0))
     teacher = checkpoints.teacher(settings)
     assert teacher.network.cache(1, 1).isnan().all()
     recorded = copy.deepcopy(teacher)

@@ -1,7 +1,8 @@
 """The official networks at their real sizes: names and shapes on the meta device, numbers in the slow tests.
 
 python -m pytest tests/models/test_fullsize.py          names, shapes and counts of every released network
-python -m pytest tests/models/test_fullsize.py -m slow  filled weights against the official numbers (minutes, 6 GB)
+python -m pytest tests/models/test_fullsize.py -m slow  filled weights against the official numbers (minutes; 6 GB, of
+                                                        text-to-image GIGABYTES GB)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import checkpoints, llamagen, var
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import Captions, Labels
 from pipeline.models.llamagen import teacher as llamagen_teacher
 from pipeline.models.var import teacher as var_teacher
 from pipeline.settings.teacher import Filter
@@ -32,6 +33,7 @@ GUIDED = Filter(guidance=2.0)
 BIG = var.Config(depth=36, shared_aln=True, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 SIZES = {"B": (12, 12, 768), "L": (24, 16, 1024), "XL": (36, 20, 1280), "XXL": (48, 24, 1536), "3B": (24, 32, 3200)}
 LABEL = Labels(torch.tensor([207]))
+T2I_SIZE = {"layers": 36, "heads": 20, "dim": 1280, "caption_dim": 2048}
 
 
 def gpt(size: str) -> llamagen.Config:
@@ -214,3 +216,65 @@ def test_dd_llamagen_b() -> None:
         golden.check(expected["tokens"], embeddings, known["atol"][f"forward[{i}].tokens"])
         flips = (logits.argmax(-1) != golden.tensor(expected["argmax"])).sum()
         assert flips <= (expected["margin"] < 1e-4), "a near-tie may flip"
+
+
+# ---- text to image: no official numbers, but one part held against another
+
+
+def captions(positions: int) -> Captions:
+    """Two captions of 24 and 9 tokens."""
+    features = noise("full/t2i/caption", (2, 24, 2048))
+    padded = torch.nn.functional.pad(features, (0, 0, 0, positions - 24))
+    return Captions.from_encoder(padded, torch.tensor([24, 9]))
+
+
+def real(net: nn.Module, salt: str) -> Any:
+    """A network that was built on the meta device, filled as ``ready`` does, but never drawn at random first."""
+    net.load_state_dict(dict(fill.filled(net, salt)), assign=True)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_xl_teacher_of_captions() -> None:
+    """Three guided AR steps, cached and trimmed to 24 positions, against one uncached pass of all 120."""
+    with torch.device("meta"):
+        teacher = llamagen.Teacher(llamagen.Config(**T2I_SIZE), GUIDED)
+    net, codes, shown = real(teacher.network, "t2i/"), tokens("full/t2i/tok", (2, 3), 16384), []
+
+    def choose(t: int, log_p: Tensor) -> Tensor:
+        shown.append(log_p)
+        return codes[:, t - 1 : t]
+
+    teacher.tokenizer = type("Codes", (nn.Module,), {"codebook": torch.zeros(16384, 8)})()
+    assert torch.equal(teacher.generate(captions(24), choose, stop=4), codes)
+    with torch.inference_mode():
+        whole = captions(120)
+        cond, uncond = (net(c, codes) for c in (whole, net.cls_embedding.null(whole)))
+    expected = (uncond + 2 * (cond - uncond)).log_softmax(-1)
+    assert expected.amax(-1).exp().lt(0.9).all(), "no code has all of p, or equality would say little"
+    torch.testing.assert_close(torch.cat(shown, dim=1), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_xl_student_of_captions() -> None:
+    """One sample forward and backward through all 36 layers, in float32."""
+    with torch.device("meta"):
+        net = llamagen.Student(llamagen.Config(**T2I_SIZE), torch.zeros(16384, 8, device="cpu"))
+    real(net, "dd_t2i/").requires_grad_(True)
+    caption, start = captions(24).split(1)[1], noise("full/dd_t2i/noise", (1, 256, 8))
+    logits, embeddings = net(start, torch.tensor([1]), caption)
+    assert logits.shape == (1, 256, 16384)
+    target = tokens("full/dd_t2i/tok", (1, 256), 16384)
+    loss = torch.nn.functional.cross_entropy(logits[0], target[0]) + embeddings.square().mean()
+    loss.backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    with torch.no_grad():
+        last = Captions(caption.features[:, -9:], caption.valid[:, -9:])
+        found = net(start, torch.tensor([1]), last)
+    torch.testing.assert_close(found.logits, logits.detach(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(found.embeddings, embeddings.detach(), atol=5e-3, rtol=0)

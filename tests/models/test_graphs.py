@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
-from pipeline.models.conditions import Captions, Labels
+from pipeline.models.conditions import Captions, Condition, Labels
 from pipeline.models.graphs import Cuda, Graphs
 from pipeline.numerics.compilation import compiled
 from pipeline.recipe import Recipe
@@ -35,9 +35,12 @@ FILTERS = {
     "llamagen": [Filter(1.0), Filter(2.0), Filter(2.0, 0.8, 9, 0.9)],
 }
 CASES = [(family, filter, {}) for family, filters in FILTERS.items() for filter in filters]
+CAPTIONS = {"caption_dim": 8, "caption_length": 16}
 CASES += [("llamagen", Filter(2.0), {"guidance_interval": k}) for k in (0, 3)] + [
     ("var", Filter(1.5), {"shared_aln": True})
 ]
+CASES += [("llamagen", filter, CAPTIONS) for filter in FILTERS["llamagen"]]
+CASES += [("llamagen", Filter(2.0), CAPTIONS | {"guidance_interval": 3})]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -50,21 +53,31 @@ def pair(settings: TeacherSettings) -> tuple[Teacher, Teacher]:
     return eager, recorded
 
 
-class Drawn:
-    """A generation: other labels and noise for every ``seed``, codes by flow matching; keeps what it was shown."""
+def condition_of(teacher: Teacher, batch: int, random: torch.Generator, positions: int = 8) -> Condition:
+    """Labels, or captions of 1 to ``positions`` tokens in as many positions, as the teacher wants them."""
+    device, width = teacher.codebook.device, getattr(teacher.config, "caption_dim", 0)
+    if not width:
+        return Labels(torch.randint(teacher.layout.classes, (batch,), generator=random).to(device))
+    features = torch.randn(batch, positions, width, generator=random)
+    lengths = torch.randint(1, positions + 1, (batch,), generator=random)
+    return Captions.from_encoder(features, lengths).to(device)
 
-    def __init__(self, teacher: Teacher, seed: int, batch: int = 3, **how: int | Tensor) -> None:
+
+class Drawn:
+    """A generation: other conditions and noise for every ``seed``, codes by flow matching; keeps what it was shown."""
+
+    def __init__(self, teacher: Teacher, seed: int, batch: int = 3, positions: int = 8, **how: int | Tensor) -> None:
         random, layout = torch.Generator().manual_seed(seed), teacher.layout
         device = teacher.codebook.device
         noise = torch.randn(batch, layout.length, layout.code_dim, generator=random).to(device)
-        labels = torch.randint(layout.classes, (batch,), generator=random).to(device)
+        condition = condition_of(teacher, batch, random, positions)
         self.shown: list[Tensor] = []
 
         def choose(t: int, log_p: Tensor) -> Tensor:
             self.shown.append(log_p)
             return matching.match(noise[:, layout.span(t)], log_p, teacher.codebook)
 
-        self.codes = teacher.generate(Labels(labels), choose, **how)
+        self.codes = teacher.generate(condition, choose, **how)
 
 
 def assert_equal(found: Drawn, expected: Drawn) -> None:
@@ -157,16 +170,32 @@ def test_compiled_blocks_need_no_other_forms(tmp_path: Path, family: Family) -> 
     torch._dynamo.reset()
 
 
-def test_captions_are_not_recorded(tmp_path: Path) -> None:
-    eager, recorded = pair(tiny(tmp_path, "llamagen", caption_dim=8, caption_length=4).teacher)
-    captions = Captions(torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))
-    for _ in range(3):
-        codes = recorded.generate(captions, lambda t, log_p: log_p.argmax(-1))
-        assert torch.equal(codes, eager.generate(captions, lambda t, log_p: log_p.argmax(-1)))
-    assert recorded.graphs.recording is None
+def test_captions_of_other_positions_are_another_recording(tmp_path: Path) -> None:
+    """And other captions of as many positions, with their own padding, are not."""
+    eager, recorded = pair(tiny(tmp_path, "llamagen", **CAPTIONS).teacher)
+    graphs, kept = recorded.graphs, []
+    for seed, positions in enumerate((8, 8, 16, 8, 16, 16, 16, 8, 8)):
+        assert_equal(Drawn(recorded, seed, 3, positions), Drawn(eager, seed, 3, positions))
+        kept.append(graphs.recording and graphs.recording.memory.conditions)
+    assert kept == [None, 8, 8, 8, 8, 16, 16, 16, 8]
+
+
+def test_a_prefix_after_captions_is_not_recorded(tmp_path: Path) -> None:
+    eager, recorded = pair(tiny(tmp_path, "llamagen", **CAPTIONS).teacher)
+    codes = Drawn(eager, 0).codes
+    for seed in range(3):
+        assert_equal(Drawn(recorded, seed, stop=4), Drawn(eager, seed, stop=4))
+        assert_equal(Drawn(recorded, seed, prefix=codes[:, :2]), Drawn(eager, seed, prefix=codes[:, :2]))
+    assert list(recorded.graphs.recording.steps) == [1, 2, 3]
 
 
 # ---- nothing waits for a GPU
+
+
+def condition_without_numbers(config: dict) -> Condition:
+    if "caption_dim" not in config:
+        return Labels(torch.zeros(3, dtype=torch.long))
+    return Captions(torch.zeros(3, 8, config["caption_dim"]), torch.ones(3, 8, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("family", "filter", "config"), CASES)
@@ -174,9 +203,9 @@ def test_no_step_asks_what_was_computed(tmp_path: Path, family: Family, filter: 
     """Tensors without numbers do: no item, no bool, no index by a mask."""
     teacher = checkpoints.teacher(replace(tiny(tmp_path, family, **config).teacher, filter=filter))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        condition = Labels(torch.zeros(3, dtype=torch.long))
         with pytest.raises(DataDependentOutputException):
-            bool(condition.labels.any())
+            bool(torch.zeros(3).any())
+        condition = condition_without_numbers(config)
         codes = teacher.generate(condition, lambda t, log_p: log_p.argmax(-1))
         assert isinstance(codes, FakeTensor)
         teacher.generate(condition, lambda t, log_p: log_p.argmax(-1), codes[:, : teacher.layout.before(3)])
@@ -225,10 +254,10 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
 
 
 @GPU
-@FAMILIES
+@pytest.mark.parametrize(("family", "config"), [("var", {}), ("llamagen", {}), ("llamagen", CAPTIONS)])
 @pytest.mark.parametrize("how", [{}, {"compile": True}, {"precision": "bf16"}, {"compile": True, "precision": "bf16"}])
-def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, how: dict) -> None:
-    settings = replace(tiny(tmp_path, family).teacher, **how)
+def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, config: dict, how: dict) -> None:
+    settings = replace(tiny(tmp_path, family, **config).teacher, **how)
     eager, recorded = checkpoints.teacher(settings), checkpoints.teacher(replace(settings, graphs=True))
     for teacher in (eager, recorded):
         stirred(teacher.network)

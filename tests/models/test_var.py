@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import checkpoints
 from pipeline.models.base import nearest
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import Captions, Labels
 from pipeline.models.convnet import to_uint8
 from pipeline.models.var import Config, Student, Teacher, Tokenizer
 from pipeline.models.var.teacher import ScalePass, filtered, guided
 from pipeline.models.var.tokenizer import phi_table
-from pipeline.settings.teacher import Filter
+from pipeline.settings.teacher import Filter, TeacherSettings
 
 VQVAE, VAR, DD, SAMPLING = (golden.load(name) for name in ("var_vqvae", "var", "dd_var", "sampling"))
 CONFIG = Config(depth=3, width=64, heads=4, classes=10, patch_nums=(1, 2, 3, 4), vocabulary=64, code_dim=8, channels=32)
@@ -25,6 +26,7 @@ DIGITS = Config(
     channels=32, multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, attention=False,
 )  # fmt: skip
 GROUPS = CONFIG.layout.groups
+CAPTIONS = Captions(torch.zeros(2, 8, 24), torch.ones(2, 8, dtype=torch.bool))
 OFF = Filter(guidance=0)
 STATE = "state_dict"
 
@@ -639,3 +641,20 @@ class TestStudent:
             made = Student(Config(depth=16), torch.zeros(4096, 32, device="cpu"))
         assert sum(p.numel() for p in made.parameters()) == 328_165_664
         assert not made.codebook.is_meta
+
+
+def test_var_takes_no_captions(teacher: Teacher, student: Student) -> None:
+    """A recipe is told the fields that there are; who hands captions to a network is told what it wants."""
+    settings = TeacherSettings(family="pipeline.models.var", config={"caption_dim": 2048})
+    with pytest.raises(
+        ValueError, match=r"^teacher\.config has no field 'caption_dim'; pipeline\.models\.var knows .*cl"
+    ):
+        checkpoints.config(settings)
+    codes, x = torch.zeros(2, 30, dtype=torch.long), torch.zeros(2, 30, 8)
+    for ask in (
+        lambda: teacher.generate(CAPTIONS, lambda t, log_p: log_p.argmax(-1)),
+        lambda: teacher(CAPTIONS, codes),
+        lambda: student(x, torch.ones(2, dtype=torch.long), CAPTIONS),
+    ):
+        with pytest.raises(TypeError, match="network draws classes and was given Captions; give it Labels"):
+            ask()

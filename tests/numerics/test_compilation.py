@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from pipeline.evaluation import plan
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
-from pipeline.models.conditions import Labels
+from pipeline.models.conditions import Captions, Labels
 from pipeline.numerics import compilation
 from pipeline.numerics.compilation import FORMS, compiled
 from pipeline.recipe import Recipe
@@ -53,7 +53,11 @@ def pair(settings: TeacherSettings) -> tuple[Teacher, Teacher]:
 
 def greedy(teacher: Teacher, batch: int, prefix: Tensor | None = None, stop: int | None = None) -> Tensor:
     condition = Labels(torch.arange(batch) % teacher.layout.classes)
-    return teacher.generate(condition, lambda t, log_p: log_p.argmax(-1), prefix, stop)
+    return teacher.generate(condition, most_likely, prefix, stop)
+
+
+def most_likely(t: int, log_p: Tensor) -> Tensor:
+    return log_p.argmax(-1)
 
 
 # ---- the same answers
@@ -133,6 +137,28 @@ def test_a_student_needs_few_forms(tmp_path: Path, family: Family) -> None:
                     found, expected = (net.jump(x, x, t, condition, 0) for net in (fast, plain))
                     assert error(found, expected) < SAYS
     assert counter.frame_count <= 3
+
+
+def test_captions_need_few_forms(tmp_path: Path) -> None:
+    """Of a teacher and of its student, whatever the positions and lengths of captions."""
+    settings = tiny(tmp_path, "llamagen", caption_dim=8, caption_length=24).teacher
+    plain, fast = pair(settings)
+    counter = CompileCounterWithBackend("eager")
+    compiled(fast.network, dynamic=True, backend=counter)
+    student: Any = stirred(checkpoints.new_student(settings, plain, {}, 0)).eval()
+    quick = copy.deepcopy(student)
+    compiled(quick, backend=counter)
+    x = torch.randn(6, plain.layout.length, plain.layout.code_dim)
+    for batch, positions in ((6, 8), (4, 16), (2, 24), (6, 16)):
+        lengths = torch.arange(batch) + positions - batch
+        captions = Captions.from_encoder(torch.randn(batch, positions, 8), lengths)
+        whole = plain.generate(captions, most_likely)
+        assert torch.equal(fast.generate(captions, most_likely), whole)
+        assert torch.equal(fast.generate(captions, most_likely, prefix=whole[:, :4]), whole)
+        with torch.no_grad():
+            found, expected = (net.jump(x[:batch], x[:batch], 3, captions, 0) for net in (quick, student))
+        assert error(found, expected) < SAYS
+    assert counter.frame_count <= FORMS // 4
 
 
 # ---- in place

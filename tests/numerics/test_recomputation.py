@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from step import error, step
+from step import error, step, stirred
 from tiny import Family, tiny
 from torch import nn
 
 from pipeline.models import checkpoints
+from pipeline.models.conditions import Captions
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.footprint import Meter
+from pipeline.numerics.precision import autocast
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
 from pipeline.training import batches, perceptual
@@ -96,6 +98,25 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
     plain, again = trained(False), trained(True)
     assert plain.keys() == again.keys()
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_student_of_captions_has_the_same_gradients(tmp_path: Path, precision: str) -> None:
+    settings = tiny(tmp_path, "llamagen", caption_dim=8, caption_length=16).teacher
+    teacher, gradients, runs = checkpoints.teacher(settings), [], Counter[bool]()
+    captions = Captions.from_encoder(torch.randn(3, 8, 8), torch.tensor([1, 8, 5]))
+    x, t = torch.randn(3, teacher.layout.length, 4), torch.tensor([1, 4, 9])
+    for again in (False, True):
+        student = stirred(checkpoints.new_student(settings, teacher, {}, 0)).train()
+        if again:
+            recomputed(student.layers)
+        student.layers[0].attention.register_forward_pre_hook(lambda *_, again=again: runs.update([again]))
+        with autocast(precision, "cpu"):
+            logits, embeddings = student(x, t, captions)
+        (logits.float().logsumexp(-1).sum() + embeddings.square().sum()).backward()
+        gradients.append([p.grad for p in student.parameters()])
+    assert runs == {False: 1, True: 2}
+    assert all(torch.equal(plain, mine) for plain, mine in zip(*gradients, strict=True))
 
 
 @pytest.fixture

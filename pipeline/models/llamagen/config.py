@@ -20,7 +20,7 @@ class Config:
         ffn_multiple: the SwiGLU hidden size is 8/3 dim, rounded up to a multiple of this.
         classes: of the condition; one more row of the table is the null class.
         caption_dim: of the text encoder's features in text-to-image models, 2048 for FLAN-T5-XL; 0 has classes instead.
-        caption_length: positions of a caption.
+        caption_length: positions of a caption at most.
         guidance_interval: the official ``cfg_interval``; -1 guides every token, K >= 0 only the first K + 2.
         side: tokens per row and per column.
         vocabulary, code_dim: rows and columns of the codebook.
@@ -70,11 +70,6 @@ class Config:
     def caption(self) -> tuple[int, int] | None:
         """Positions and width of the longest captions; None for a network that takes classes."""
         return (self.caption_length, self.caption_dim) if self.caption_dim else None
-
-    @property
-    def conditions(self) -> int:
-        """Positions before the first token: the class, or the caption."""
-        return self.caption_length if self.caption_dim else 1
 
     @property
     def hidden(self) -> int:

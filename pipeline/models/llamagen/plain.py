@@ -13,46 +13,54 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.base import Choose
-from pipeline.models.conditions import Condition, labels_of
-from pipeline.models.llamagen.teacher import Layer, RotaryAttention, Teacher, log_probabilities, rotary, turn
+from pipeline.models.conditions import Condition
+from pipeline.models.llamagen.captions import positions, sequence_mask
+from pipeline.models.llamagen.teacher import Teacher, log_probabilities
+from pipeline.models.llamagen.transformer import Layer, RotaryAttention, rotary, turn
 
 
 @torch.no_grad()
 def generate(teacher: Teacher, condition: Condition, choose: Choose) -> Tensor:
-    """Codes [B, n] int64, all AR steps from the first, given classes."""
+    """Codes [B, n] int64, all AR steps from the first, given classes or captions."""
     net, n, w = teacher.network, teacher.layout.length, teacher.filter.guidance
-    layers, labels, codes = cast("list[Layer]", list(net.layers)), labels_of(condition), []
-    tables = [labels, torch.full_like(labels, teacher.layout.classes)][: teacher.copies(1)]
-    inputs = [net.cls_embedding(table) for table in tables]
-    caches = [[_empty(layer.attention, len(labels), n) for layer in layers] for _ in tables]
-    rotations = rotary(teacher.config, labels.device)
-    mask = torch.ones(n, n, dtype=torch.bool, device=labels.device).tril()
+    layers, codes = cast("list[Layer]", list(net.layers)), []
+    halves = [condition, net.cls_embedding.null(condition)][: teacher.copies(1)]
+    inputs = [net.cls_embedding(half) for half in halves]
+    length, device = positions(condition) - 1 + n, inputs[0].device
+    caches = [[_empty(layer.attention, len(condition), length) for layer in layers] for _ in halves]
+    rotations, mask = rotary(teacher.config, device, positions(condition)), sequence_mask(condition, n - 1)
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    end = 0
     for t in range(1, n + 1):
         logits = []
+        start, end = end, end + inputs[0].shape[1]
         for x, cache in zip(inputs, caches[: len(inputs)], strict=True):
             with net.float16.region(x.device):
                 for layer, (keys, values) in zip(layers, cache, strict=True):
-                    x = _layer(layer, x, t - 1, keys, values, rotations[t - 1 : t], mask[t - 1 : t])
-            logits.append(net.output(net.norm(x)).float())
+                    x = _layer(layer, x, start, keys, values, rotations[start:end], mask[..., start:end, :])
+            logits.append(net.output(net.norm(x[:, -1:])).float())
         guided = logits[0] if len(logits) == 1 else logits[1] + w * (logits[0] - logits[1])
         codes.append(choose(t, log_probabilities(guided, teacher.filter)))
         inputs = [net.tok_embeddings(codes[-1])] * teacher.copies(t + 1)
     return torch.cat(codes, dim=1)
 
 
-def _empty(attention: RotaryAttention, batch: int, n: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, n, D] of one layer."""
+def _empty(attention: RotaryAttention, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, length, D] of one layer."""
     weight = attention.wo.weight
-    shape = (batch, attention.heads, n, len(weight) // attention.heads)
+    shape = (batch, attention.heads, length, len(weight) // attention.heads)
     return weight.new_zeros(shape), weight.new_zeros(shape)
 
 
-def _layer(layer: Layer, x: Tensor, at: int, keys: Tensor, values: Tensor, rotation: Tensor, seen: Tensor) -> Tensor:
-    """x [B, 1, dim] of position ``at`` -> [B, 1, dim]; its keys and values are written to [B, H, n, D]."""
+def _layer(layer: Layer, x: Tensor, start: int, keys: Tensor, values: Tensor, rotated: Tensor, mask: Tensor) -> Tensor:
+    """x [B, g, dim] of the positions from ``start`` on -> [B, g, dim]; writes their keys and values to [B, H, L, D]."""
     attention, heads = layer.attention, layer.attention.heads
     q, k, v = attention.wqkv(layer.attention_norm(x)).unflatten(-1, (3, heads, -1)).unbind(2)
-    q, k = (turn(part.float(), rotation[:, None]).to(part.dtype) for part in (q, k))
-    keys[:, :, at], values[:, :, at] = k[:, 0], v[:, 0]
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen)
+    q, k = (turn(part.float(), rotated[:, None]).to(part.dtype) for part in (q, k))
+    here = slice(start, start + x.shape[1])
+    keys[:, :, here], values[:, :, here] = k.transpose(1, 2), v.transpose(1, 2)
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask)
     x = x + attention.wo(out.transpose(1, 2).flatten(2))
     return x + layer.feed_forward(layer.ffn_norm(x))
