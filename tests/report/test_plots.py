@@ -46,7 +46,14 @@ def test_the_sample_grid_shows_the_mosaic_pixel_by_pixel() -> None:
     assert (shown[top : top + height, :left] < 128).any()  # names
 
 
-PROMPTS = ["a bold 7 leaning right at the top left", "W" * 70, "", "costs $5 or $6 \\frac", "x" * 10_000, "🦄 مرحبا 漢字"]
+PROMPTS = [
+    "a bold 7 leaning right at the top left",
+    "W" * 70,
+    "",
+    "costs $\\frac$5 or $6",
+    "x" * 10_000,
+    "🦄 مرحبا 漢字",
+]
 
 
 def as_column(prompts: list[str]) -> np.ndarray:
