@@ -61,7 +61,8 @@ class Artist:
         self.plan, self.draws, self.working = plan, draws, working
         self.models = load_models(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
-        self.network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
+        network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
+        self.network = network if plan.has_agreement else dataclasses.replace(network, satisfied=None)
         self.samples = plan.samples()
         self.real: RealImages | None = None  # opened by the actor that scores them
         self.loaded = ""  # the student in self.models
@@ -92,12 +93,13 @@ class Artist:
         return out
 
     def images(self, draw: Draw, places: np.ndarray) -> Labelled:
-        """Images at ``places`` of a draw, and their labels where they are known."""
+        """Images at ``places`` of a draw, and their labels or prompts where they are known."""
         if draw.sampler is None:
             self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.side)
             assert self.real is not None
-            images, labels = self.real[int(places[0]) : int(places[-1]) + 1]
-            return images.to(self.plan.device), labels
+            first = self.plan.first_real
+            images, labels = self.real[first + int(places[0]) : first + int(places[-1]) + 1]
+            return images.to(self.plan.device), self.plan.prompts_of_real(places) if self.plan.prompts else labels
         if draw.student and draw.student != self.loaded:
             self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
             self.loaded = draw.student
@@ -130,7 +132,7 @@ def look_at(
         sights.append(Sight.of(pixels, network))
         labels += [] if of_these is None else [of_these]
     rows, of_all = Sight.joined(sights), np.concatenate(labels) if labels else None
-    out.add(rows, of_all, network.names_labels, places, draw.kept(places), draw.images)
+    out.add(rows, of_all, network, places, draw.kept(places), draw.images)
     return rows
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline import noise, storage
 from pipeline.evaluation import equal_code, scoring, students, tally, unseen
+from pipeline.evaluation.unseen import UnseenPrompts
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.models.conditions import Conditioning
@@ -25,7 +26,6 @@ from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
-from pipeline.text.prompts import PromptList
 
 PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
 FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
@@ -96,7 +96,7 @@ class EvaluationPlan:
     students: dict[str, str] = field(default_factory=dict)
     snapshots: dict[int, str] = field(default_factory=dict)
     exported: dict[str, Any] = field(default_factory=dict)
-    prompts: PromptList | None = None  # that no pair was made of; None for a teacher that takes classes
+    prompts: UnseenPrompts | None = None  # that no pair was made of; None for a teacher that takes classes
     registered: str = ""  # the student's version in the model registry, where the recipe names one
     notes: tuple[str, ...] = ()
 
@@ -119,6 +119,26 @@ class EvaluationPlan:
     def conditioning(self) -> Conditioning:
         """What samples are drawn for, by id."""
         return self.prompts or partial(noise.labels, classes=self.layout.classes)
+
+    @property
+    def grid_columns(self) -> int:
+        """Columns of the sample grid."""
+        return min(self.recipe.evaluate.grid, self.recipe.evaluate.count)
+
+    @property
+    def has_agreement(self) -> bool:
+        """Whether it can be measured how far images are what their prompts ask for."""
+        digits = self.recipe.evaluate.features == "digits"
+        return digits and self.prompts is not None and self.facts["outside the grammar"] is None
+
+    @property
+    def first_real(self) -> int:
+        """Images of the reference that come before those that are compared with."""
+        return int(self.facts["reference"].get("first", 0))
+
+    def prompts_of_real(self, places: np.ndarray) -> np.ndarray | None:
+        """The prompts [B] of the real images at ``places``; None where nobody knows them."""
+        return self.prompts(places) if self.prompts and self.facts["reference"].get("described") else None
 
     @property
     def student(self) -> str:
@@ -290,9 +310,19 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
     prompts = unseen.prompts(recipe)
     if prompts:
         facts |= unseen.facts(recipe, prompts)
+        facts["reference"] |= unseen.reference(recipe, prompts)
     pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
     storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
-    return EvaluationPlan(recipe, layout, listed, facts["reference"]["images"], facts, prompts=prompts)
+    real, notes = facts["reference"]["images"], _notes(facts, prompts)
+    return EvaluationPlan(recipe, layout, listed, real, facts, prompts=prompts, notes=notes)
+
+
+def _notes(facts: dict[str, Any], prompts: UnseenPrompts | None) -> tuple[str, ...]:
+    """Why it is not measured how far images are what their prompts ask for, where it might be."""
+    place = facts.get("outside the grammar")
+    if place is None or prompts is None:
+        return ()
+    return (f"Prompt agreement is not measured: prompt {place} is no caption of the digits.",)
 
 
 def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
@@ -309,5 +339,5 @@ def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
         snapshots=snapshots,
         students={uri: storage.sha256(uri) for uri in [plan.student, *snapshots.values()]},
         exported=exported,
-        notes=(*students.about_split(recipe, plan.student, exported), *left_out),
+        notes=(*plan.notes, *students.about_split(recipe, plan.student, exported), *left_out),
     )

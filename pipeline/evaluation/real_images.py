@@ -2,7 +2,8 @@
 
 Each is a sequence whose slices are images [B, 3, H, W] with their labels. Photographs are cut as ADM's reference was:
 the short side halved with a box filter while it is twice the wanted size or more, then resized bicubically to it, then
-the centre taken. An image of the right size stays as it is.
+the centre taken. An image of the right size stays as it is. Rows of Parquet without an image, as img2dataset leaves
+them where a download failed, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +28,18 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.digits import networks
+from pipeline.digits import captioned, networks
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.sampling.sample_files import header
+from pipeline.settings.evaluate import EvaluateSettings
 
 DIGITS = 5_000  # real digits, all of them
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")  # of Parquet: the first that is there; img2dataset names the format
+CUT = (  # of images of another size, for the reader of a report
+    "ADM's centre crop: the short side halved with a box filter while it is twice the wanted size or more, resized"
+    " bicubically, the centre taken"
+)
 COMPANIONS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")  # what systems lay beside images, in small letters
 
 
@@ -57,9 +65,7 @@ def of_file(uri: str, side: int) -> RealImages | None:
                 f" makes {side}x{side}; give a reference of that size."
             )
         return array if len(array) else None
-    files = _visible(uri) if storage.is_folder(uri) else {"": ""}
-    tables = [storage.join(uri, name) if name else uri for name in files if (name or uri).endswith(".parquet")]
-    pictures = [storage.join(uri, name) for name in files if name.lower().endswith(SUFFIXES)]
+    tables, pictures = _inside(uri)
     if not tables and not pictures:
         raise Refused(
             f"evaluate.reference {uri} is a folder without images or Parquet; it may hold {', '.join(SUFFIXES)} or"
@@ -68,6 +74,27 @@ def of_file(uri: str, side: int) -> RealImages | None:
     images: RealImages = ImageRows(tables, side) if tables else Files(pictures, side)
     images[:1]
     return images
+
+
+def columns(uri: str) -> list[str]:
+    """The columns of the (first) Parquet file at ``uri``; none where there is no Parquet."""
+    if not (storage.is_folder(uri) or uri.endswith(".parquet")) or not (tables := _inside(uri)[0]):
+        return []
+    with _readable(tables[0], "Parquet"), storage.reading(tables[0]) as file:
+        return list(pq.ParquetFile(file).schema_arrow.names)
+
+
+def has_placements(settings: EvaluateSettings) -> bool:
+    """Whether the report's prompts come with the digits that they describe: then those are its real images."""
+    uri = settings.captions.uri
+    return uri is not None and not storage.is_folder(uri) and set(captioned.COLUMNS) <= set(columns(uri))
+
+
+def _inside(uri: str) -> tuple[list[str], list[str]]:
+    """The Parquet files and the image files of a folder, or the Parquet file ``uri`` itself."""
+    files = _visible(uri) if storage.is_folder(uri) else {"": ""}
+    tables = [storage.join(uri, name) if name else uri for name in files if (name or uri).endswith(".parquet")]
+    return tables, [storage.join(uri, name) for name in files if name.lower().endswith(SUFFIXES)]
 
 
 def fingerprint(uri: str) -> str:
@@ -144,18 +171,49 @@ class Files:
         return _tensor(np.stack(pixels)), None
 
 
+class RowGroup(NamedTuple):
+    """A row group of a Parquet file: which one, its column of images, its rows, and how many of them have an image.
+
+    ``first`` counts its first row among those of all files.
+    """
+
+    uri: str
+    number: int
+    column: str
+    first: int
+    rows: int
+    images: int
+
+
 class ImageRows:
-    """The column ``image`` of Parquet files: encoded images, or the Hub's structs {bytes, path} of them."""
+    """One of ``IMAGE_COLUMNS`` of Parquet files: encoded images, or the Hub's structs {bytes, path} of them.
+
+    Rows without an image are left out.
+    """
 
     def __init__(self, uris: list[str], side: int) -> None:
         self.side = side
-        self.groups: list[tuple[str, int]] = []  # (file, row group)
-        self.starts = [0]
+        self.groups: list[RowGroup] = []
         for uri in uris:
-            for i, count in enumerate(_group_sizes(uri)):
-                self.groups.append((uri, i))
-                self.starts.append(self.starts[-1] + count)
+            self.groups += _row_groups(uri, self.row_count)
+        self.starts = [0, *accumulate(group.images for group in self.groups)]
         self._read = lru_cache(maxsize=1)(_images_of)  # a row group serves several batches
+        if not len(self):
+            raise Refused(f"evaluate.reference {uris[0]} has {self.row_count:,} rows and no image in any; fetch them.")
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all files, those without an image among them."""
+        return self.groups[-1].first + self.groups[-1].rows if self.groups else 0
+
+    def rows(self) -> np.ndarray:
+        """The row of every image among those of all files, int64 [len(self)]."""
+        every = [
+            np.arange(group.rows) if group.images == group.rows else [row for row, _ in _images_of(group)]
+            for group in self.groups
+        ]
+        firsts = [group.first for group in self.groups]
+        return np.concatenate([first + np.asarray(rows, np.int64) for first, rows in zip(firsts, every, strict=True)])
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -164,29 +222,54 @@ class ImageRows:
         pixels = []
         for place in range(*rows.indices(len(self))):
             i = bisect_right(self.starts, place) - 1
-            data = self._read(*self.groups[i])[place - self.starts[i]]
-            pixels.append(decoded(data, self.side, f"row {place} of evaluate.reference, in {self.groups[i][0]}"))
+            row, data = self._read(self.groups[i])[place - self.starts[i]]
+            name = f"row {self.groups[i].first + row} of evaluate.reference, in {self.groups[i].uri}"
+            pixels.append(decoded(data, self.side, name))
         return _tensor(np.stack(pixels)), None
 
 
-def _group_sizes(uri: str) -> list[int]:
-    """Rows of each row group of a Parquet file; ValueError, one sentence, where it holds no images."""
+def _row_groups(uri: str, first: int) -> list[RowGroup]:
+    """The row groups of a Parquet file, ``first`` rows behind the beginning; Refused where it holds no images."""
+    out = []
     with _readable(uri, "Parquet"), storage.reading(uri) as file:
         table = pq.ParquetFile(file)
-        kind = next((str(field.type) for field in table.schema_arrow if field.name == "image"), None)
-        sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-    if kind is None or "binary" not in kind:
-        raise Refused(
-            f"evaluate.reference {uri} has {'no column image' if kind is None else f'a column image of {kind}'}; it"
-            " must hold encoded images: bytes, or the Hub's structs of bytes and path."
-        )
-    return sizes
+        kinds = {field.name: str(field.type) for field in table.schema_arrow}
+        column = next((name for name in IMAGE_COLUMNS if name in kinds), None)
+        if column is None or "binary" not in kinds[column]:
+            said = f"a column {column} of {kinds[column]}" if column else f"no column {', '.join(IMAGE_COLUMNS)}"
+            raise Refused(
+                f"evaluate.reference {uri} has {said}; it must hold encoded images: bytes, or the Hub's structs of"
+                " bytes and path."
+            )
+        for number in range(table.num_row_groups):
+            rows = table.metadata.row_group(number).num_rows
+            nulls = _nulls(table, number, column)
+            out.append(RowGroup(uri, number, column, first, rows, rows - nulls))
+            first += rows
+    return out
 
 
-def _images_of(uri: str, group: int) -> list[bytes]:
-    with _readable(uri, "Parquet"), storage.reading(uri) as file:
-        column = pq.ParquetFile(file).read_row_group(group, columns=["image"]).column("image").to_pylist()
-    return [value["bytes"] if isinstance(value, dict) else value for value in column]
+def _nulls(table: pq.ParquetFile, number: int, column: str) -> int:
+    """Rows of a row group without an image: as its footer says, else counted."""
+    group = table.metadata.row_group(number)
+    for i in range(group.num_columns):
+        chunk = group.column(i)
+        if chunk.path_in_schema in (column, f"{column}.bytes") and chunk.statistics and chunk.statistics.has_null_count:
+            return int(chunk.statistics.null_count)
+    return sum(data is None for data in _cells(table, number, column))
+
+
+def _cells(table: pq.ParquetFile, number: int, column: str) -> list[bytes | None]:
+    """The encoded images of a row group, None for rows without one."""
+    cells = table.read_row_group(number, columns=[column]).column(column).to_pylist()
+    return [value["bytes"] if isinstance(value, dict) else value for value in cells]
+
+
+def _images_of(group: RowGroup) -> list[tuple[int, bytes]]:
+    """(row of the group, encoded image) for every row with an image."""
+    with _readable(group.uri, "Parquet"), storage.reading(group.uri) as file:
+        cells = _cells(pq.ParquetFile(file), group.number, group.column)
+    return [(row, data) for row, data in enumerate(cells) if data is not None]
 
 
 @contextmanager

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.digits import networks
+from pipeline.digits.agreement import agreement
+from pipeline.digits.captioned import CaptionedDigits
 from pipeline.evaluation import inception, real_images, references
-from pipeline.evaluation.real_images import RealImages
+from pipeline.evaluation.real_images import ImageRows, RealImages
 from pipeline.evaluation.references import References
 from pipeline.host.errors import Missing, Refused
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
+Satisfied = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 DIMENSIONS = {"digits": 64, "inception": inception.FEATURES}
 
 
@@ -32,7 +35,9 @@ class Features:
 
     Called with uint8 images [B, 3, H, W] it returns features [B, dim], logits [B, classes] and, where ``spatial`` is
     their number, the spatial features of sFID, else None; float32. ``names_labels`` says whether its classes are the
-    teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored.
+    teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored. ``satisfied``
+    says which images [B] are all that their prompts name: (uint8 images, logits, prompts) -> bool; None where that is
+    not measured.
     """
 
     dim: int
@@ -41,6 +46,7 @@ class Features:
     names_labels: bool
     network: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
     second: Callable[[Tensor], Tensor] | None = None
+    satisfied: Satisfied | None = None
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.network(pixels)
@@ -52,13 +58,17 @@ def features(
     """The scoring network of a recipe on ``device``; ``weights`` are those of ``weights``, read here if not given."""
     if settings.features == "digits":
         scorer = networks.scorer().to(device)
-        dim = DIMENSIONS["digits"]
-        return Features(dim, networks.CLASSES, 0, True, lambda pixels: (*scorer(pixels.float() / 127.5 - 1), None))
+        network = lambda pixels: (*scorer(pixels.float() / 127.5 - 1), None)  # noqa: E731
+        return Features(DIMENSIONS["digits"], networks.CLASSES, 0, True, network, satisfied=_satisfied)
     arrays = weights or inception.weights(settings.inception or "")
     network, *others = (inception.Inception(arrays, flavour).to(device) for flavour in settings.flavours)
     spatial = inception.SPATIAL if settings.flavours[0] == "torch-fidelity" else 0
     second = (lambda pixels: others[0](pixels)[0]) if others else None
     return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second)
+
+
+def _satisfied(pixels: np.ndarray, logits: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    return agreement(pixels, logits, prompts.tolist()).all_named()
 
 
 def weights(settings: EvaluateSettings) -> dict[str, np.ndarray] | None:
@@ -83,11 +93,12 @@ def second_title(settings: EvaluateSettings) -> str | None:
     return f"{kind} ({settings.flavours[1]})"
 
 
-def meaning(settings: EvaluateSettings) -> str:
-    """What the distance is, for a reader of the report."""
+def meaning(settings: EvaluateSettings, described: bool = False) -> str:
+    """What the distance is, for a reader of the report; ``described``: to the images of the prompts themselves."""
     if settings.features == "digits":
+        digits = "the real digits that the prompts describe" if described else "the 5,000 real digits"
         return (
-            "Fréchet distance of 64 features of the digits scorer to the 5,000 real digits. It is not FID and"
+            f"Fréchet distance of 64 features of the digits scorer to {digits}. It is not FID and"
             " compares with nothing outside this recipe"
         )
     if settings.inception == FORMULA:
@@ -115,7 +126,7 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
         if image_size != 32 or classes not in (networks.CLASSES, 0):  # 0 of a teacher that takes captions
             raise Refused(
                 f"evaluate.features is digits, which scores 32x32 images of {networks.CLASSES} classes, but"
-                f" the teacher makes {image_size}x{image_size} images of {classes}; use evaluate.features"
+                f" the teacher makes {image_size}x{image_size} images of {classes or 'prompts'}; use evaluate.features"
                 " inception."
             )
         return {"scorer": storage.sha256("package://digits/scorer.safetensors")}
@@ -140,6 +151,8 @@ def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, An
             raise Missing(f"evaluate.{name} {place} is not there; check the path, or fetch ADM's.")
     files, images = statistics(settings), real(settings, image_size)
     facts: dict[str, Any] = {"SHA-256": real_images.fingerprint(uri), "images": len(images) if images else 0}
+    if isinstance(images, ImageRows) and images.row_count > len(images):
+        facts["rows without an image"] = images.row_count - len(images)
     if settings.images:
         facts["images SHA-256"] = real_images.fingerprint(settings.images)
         if not images:
@@ -197,5 +210,6 @@ def statistics(settings: EvaluateSettings) -> dict[Flavour, References]:
 def real(settings: EvaluateSettings, image_size: int) -> RealImages | None:
     """The real images of a recipe, or None where its reference holds statistics alone."""
     if settings.features == "digits":
-        return real_images.Digits()
+        described = real_images.has_placements(settings)
+        return CaptionedDigits(settings.captions.uri or "") if described else real_images.Digits()
     return real_images.of_file(settings.images or settings.reference or "", image_size)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation import metrics, scoring
+from pipeline.evaluation import metrics, real_images, scoring, unseen
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.references import References
@@ -24,7 +24,7 @@ from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
-from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
+from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
 from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
@@ -61,12 +61,14 @@ class Entry:
 class Reference:
     """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
     the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
+    ``of_digits``: the digits' scorer looked, whose classes make no Inception Score.
     """
 
     gaussian: Gaussian
     real: Statistics | None
     spatial: Gaussian | None = None
     second: Gaussian | None = None
+    of_digits: bool = False
 
 
 def summarise(
@@ -88,7 +90,7 @@ def summarise(
         "name": plan.recipe.name,
         "title": scoring.title(settings),
         "second_title": scoring.second_title(settings),
-        "meaning": scoring.meaning(settings),
+        "meaning": scoring.meaning(settings, plan.facts["reference"].get("described", False)),
         "fingerprint": plan.fingerprint(),
         "shown": frame(plan, others),
         "rows": rows,
@@ -100,6 +102,8 @@ def summarise(
         "notes": list(plan.notes),
         "made": _origin(plan, times, outlines),
     }
+    if plan.prompts:
+        results["grid"] = plan.prompts(range(plan.grid_columns)).tolist()
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
@@ -143,7 +147,8 @@ def compared_with(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -
     if first in files:
         return Reference(files[first].pooled, real, files[first].spatial, second)
     assert real is not None
-    return Reference(real.moments.gaussian(), real, real.spatial.gaussian() if real.spatial else None, second)
+    spatial = real.spatial.gaussian() if real.spatial else None
+    return Reference(real.moments.gaussian(), real, spatial, second, settings.features == "digits")
 
 
 def _gaussian(file: References | None, own: Moments | None) -> Gaussian | None:
@@ -186,7 +191,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
     return {
         "count": settings.count,
         "seed": settings.seed,
-        "classes": plan.layout.classes,
+        **_conditions(plan),
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
@@ -221,7 +226,8 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         if inception and min(kept)
         else None,
         "features kept": {"images": kept[0], "real images": kept[1]},
-        "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
+        "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of "
+        + ("images" if plan.prompts else "whole rounds of classes"),
         "sampling": {"seconds of all actors": round(sum(one.seconds for one in outlines.values()), 1)}
         | sampling({draw.name: one.origin for draw, one in outlines.items()}),
         "timing": {
@@ -233,6 +239,20 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "report": _report(),
         "fingerprint": plan.fingerprint(),
     }
+
+
+def _conditions(plan: EvaluationPlan) -> Conditions:
+    """What samples are drawn for: classes, or prompts and what makes features of them."""
+    recipe, found = plan.recipe, plan.prompts
+    if found is None:
+        return {"classes": plan.layout.classes}
+    facts: Any = found.facts()
+    facts |= {"uri": unseen.place(recipe), "SHA-256": facts.pop("sha256")}
+    facts["also among the pairs' prompts"] = unseen.repeated(recipe, found)
+    if not plan.facts["encoder"]:
+        return {"prompts": facts}
+    features: Any = {"uri": recipe.text.encoder, **plan.facts["encoder"]}
+    return {"prompts": facts, "encoder": features}
 
 
 def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -255,8 +275,13 @@ def _report() -> ReportOrigin:
 
 def _reference(plan: EvaluationPlan) -> ReferenceOrigin:
     settings = plan.recipe.evaluate
-    uri = "the digits" if settings.features == "digits" else settings.reference or ""
-    return {"uri": uri} | ({"images": settings.images} if settings.images else {}) | plan.facts["reference"]
+    uri = settings.reference or ""
+    if settings.features == "digits":
+        described = plan.facts["reference"].get("described", False)
+        uri = f"the digits that {settings.captions.uri} describes" if described else "the digits"
+    files = {"images": settings.images} if settings.images else {}
+    cut = {"cut": real_images.CUT} if plan.prompts and plan.real and settings.features == "inception" else {}
+    return {"uri": uri} | files | plan.facts["reference"] | cut
 
 
 def _weights(settings: EvaluateSettings) -> str:
@@ -289,7 +314,7 @@ def numbers(
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
         count = reference.real.moments.n
-        rows.insert(0, {**_quality(reference.real), "name": "real images", "type": "real", "count": count})
+        rows.insert(0, {**_quality(reference.real, reference), "name": "real images", "type": "real", "count": count})
     for row in rows:
         row["score_over_teacher"] = _ratio(row.get("score"), teacher and teacher.get("score"))
         row["variance_over_teacher"] = _ratio(row.get("variance"), teacher and teacher.get("variance"))
@@ -327,7 +352,7 @@ def _row(entry: Entry, reference: Reference) -> Row:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:
         row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
-    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics)}
+    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics, reference)}
 
 
 def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> OfFeatures:
@@ -351,7 +376,7 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
         if reference.real and reference.real.features:
             theirs = np.concatenate(reference.real.features)
             kid = pool.submit(metrics.kid, mine, theirs)
-            if not statistics.labelled and min(len(mine), len(theirs)) > NEIGHBOURS:
+            if not reference.of_digits and min(len(mine), len(theirs)) > NEIGHBOURS:
                 out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
             out["kid"], out["kid_std"] = kid.result()
     if found := error.result():
@@ -359,15 +384,21 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
     return out
 
 
-def _quality(statistics: Statistics) -> Quality:
-    """What needs no reference. A network whose classes are the labels, that of the digits, makes no Inception Score."""
+def _quality(statistics: Statistics, reference: Reference) -> Quality:
+    """What needs no real images. A network whose classes are drawn, that of the digits, makes no Inception Score."""
     labelled = statistics.labelled
-    return {
-        "inception_score": None if labelled else statistics.score.value(),
-        "inception_score_std": None if labelled else statistics.score.error(),
+    out: Quality = {
+        "inception_score": None if reference.of_digits else statistics.score.value(),
+        "inception_score_std": None if reference.of_digits else statistics.score.error(),
         "accuracy": statistics.right / labelled if labelled else None,
         "variance": statistics.variance.value(),
     }
+    (agreeing, asked), (by_chance, asked_of_others) = statistics.agreement.tolist()
+    if asked:
+        out["prompt_agreement"] = agreeing / asked
+    if asked_of_others:
+        out["prompt_agreement_of_others"] = by_chance / asked_of_others
+    return out
 
 
 def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> Agreement:

@@ -61,7 +61,8 @@ class Statistics:
     ids.
 
     ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
-    is their label, ``labelled`` those that were asked.
+    is their label, ``labelled`` those that were asked. ``agreement`` [2, 2] counts images that are all that their
+    prompts name and those that were asked, for their own prompts and, below, for other images'.
     ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
     says on what the parts were made, each kind once; ``origin`` says all else of how, on which no more than rounding
     depends.
@@ -75,6 +76,7 @@ class Statistics:
     second: Moments | None = None
     right: int = 0
     labelled: int = 0
+    agreement: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), dtype=np.int64))
     seconds: float = 0.0
     features: list[np.ndarray] = field(default_factory=list)
     images: list[np.ndarray] = field(default_factory=list)
@@ -107,6 +109,7 @@ class Statistics:
             self.second.merge(other.second)
         self.right += other.right
         self.labelled += other.labelled
+        self.agreement = self.agreement + other.agreement
         self.seconds += other.seconds
         self.features += other.features
         self.images += other.images
@@ -127,6 +130,8 @@ class Statistics:
         }
         arrays["made"] = np.array(json.dumps(self.origin | {"machines": self.machines}))
         arrays["counts"] = np.array([self.right, self.labelled, self.seconds])
+        if self.agreement.any():
+            arrays["agreement"] = self.agreement
         for key in ("features", "images"):
             if getattr(self, key):
                 arrays[key] = np.concatenate(getattr(self, key))
@@ -157,6 +162,7 @@ class Statistics:
                 setattr(sum_, attribute, int(value) if value.ndim == 0 else value)
         out.right, out.labelled = int(arrays["counts"][0]), int(arrays["counts"][1])
         out.seconds = float(arrays["counts"][2])
+        out.agreement = arrays.get("agreement", out.agreement)
         out.features = [arrays["features"]] if "features" in arrays else []
         out.images = [arrays["images"]] if "images" in arrays else []
         out.origin = json.loads(str(arrays["made"]))
@@ -167,14 +173,14 @@ class Statistics:
         self,
         sight: Sight,
         labels: np.ndarray | None,
-        names_labels: bool,
+        network: Features,
         place: np.ndarray,
         keep: np.ndarray,
         images: int,
     ) -> None:
         """Take in rows of images; ``place`` [B] counts the sampler's images from 0.
 
-        Labels may be unknown (None); ``names_labels`` says whether the network's classes are labels. Features are kept
+        Labels or prompts [B] may be unknown (None); ``network`` says what its logits mean for them. Features are kept
         of the rows in ``keep`` [B], and the first ``images`` of all are.
         """
         self.moments.add(sight.features)
@@ -184,16 +190,29 @@ class Statistics:
             self.spatial.add(sight.spatial)
         if self.second and sight.second is not None:
             self.second.add(sight.second)
-        if labels is not None:
-            prompts = labels.dtype == object  # of which each stands for itself: the variance is that of all images
-            self.variance.add(sight.thumbnails, np.zeros(len(labels), dtype=np.int64) if prompts else labels)
-            if names_labels and not prompts:
-                self.right += int((sight.logits.argmax(1) == labels).sum())
-                self.labelled += len(labels)
+        if len(self.variance.n) == 1:  # of prompts each stands for itself: the variance is that of all images
+            self.variance.add(sight.thumbnails, np.zeros(len(place), dtype=np.int64))
+        elif labels is not None:
+            self.variance.add(sight.thumbnails, labels)
+        if labels is not None and labels.dtype == object:
+            self._add_agreement(sight, labels, network)
+        elif labels is not None and network.names_labels:
+            self.right += int((sight.logits.argmax(1) == labels).sum())
+            self.labelled += len(labels)
         if keep.any():
             self.features.append(sight.features[keep])
         if (place < images).any():
             self.images.append(sight.pixels[place < images])
+
+    def _add_agreement(self, sight: Sight, prompts: np.ndarray, network: Features) -> None:
+        """Count the images that are what their prompts ask for, and what those half the rows further on ask for."""
+        if network.satisfied is None:
+            return
+        for row, moved in enumerate((0, len(prompts) // 2)):
+            if row and not moved:
+                continue  # a single image has no other's prompt
+            satisfied = network.satisfied(sight.pixels, sight.logits, np.roll(prompts, moved))
+            self.agreement[row] += (int(satisfied.sum()), len(prompts))
 
 
 def _rows(out: Tensor) -> np.ndarray:

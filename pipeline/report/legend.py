@@ -7,6 +7,7 @@ from pipeline.report.protocol import precisions
 from pipeline.report.results import Results
 from pipeline.report.tables import (
     DEPARTS,
+    PROMPT_AGREEMENT,
     beside_paper,
     columns,
     further_columns,
@@ -22,8 +23,21 @@ def introduction(results: Results) -> str:
     origin = results["made"]
     return (
         f"{origin['count']:,} images per sampler, sample ids from 0, seed {origin['seed']}; the same id gives"
-        " every sampler the same label and the same noise."
+        f" every sampler the same {'prompt' if of_prompts(results) else 'label'} and the same noise."
     )
+
+
+def of_prompts(results: Results) -> bool:
+    """Whether images were drawn for prompts, not for classes."""
+    return "prompts" in results["made"]
+
+
+def about_grid(results: Results) -> str:
+    """What the rows and columns of the sample grid are."""
+    text = "One row per sampler, one column per noise."
+    if "grid" not in results:
+        return text
+    return f"{text} Its prompts, cut and with boxes for what cannot be drawn, stand above them, and whole below."
 
 
 ROWS = {
@@ -56,12 +70,20 @@ ROWS = {
     ),
 }
 
+WITH_PROMPTS = {  # what reads otherwise there
+    "OneStepStar": (
+        "onestep*",
+        "every position on its own, from the token frequencies of the pair set there, whatever the prompt. No network"
+        " is asked, and the time is that of drawing and decoding.",
+    ),
+}
+
 
 def about_rows(results: Results) -> list[tuple[str, str]]:
     """(name, how it draws) of the samplers in the table."""
     kinds = {row["sampler"]["name"] for row in results["rows"] if row.get("sampler")}
     departing = [f"{row['name']}: {', '.join(row['departs'])}" for row in results["rows"] if row.get("departs")]
-    out = [text for kind, text in ROWS.items() if kind in kinds]
+    out = [text for kind, text in (ROWS | (WITH_PROMPTS if of_prompts(results) else {})).items() if kind in kinds]
     if departing:
         out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
     return out + [("note", note) for note in results.get("notes", [])]
@@ -91,8 +113,10 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
-        "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
-        " diverse than the teacher.",
+        PROMPT_AGREEMENT: _about_prompt_agreement(results),
+        "variance / teacher's": "pixel variance "
+        + ("of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes")
+        + "; below 1 the sampler is less diverse than the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
         + ("" if origin.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
@@ -119,7 +143,8 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
         out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
     if 0 < (kept := origin.get("features kept", {}).get("images", 0)) < origin["count"]:
-        text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
+        rounds = "which" if of_prompts(results) else "whole rounds of classes that"
+        text = f"are of the features of {kept:,} of the images, {rounds} are evenly spread."
         out.append(("precision, recall, KID, limits and standard errors", text))
     if origin["count"] <= origin["dimensions"]:
         warning = f"Only {origin['count']} images for {origin['dimensions']} features"
@@ -144,6 +169,20 @@ def _about_parameters(results: Results) -> str:
     )
     kinds = {row.get("type") for row in results["rows"]}
     return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
+
+
+def _about_prompt_agreement(results: Results) -> str:
+    """What counts as agreement, and what chance gives of it."""
+    by_chance = [
+        f"{row['name']} {row['prompt_agreement_of_others']:.1%}"
+        for row in results["rows"]
+        if "prompt_agreement_of_others" in row
+    ]
+    return (
+        "share of images that are all that their prompts name (digit, weight, slant, place), by the scoring network and"
+        " by measuring ink; near a border between two words either counts. Real images show how much can be reached."
+        f" Given other images' prompts, from half a part of 1,000 further on: {', '.join(by_chance)}."
+    )
 
 
 def _about_time(results: Results) -> str:

@@ -6,10 +6,11 @@ report.html say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.report import legend, tables
+from pipeline.report import legend, lettering, tables
 from pipeline.report.names import metric_name
 from pipeline.report.protocol import protocol
 from pipeline.report.results import Results
@@ -72,6 +73,7 @@ def markdown(results: Results) -> str:
         f"# {results['name']}: report",
         legend.introduction(results),
         "![one column per noise, one row per sampler](samples.png)",
+        *_prompts(results),
         table(results),
         _legend(legend.about_columns(results)),
     ]
@@ -97,6 +99,19 @@ def markdown(results: Results) -> str:
     parts += ["## How these images were drawn, scored and timed", _legend(protocol(results))]
     parts += ["## How these numbers were made", _nested(results["made"], 0)]
     return "\n\n".join(parts) + "\n"
+
+
+def _prompts(results: Results) -> list[str]:
+    """The whole prompts of the grid's columns as code, in which nothing is Markdown."""
+    lines = [f"{number}. {_as_code(prompt)}" for number, prompt in enumerate(results.get("grid", []), 1)]
+    return [legend.about_grid(results), "\n".join(lines)] if lines else []
+
+
+def _as_code(prompt: str) -> str:
+    """One line of code, between more backticks than stand together anywhere in it."""
+    line = lettering.printable(" ".join(prompt.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}"
 
 
 def _legend(entries: list[tuple[str, str]]) -> str:

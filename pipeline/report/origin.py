@@ -130,13 +130,62 @@ class PairsOrigin(TypedDict):
     count: int
 
 
+_PromptFiles = TypedDict("_PromptFiles", {"SHA-256": str, "also among the pairs' prompts": int | None})
+
+
+class PromptsOrigin(_PromptFiles):
+    """The prompts that were drawn.
+
+    Attributes:
+        uri: of a file or folder.
+        column: of Parquet; empty of text.
+        rows: of the whole list.
+        skip: rows at its beginning that were left out.
+        chosen: fingerprint of the rows that count, where those without an image do not; missing where all do.
+        SHA-256: of what is at ``uri``.
+        also among the pairs' prompts: how many of those drawn; None where no pairs' prompts are named.
+    """
+
+    uri: str
+    column: str
+    rows: int
+    skip: int
+    chosen: NotRequired[str]
+
+
+class EncoderOrigin(TypedDict):
+    """What made features of the prompts.
+
+    Attributes:
+        uri: of its folder.
+        weights: SHA-256 of its files.
+        tokenizer: SHA-256 of its tokenizer.
+        length: tokens of a prompt that it reads at most.
+        clean: the rules by which prompts were rewritten before; empty where they were not.
+        precision: in which it worked.
+    """
+
+    uri: str
+    weights: str
+    tokenizer: str
+    length: int
+    clean: str
+    precision: str
+
+
 _ReferenceFiles = TypedDict(
-    "_ReferenceFiles", {"SHA-256": NotRequired[str], "images SHA-256": NotRequired[str], "sFID": NotRequired[bool]}
+    "_ReferenceFiles",
+    {
+        "SHA-256": NotRequired[str],
+        "images SHA-256": NotRequired[str],
+        "sFID": NotRequired[bool],
+        "rows without an image": NotRequired[int],
+    },
 )
 
 
 class ReferenceOrigin(_ReferenceFiles):
-    """What images were compared with; of the digits ``uri``, ``images`` and ``statistics`` alone.
+    """What images were compared with; of classes of digits ``uri``, ``images`` and ``statistics`` alone.
 
     Attributes:
         uri: of statistics or of images, or "the digits".
@@ -146,7 +195,11 @@ class ReferenceOrigin(_ReferenceFiles):
         statistics: "read" from a file, or "made here".
         count: images behind statistics that were read; None where their file does not say.
         sFID: whether statistics that were read have spatial features.
+        rows without an image: of Parquet, which were left out; missing where there are none.
         second: ``statistics`` of the second flavour, where two are scored.
+        described: whether the images are those of the prompts that were drawn, as far as is known; missing of classes.
+        first: images there that come before those of the prompts.
+        cut: how images of another size were cut; missing of classes.
     """
 
     uri: str
@@ -154,6 +207,9 @@ class ReferenceOrigin(_ReferenceFiles):
     statistics: str
     count: NotRequired[int | None]
     second: NotRequired[str]
+    described: NotRequired[bool]
+    first: NotRequired[int]
+    cut: NotRequired[str]
 
 
 class ReportOrigin(TypedDict):
@@ -189,13 +245,26 @@ _OriginOfNumbers = TypedDict(
 )
 
 
-class Origin(_OriginOfNumbers):
+class Conditions(TypedDict):
+    """What samples were drawn for.
+
+    Attributes:
+        classes: labels, which samples take in turn; missing of prompts.
+        prompts: which were drawn; missing of classes.
+        encoder: what made features of them; missing of classes, and of a teacher that needs none.
+    """
+
+    classes: NotRequired[int]
+    prompts: NotRequired[PromptsOrigin]
+    encoder: NotRequired[EncoderOrigin]
+
+
+class Origin(_OriginOfNumbers, Conditions):
     """What somebody needs who wants the same numbers.
 
     Attributes:
         count: images a sampler.
         seed: of noise and uniform draws.
-        classes: labels, which samples take in turn.
         samplers: [class, fields] of each by its name.
         teacher: who drew the teacher's rows.
         solver: settings of flow matching.
@@ -222,7 +291,6 @@ class Origin(_OriginOfNumbers):
 
     count: int
     seed: int
-    classes: NotRequired[int]
     samplers: NotRequired[dict[str, list[Any]]]
     teacher: TeacherOrigin
     solver: NotRequired[dict[str, Any]]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from pipeline.report import legend, plots, tables
+from pipeline.report import legend, lettering, plots, tables
 from pipeline.report.protocol import protocol
 from pipeline.report.results import Results, Row
 from pipeline.report.tables import Column, Table
@@ -70,6 +70,7 @@ dt { font-weight: 600; }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 dl dl { margin: 0; font-size: 1em; }
 dl dl dt { font-weight: 400; color: var(--soft); }
+.prompts { max-width: 62rem; font-size: .92rem; overflow-wrap: anywhere; white-space: pre-wrap; }
 .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: minmax(0, 1fr); } dd { margin-bottom: .5rem; } .cards li { max-width: none; }
@@ -128,7 +129,8 @@ def html(results: Results, pictures: dict[str, bytes]) -> str:
 def _sections(results: Results, pictures: dict[str, bytes]) -> list[tuple[str, str, str]]:
     """(anchor, heading, content) of every part that these results have."""
     table = _results_table(results)
-    out = [("images", "Images", _figure(pictures, "samples.png", "One row per sampler, one column per noise."))]
+    grid = _figure(pictures, "samples.png", legend.about_grid(results)) + _prompts(results.get("grid", []))
+    out = [("images", "Images", grid)]
     out.append(("results", "Results", table + _described(results)))
     if "tradeoff.png" in pictures:
         caption = (
@@ -155,6 +157,12 @@ def _sections(results: Results, pictures: dict[str, bytes]) -> list[tuple[str, s
     made = f'<div class="made">{_nested(results["made"])}</div>'
     out.append(("made", "How these numbers were made", made))
     return out
+
+
+def _prompts(prompts: list[str]) -> str:
+    """The whole prompts of the grid's columns, each written from where its own script begins."""
+    items = "".join(f'<li dir="auto">{escape(lettering.printable(prompt))}</li>' for prompt in prompts)
+    return f'<ol class="prompts">{items}</ol>' if items else ""
 
 
 def _cards(results: Results) -> str:

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from pipeline.report import lettering
 from pipeline.report.results import Results
 from pipeline.report.tables import count, throughput_batch, timed
 
@@ -67,26 +68,54 @@ def _smaller(cells: np.ndarray, factor: int) -> np.ndarray:
     return blocks.mean((-3, -1)).round().astype(np.uint8)
 
 
-def samples(names: Sequence[str], images: Sequence[np.ndarray], labels: np.ndarray) -> bytes:
-    """The sample grid: a labelled row per sampler, a column per noise with its class on top."""
+def samples(names: Sequence[str], images: Sequence[np.ndarray], of: np.ndarray) -> bytes:
+    """The sample grid: a named row per sampler, a column per noise with what it was drawn for on top.
+
+    ``of`` [columns] holds labels, or an object array of prompts, of which the beginnings are shown.
+    """
+    return png(_sample_grid(names, images, of))
+
+
+def training_samples(images: Sequence[np.ndarray], of: np.ndarray) -> np.ndarray:
+    """Rows of the grid along training, uint8 [H, W, 3]: the mosaic of classes alone, prompts above their columns."""
+    if of.dtype != object:
+        return mosaic(images)
+    canvas = FigureCanvasAgg(_sample_grid([""] * len(images), images, of))
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _sample_grid(names: Sequence[str], images: Sequence[np.ndarray], of: np.ndarray) -> Figure:
     picture = mosaic(images)
     height, width = picture.shape[:2]
+    rows, columns = len(names), len(of)
     scale = max(1.0, width / PAGE_PIXELS)  # of the letters, which shrink with the picture where it is shown
-    left, right, top, bottom = round(scale * (30 + 8 * max(map(len, names)))), 12, round(34 * scale), 12  # margins
-    figure = Figure(figsize=((left + width + right) / 100, (top + height + bottom) / 100), dpi=100)
+    heads, size, top = list(map(str, of)), 10 * scale, round(34 * scale)
+    if of.dtype == object:
+        size = min(8 * scale, width / columns / 10)  # so that about twelve letters stand above a narrow column
+        heads, top = _headings(of, width / columns - 2 * GAP, size)
+    longest = max(map(len, names))
+    left, right, bottom = round(scale * (30 + 8 * longest)) if longest else 12, 12, 12  # margins
     full_width, full_height = left + width + right, top + height + bottom
+    figure = Figure(figsize=(full_width / lettering.DPI, full_height / lettering.DPI), dpi=lettering.DPI)
     axes = figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
     axes.imshow(picture, interpolation="nearest", aspect="auto")
-    rows, columns = len(names), len(labels)
     places = [(i + 0.5) * (height + GAP) / rows - GAP / 2 for i in range(rows)]
     axes.set_yticks(places, list(names), fontsize=11 * scale)
     places = [(i + 0.5) * (width + GAP) / columns - GAP / 2 for i in range(columns)]
-    axes.set_xticks(places, list(map(str, labels)), fontsize=10 * scale)
+    axes.set_xticks(places, heads, fontsize=size, parse_math=False)  # a prompt may name prices in $
     axes.xaxis.tick_top()
     axes.tick_params(length=0, pad=8 * scale, colors=GREY)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return png(figure)
+    return figure
+
+
+def _headings(prompts: np.ndarray, width: float, size: float) -> tuple[list[str], int]:
+    """Prompts in lines of ``width`` pixels at ``size`` points, and the pixels that the highest of them takes."""
+    heads = [lettering.wrapped(lettering.shown(prompt), width, size) for prompt in prompts]
+    line = 1.3 * size * lettering.DPI / 72  # pixels
+    return ["\n".join(lines) for lines in heads], round((max(map(len, heads)) + 1.5) * line) + 8
 
 
 def compressed(png: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.report.origin import Origin, StudentOrigin, TeacherOrigin, Timing
+from pipeline.report.origin import Origin, ReferenceOrigin, StudentOrigin, TeacherOrigin, Timing
 from pipeline.report.results import Results
 
 RESIZED = {  # what Inception sees, by flavour
@@ -20,15 +20,45 @@ def protocol(results: Results) -> list[tuple[str, str]]:
 
 def _drawn(origin: Origin) -> str:
     classes = f" modulo {origin['classes']}" if "classes" in origin else " modulo the number of classes"
+    given = _prompt_of_sample(origin) if "prompts" in origin else f"class i{classes}, so classes are balanced"
     text = (
-        f"{origin['count']:,} images a sampler. Sample i, from 0, has class i{classes}, so classes are balanced, and"
+        f"{origin['count']:,} images a sampler. Sample i, from 0, has {given}, and"
         f" the noise and uniform draws of (seed {origin['seed']}, i): the same for every sampler, batch and number of"
         " actors."
     )
+    text += _about_prompts(origin)
     if who := [f"the {network}" for network in precisions(origin)]:
         text += f" {' and '.join(who)}.".replace(" the", " The", 1)
     if guidance := (origin.get("teacher") or {}).get("filter"):
         text += f" Guidance and filter: {', '.join(f'{k} {v}' for k, v in guidance.items())}."
+    return text
+
+
+def _prompt_of_sample(origin: Origin) -> str:
+    facts = origin["prompts"]
+    column = f", column {facts['column']}" if facts["column"] else ""
+    first = f" from row {facts['skip']:,} on" if facts["skip"] else ""
+    chosen = ", rows without an image left out" if "chosen" in facts else ""
+    return f"prompt i of {facts['uri']}{column}{first}{chosen}"
+
+
+def _about_prompts(origin: Origin) -> str:
+    """How many prompts are new to the student, and what becomes of them; nothing of classes."""
+    if "prompts" not in origin:
+        return ""
+    repeated = origin["prompts"]["also among the pairs' prompts"]
+    text = " Of which prompts pairs were made is not known here: captions.uri is not set."
+    if repeated is not None:
+        text = (
+            f" {repeated:,} of {origin['count']:,} prompts occur among those of the pairs, capital letters and blanks"
+            " aside."
+        )
+    if encoder := origin.get("encoder"):
+        clean = f"rewritten by the rules {encoder['clean']} and " if encoder["clean"] else ""
+        text += (
+            f" Prompts are {clean}encoded by {encoder['uri']} in {encoder['precision']}, at most"
+            f" {encoder['length']} tokens of each."
+        )
     return text
 
 
@@ -47,7 +77,19 @@ def _scored(origin: Origin) -> str:
         count = facts.get("count") or facts.get("images")
         statistics = "statistics made here by the same network" if facts["statistics"] == "made here" else "statistics"
         text += f" Compared with {facts['uri']}: {statistics}" + (f" of {count:,} images." if count else ".")
+        text += _about_real_images(facts)
     return text
+
+
+def _about_real_images(facts: ReferenceOrigin) -> str:
+    """Whose prompts the real images have, which were left out and how they were cut; nothing of classes."""
+    text = ""
+    if "described" in facts:
+        whose = "They are those of the prompts that are drawn, in their order"
+        text += f" {whose if facts['described'] else 'Which prompts they have is not known here'}."
+    if left_out := facts.get("rows without an image"):
+        text += f" {left_out:,} rows there have no image and are left out."
+    return text + (f" Real images of another size are cut: {facts['cut']}." if "cut" in facts else "")
 
 
 def _timed(timing: Timing) -> str:

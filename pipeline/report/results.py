@@ -40,13 +40,18 @@ class Quality(TypedDict, total=False):
         inception_score: mean over blocks of 5,000 images; None where the scoring network's classes are the labels.
         inception_score_std: its standard error; None also of fewer than five whole blocks.
         accuracy: share of images whose predicted class is their label; None where the network knows other classes.
-        variance: pixel variance within a class, averaged; None where no class has two images.
+        variance: pixel variance within a class, averaged; None where no class has two images. Of images that are drawn
+            for prompts it is that of all.
+        prompt_agreement: share of images that are all that their prompts name; missing where it was not measured.
+        prompt_agreement_of_others: the same of other images' prompts, so what chance gives.
     """
 
     inception_score: float | None
     inception_score_std: float | None
     accuracy: float | None
     variance: float | None
+    prompt_agreement: float
+    prompt_agreement_of_others: float
 
 
 class OfFeatures(TypedDict, total=False):
@@ -294,6 +299,7 @@ class Results(TypedDict):
         notes: what a reader must know of student and samplers, in sentences.
         made: how the numbers were made.
         pair_sets: None where the recipe names no other report.
+        grid: the prompts of the sample grid's columns; missing of classes.
         files: names of the report's files; missing until they are written.
     """
 
@@ -311,4 +317,5 @@ class Results(TypedDict):
     notes: NotRequired[list[str]]
     made: Origin
     pair_sets: NotRequired[PairSets | None]
+    grid: NotRequired[list[str]]
     files: NotRequired[list[str]]

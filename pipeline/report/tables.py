@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pipeline.report.results import PairSets, Results, Row, SpeedAtBatch, TrainingCurve
 
 DEPARTS = "†"
+PROMPT_AGREEMENT = "prompt agreement"
 Shown = Literal[  # what a column may take out of a row as it is
     "type",
     "score",
@@ -23,6 +24,7 @@ Shown = Literal[  # what a column may take out of a row as it is
     "sfid",
     "kid",
     "accuracy",
+    "prompt_agreement",
     "variance_over_teacher",
     "precision",
     "recall",
@@ -74,6 +76,7 @@ def columns(results: Results) -> list[Column]:
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
         Column("class accuracy", _text("accuracy", "{:.1%}".format)),
+        Column(PROMPT_AGREEMENT, _text("prompt_agreement", "{:.1%}".format)),
         Column("variance / teacher's", _text("variance_over_teacher", two)),
         Column("precision", _text("precision", three), "precision", "precision, paper", two),
         Column("recall", _text("recall", three), "recall", "recall, paper", two),

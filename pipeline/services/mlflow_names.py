@@ -18,6 +18,7 @@ PARAMETERS: dict[Job, tuple[str, ...]] = {  # fields and sections of the recipe;
     "ablate": ("name", "ablate"),
     "benchmark": ("name", "teacher", "benchmark"),
 }
+OF_PROMPTS = ("captions", "text")  # beside these, where the recipe names prompts
 LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500}  # texts that MLflow takes
 
 
@@ -29,7 +30,7 @@ def flattened(tree: dict[str, Any]) -> dict[str, str]:
 
 def parameters(recipe: Recipe, job: Job) -> dict[str, str]:
     """The settings that matter to a job, without those that are not set, by names that MLflow takes."""
-    wanted = tuple(PARAMETERS[job])
+    wanted = (*PARAMETERS[job], *(OF_PROMPTS if recipe.captions.uri else ()))
     settings = leaves(recipe.resolved()).items()
     chosen = {
         name: value

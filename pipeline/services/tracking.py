@@ -159,7 +159,8 @@ class Run:
         self._outbox.put(lambda _: self._set_tag(self.id, key, value))
 
     def dataset(self, name: str, uri: str, digest: str, context: str) -> None:
-        """Link a pair set or a reference to the run, its ``context`` "output", "training" or "evaluation".
+        """Link a pair set, prompts or a reference to the run, its ``context`` "input", "output", "training" or
+        "evaluation".
 
         ``digest`` is its fingerprint, of which MLflow keeps 36 characters.
         """

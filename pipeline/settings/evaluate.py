@@ -40,7 +40,8 @@ class EvaluateSettings:
             inception).
         reference: what samples are compared with (features: inception). URI of statistics: ADM's .npz, pytorch-fid's
             .npz, the authors' statistic.pth, or the reference.npz of an earlier report. Or of real images, whose
-            statistics are then made here: a folder of them, Parquet with a column image, an .npz with arr_0 alone.
+            statistics are then made here: a folder of them, Parquet with a column image (or jpg, png, webp), an .npz
+            with arr_0 alone.
         images: URI of real images beside a reference of statistics alone, for precision, recall and KID: a folder,
             Parquet, or an .npz with arr_0, such as ADM's. What they lack as statistics of a flavour is made of them.
         image_size: side that images are resized to before they are scored, bicubically, as LlamaGen's authors do; 0

@@ -33,7 +33,9 @@ class UnseenSettings:
     """The prompts that a report is drawn for.
 
     Attributes:
-        uri: as ``captions.uri``; None takes the file of the pairs, from its first row that no pair uses.
+        uri: as ``captions.uri``; None takes the file of the pairs, from its first row that no pair uses. A file that is
+            evaluate.reference, too, is drawn for its rows with an image. A file with columns digit, down and right says
+            which digits its captions describe, and those are the real images (features: digits).
         column: as ``captions.column``; None takes that.
         skip: rows of the file that are left out at its beginning.
     """

@@ -24,12 +24,16 @@ GRID = 8  # noises of a sample grid
 
 
 class Message(NamedTuple):
-    """What the driver is told: metrics at a step, the rows of a sample grid, uint8 [columns, 3, H, W] each, a line."""
+    """What the driver is told: metrics at a step, the rows of a sample grid, uint8 [columns, 3, H, W] each, a line.
+
+    ``conditions`` [columns] are the labels or the prompts of the grid.
+    """
 
     step: int
     metrics: dict[str, float]
     grid: list[np.ndarray]
     line: str = ""  # to print
+    conditions: np.ndarray | None = None
 
 
 Report = Callable[[Message], None]
@@ -97,7 +101,7 @@ class Observer:
     def snapshot(self) -> None:
         """Report the held-out loss and a sample grid of this step, and export the student."""
         metrics = {f"held_out/{name}": value for name, value in self.held_out().items()}
-        self.report(Message(self.state.step, metrics, self.grid()))
+        self.report(Message(self.state.step, metrics, self.grid(), conditions=self.rows.conditions[:GRID]))
         self.export(self.plan.at(f"step-{self.state.step:06d}.safetensors"))
 
     def export(self, uri: str) -> None:

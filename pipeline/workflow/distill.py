@@ -113,10 +113,10 @@ def fit(plan: TrainingPlan, run: tracking.Run) -> None:
                 return
             progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
-            if message.grid:
-                from pipeline.report.plots import mosaic  # loads matplotlib, which no worker needs
+            if message.grid and message.conditions is not None:
+                from pipeline.report.plots import training_samples  # loads matplotlib, which no worker needs
 
-                run.image("samples", mosaic(message.grid), message.step)
+                run.image("samples", training_samples(message.grid, message.conditions), message.step)
 
         config = {"plan": plan, "mlflow_run": run.id}
         if not recipe.train.workers:

@@ -140,10 +140,9 @@ def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> 
     last.
     """
     own = _write_reference(plan, statistics)
-    columns = min(plan.recipe.evaluate.grid, plan.recipe.evaluate.count)
-    labels = plan.conditioning(range(columns))
+    columns = plan.grid_columns
     grids = [images[:columns] for draw in plan.table() if (images := statistics.outline(draw).images) is not None]
-    files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, labels)}
+    files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, plan.conditioning(range(columns)))}
     files |= plots.charts(results)
     results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()
@@ -208,6 +207,9 @@ def _log(
         run.artifact(name, content)
     run.table("scores.json", *markdown.scores(results))
     run.tag("report_fingerprint", results["fingerprint"])
+    if prompts := results["made"].get("prompts"):
+        run.tag("prompts", f"{prompts['rows']:,} rows, the first {prompts['skip']:,} left out")
+        run.dataset("prompts", prompts["uri"], prompts["SHA-256"], "evaluation")
     if plan.students:
         run.tag("student", plan.students[plan.student][:12])
     if trainer := plan.exported.get("mlflow_run"):

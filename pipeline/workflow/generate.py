@@ -70,5 +70,8 @@ def _log(run: tracking.Run, recipe: Recipe, inventory: dict[str, Any]) -> None:
     uri = recipe.pairs_uri
     run.dataset("pairs", uri, inventory["fingerprint"], "output")
     run.tag("pairs_fingerprint", inventory["fingerprint"])
+    if captions := inventory["facts"].get("captions"):
+        run.tag("prompts", f"{captions['rows']:,} rows")
+        run.dataset("prompts", str(recipe.captions.uri), captions["sha256"], "input")
     run.artifact("manifest.json", partial(storage.read_bytes, storage.join(uri, manifest.MANIFEST)))
     run.conclude(f"{recipe.name}, {inventory['count']:,} pairs", f"{manifest.describe(uri, inventory)}.")

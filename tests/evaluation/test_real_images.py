@@ -98,6 +98,48 @@ def test_parquet_is_read_across_files_and_row_groups(tmp_path: Path, structs: bo
     assert np.array_equal(read(images, slice(9, 20)), np.stack(stored[9:]))
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("structs", [True, False])
+def test_rows_without_an_image_are_left_out(tmp_path: Path, structs: bool, statistics: bool) -> None:
+    """As img2dataset leaves them where a download failed; whether the footer counts them or not."""
+    stored, missing = [picture(8, 8) for _ in range(11)], {0, 4, 6, 7, 8, 10}
+    cells: list[Any] = [None if i in missing else encoded(pixels) for i, pixels in enumerate(stored)]
+    kind: pa.DataType = pa.binary()
+    if structs:
+        cells = [cell and {"bytes": cell, "path": None} for cell in cells]
+        cells[4] = {"bytes": None, "path": "gone.png"}
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    for name, part in (("a.parquet", cells[:7]), ("b.parquet", cells[7:])):
+        table = pa.table({"jpg": pa.array(part, kind)})
+        pq.write_table(table, tmp_path / name, row_group_size=3, write_statistics=statistics)
+    images = opened(tmp_path, 8)
+    assert isinstance(images, real_images.ImageRows)
+    assert (len(images), images.row_count) == (5, 11)
+    assert images.rows().tolist() == [1, 2, 3, 5, 9]
+    assert np.array_equal(read(images, slice(0, 5)), np.stack([stored[i] for i in (1, 2, 3, 5, 9)]))
+    assert np.array_equal(read(images, slice(3, 9)), np.stack([stored[i] for i in (5, 9)]))
+
+
+def test_the_first_column_of_images_is_read(tmp_path: Path) -> None:
+    stored = {name: picture(8, 8) for name in ("webp", "png", "jpg", "image")}
+    for last in range(1, 5):
+        names = list(stored)[:last]
+        pq.write_table(pa.table({name: [encoded(stored[name])] for name in names}), tmp_path / "a.parquet")
+        assert np.array_equal(read(opened(tmp_path, 8), slice(0, 1))[0], stored[names[-1]])
+        assert real_images.columns(str(tmp_path)) == real_images.columns(str(tmp_path / "a.parquet")) == names
+    (tmp_path / "b").mkdir()
+    assert real_images.columns(str(tmp_path / "b")) == real_images.columns(str(tmp_path / "a.npz")) == []
+
+
+def test_an_unreadable_image_is_named_by_its_row(tmp_path: Path) -> None:
+    """Rows without an image count."""
+    pq.write_table(pa.table({"image": [encoded(picture(8, 8)), None, None, b"no"]}), tmp_path / "a.parquet")
+    with pytest.raises(Refused, match="row 3 of evaluate.reference, in .*a.parquet is no readable image"):
+        read(opened(tmp_path, 8), slice(0, 2))
+    pq.write_table(pa.table({"image": pa.array([None, None], pa.binary())}), tmp_path / "a.parquet")
+    wrong(tmp_path, "a.parquet has 2 rows and no image in any")
+
+
 def test_images_of_an_npz_are_read_row_by_row(tmp_path: Path) -> None:
     stored = np.stack([picture(5, 5) for _ in range(7)])
     np.savez(tmp_path / "r.npz", arr_0=stored)
@@ -144,7 +186,7 @@ def test_what_holds_no_images_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"no image")
     wrong(tmp_path, r"0.png is no readable image \(.*; take it out")
     pq.write_table(pa.table({"label": [1]}), tmp_path / "a.parquet")
-    wrong(tmp_path, "a.parquet has no column image; it must hold encoded images")
+    wrong(tmp_path, "a.parquet has no column image, jpg, png, webp; it must hold encoded images")
     pq.write_table(pa.table({"image": ["text"]}), tmp_path / "a.parquet")
     wrong(tmp_path, "has a column image of string; it must hold")
     (tmp_path / "a.parquet").write_bytes(b"no parquet")

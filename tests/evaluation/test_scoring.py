@@ -158,7 +158,7 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     parts = []
     for rows in (np.arange(5), np.arange(5, 9)):
         part = Statistics.empty(network, 10, 8, 9)
-        part.add(Sight.of(images[rows], network), None, False, rows, np.full(len(rows), True), 0)
+        part.add(Sight.of(images[rows], network), None, network, rows, np.full(len(rows), True), 0)
         parts.append(Statistics.unpack(part.pack()))
     parts[0].merge(parts[1])
     mean, cov = parts[0].moments.gaussian()

@@ -30,7 +30,7 @@ def statistics_of(images: torch.Tensor, labels: np.ndarray, parts: list[int], ba
         part = Statistics.empty(network, 10, 32, len(images))
         for i in range(start, start + size, batch):
             rows = np.arange(i, min(i + batch, start + size))
-            part.add(Sight.of(images[rows], network), labels[rows], True, rows, np.full(len(rows), True), 4)
+            part.add(Sight.of(images[rows], network), labels[rows], network, rows, np.full(len(rows), True), 4)
         part = Statistics.unpack(part.pack())
         out = part if out is None else merged(out, part)
         start += size
@@ -72,13 +72,61 @@ def test_scored_pixels_are_those_of_a_png() -> None:
 def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
     network = scoring.features(EvaluateSettings(), "cpu")
     statistics = Statistics.empty(network, 10, 32, 4)
-    statistics.add(Sight.of(some_images(4), network), None, True, np.arange(4), np.full(4, False), 0)
+    statistics.add(Sight.of(some_images(4), network), None, network, np.arange(4), np.full(4, False), 0)
     assert (statistics.labelled, statistics.variance.value(), statistics.features, statistics.images) == (
         0,
         None,
         [],
         [],
     )
+
+
+def drawn_for(prompts: list[str], parts: list[int], asked: bool = True) -> Statistics:
+    """Statistics of images whose "logits" are all alike, of a network that finds the letter a in the prompts."""
+    plain = scoring.features(EvaluateSettings(), "cpu")
+    found = lambda pixels, logits, texts: np.array(["a" in text for text in texts])  # noqa: E731
+    network = replace(plain, satisfied=found if asked else None)
+    out, start, texts = Statistics.empty(network, 1, 32, sum(parts)), 0, np.array(prompts, dtype=object)
+    for size in parts:
+        part, rows = Statistics.empty(network, 1, 32, sum(parts)), np.arange(start, start + size)
+        part.add(Sight.of(some_images(sum(parts))[rows], network), texts[rows], network, rows, rows < 0, 0)
+        out.merge(Statistics.unpack(part.pack()))
+        start += size
+    return out
+
+
+def test_images_that_are_what_their_prompts_name_are_counted() -> None:
+    """With their own prompts, and with those half a part further on, which a part of one image does not have."""
+    statistics = drawn_for(["a", "a", "b", "a", "b", "a"], [5, 1])
+    assert statistics.agreement.tolist() == [[4, 6], [3, 5]]
+    assert (statistics.right, statistics.labelled) == (0, 0), "prompts are no classes"
+    assert drawn_for(["a"] * 4, [4], asked=False).agreement.tolist() == [[0, 0], [0, 0]]
+
+
+def test_other_images_prompts_are_those_half_a_part_further_on() -> None:
+    seen: list[list[str]] = []
+    network = replace(
+        scoring.features(EvaluateSettings(), "cpu"),
+        satisfied=lambda pixels, logits, texts: seen.append(list(texts)) or np.zeros(len(texts), dtype=bool),
+    )
+    rows, prompts = np.arange(4), np.array(list("abcd"), dtype=object)
+    statistics = Statistics.empty(network, 1, 32, 4)
+    statistics.add(Sight.of(some_images(4), network), prompts, network, rows, rows < 0, 0)
+    assert seen == [list("abcd"), list("cdab")]
+
+
+def test_the_variance_of_images_for_prompts_is_that_of_all() -> None:
+    statistics = drawn_for(list("abcdef"), [4, 2])
+    pixels = thumbnails(to_uint8(some_images(6))).astype(np.float64)
+    assert statistics.variance.value() == pytest.approx(pixels.var(0, ddof=1).mean(), rel=1e-9)
+
+
+def test_statistics_from_before_there_were_prompts_are_read() -> None:
+    new = statistics_of(some_images(6), np.arange(6), [6], 6)
+    with np.load(io.BytesIO(new.pack())) as file:
+        assert "agreement" not in file.files, "of classes the file is as it was"
+        assert file["counts"].shape == (3,)
+    assert Statistics.unpack(new.pack()).agreement.tolist() == [[0, 0], [0, 0]]
 
 
 def test_an_outline_reads_seconds_and_grid_alone() -> None:
@@ -122,7 +170,7 @@ def test_spatial_features_are_summed_and_travel() -> None:
     images, parts = some_images(9), []
     for rows in (np.arange(4), np.arange(4, 9)):
         part = Statistics.empty(network, 10, 32, 9)
-        part.add(Sight.of(images[rows], network), None, True, rows, np.full(len(rows), False), 0)
+        part.add(Sight.of(images[rows], network), None, network, rows, np.full(len(rows), False), 0)
         parts.append(Statistics.unpack(part.pack()))
     whole = merged(*parts).spatial
     assert whole is not None

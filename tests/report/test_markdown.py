@@ -134,7 +134,7 @@ def test_numbers_of_a_row() -> None:
         Entry("DD 1 step", "FewStep", {"split": 1, "steps": (1,)}, 1, student, speeds, "DD", 1_000_000, {"fid": 9.94}),
         Entry("teacher, AR", "Autoregressive", {}, 10, teacher, ar),
     ]
-    rows = summary.numbers(entries, Reference(real.moments.gaussian(), real), ar, 64)
+    rows = summary.numbers(entries, Reference(real.moments.gaussian(), real, of_digits=True), ar, 64)
     assert [row["name"] for row in rows] == ["real images", "DD 1 step", "teacher, AR"]
     row = rows[1]
     expected = frechet(student.moments.gaussian(), real.moments.gaussian())
@@ -283,6 +283,48 @@ def test_every_column_and_every_sampler_is_explained() -> None:
     assert len(legend.about_rows(results)) == len(legend.ROWS)
     assert "zero vector of the code space" in dict(legend.about_rows(results))["skip-n"]
     assert dict(legend.about_rows(RESULTS)).keys() == {"teacher, AR", "DD n steps"}
+
+
+def of_prompts(**made: Any) -> dict[str, Any]:
+    """The example, drawn for prompts of which the digits can say how far they were met."""
+    real, teacher, student = RESULTS["rows"]
+    rows = [{"name": "real images", "type": "real", "prompt_agreement": 1.0, "prompt_agreement_of_others": 0.02}]
+    rows += [row | {"prompt_agreement": 0.876, "prompt_agreement_of_others": 0.01} for row in (teacher, student)]
+    rows[1] |= {"variance_over_teacher": 1.0, "sampler": {"name": "OneStepStar"}}
+    facts = {"uri": "p", "column": "c", "rows": 9, "skip": 0, "SHA-256": "0", "also among the pairs' prompts": 0}
+    origin = RESULTS["made"] | {"prompts": facts, "features kept": {"images": 10}} | made
+    return RESULTS | {"rows": rows, "made": origin, "grid": ["a ``b`` `c`\n<i>", ""]}
+
+
+def test_of_prompts_no_sentence_speaks_of_classes() -> None:
+    results = of_prompts()
+    text = markdown.markdown(results)
+    assert not [line for line in text.splitlines() if "class" in line and "classifier" not in line]
+    assert "the same prompt and the same noise" in text
+    explained = dict(legend.about_columns(results))
+    assert explained["variance / teacher's"].startswith("pixel variance of all images, whatever their prompts; below 1")
+    assert "real images 2.0%, teacher, AR 1.0%, DD 2 steps (1, 6) 1.0%" in explained["prompt agreement"]
+    assert "are of the features of 10 of the images, which are evenly spread." in text
+    table = tables.main(results)
+    assert [cells[table.headings.index("prompt agreement")] for cells in table.cells] == ["100.0%", "87.6%", "87.6%"]
+    assert "1. ``` a ``b`` `c` <i> ```\n2. ` (empty) `" in text
+    columns, rows = markdown.scores(results)
+    assert rows[1][columns.index("prompt_agreement")] == 0.876
+
+
+def test_of_classes_every_sentence_is_as_it_was() -> None:
+    assert legend.introduction(RESULTS).endswith("gives every sampler the same label and the same noise.")
+    said = dict(legend.about_columns(RESULTS))["variance / teacher's"]
+    assert said == (
+        "pixel variance within a class, averaged over classes; below 1 the sampler is less diverse than the teacher."
+    )
+    kept = RESULTS["made"] | {"features kept": {"images": 10}}
+    spread = dict(legend.about_columns(RESULTS | {"made": kept}))["precision, recall, KID, limits and standard errors"]
+    assert spread == "are of the features of 10 of the images, whole rounds of classes that are evenly spread."
+    star = dict(legend.about_rows(RESULTS | {"rows": [{"name": "a", "sampler": {"name": "OneStepStar"}}]}))["onestep*"]
+    assert "given the class, from those of the pairs of that class" in star
+    assert legend.about_grid(RESULTS) == "One row per sampler, one column per noise."
+    assert "prompt agreement" not in tables.main(RESULTS).headings
 
 
 def test_every_kind_of_sampler_has_a_sentence() -> None:

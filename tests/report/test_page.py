@@ -90,6 +90,27 @@ def test_values_are_escaped() -> None:
     assert content.count(html.escape(wicked)) >= 3 + 2 * len(rows)
 
 
+PROMPTS = ["<script>alert('&\"')</script>", "a `b` ``c``", "🦄 مرحبا", "x" * 10_000, "", "two\nlines \x00"]
+
+
+def with_prompts(**made: Any) -> dict[str, Any]:
+    """Results of images that were drawn for prompts."""
+    facts = {"uri": "s3://b/<p>.parquet", "column": "TEXT", "rows": 9000, "skip": 4000, "SHA-256": "0"}
+    origin = {"prompts": facts | {"also among the pairs' prompts": 3}, "reference": {"uri": "", "described": True}}
+    return RESULTS | {"grid": PROMPTS, "made": RESULTS["made"] | origin | made}
+
+
+def test_whole_prompts_stand_below_the_grid_and_are_text() -> None:
+    content = rendered(with_prompts())
+    reader = Reader(content)
+    assert "<script" not in content
+    items = re.findall('<li dir="auto">(.*?)</li>', content, re.DOTALL)
+    assert [html.unescape(item) for item in items] == [*PROMPTS[:4], "(empty)", "two\nlines □"]
+    assert "Its prompts, cut and with boxes for what cannot be drawn, stand above them, and whole below." in reader.text
+    assert content.index('<ol class="prompts">') > content.index("<img")
+    assert '<ol class="prompts">' not in rendered(RESULTS)
+
+
 def test_a_heavy_picture_is_carried_as_jpeg() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (4, 3, 256, 256), dtype=np.uint8)
     png = plots.samples(["a"] * 4, [noise] * 4, np.arange(4))

@@ -46,6 +46,55 @@ def test_the_sample_grid_shows_the_mosaic_pixel_by_pixel() -> None:
     assert (shown[top : top + height, :left] < 128).any()  # names
 
 
+PROMPTS = [
+    "a bold 7 leaning right at the top left",
+    "W" * 70,
+    "",
+    "costs $\\frac$5 or $6",
+    "x" * 10_000,
+    "🦄 مرحبا 漢字",
+]
+
+
+def as_column(prompts: list[str]) -> np.ndarray:
+    out = np.empty(len(prompts), dtype=object)
+    out[:] = prompts
+    return out
+
+
+@pytest.mark.parametrize("side", [6, 32, 256])
+def test_prompts_stand_above_their_columns_and_do_not_overlap(side: int, recwarn: pytest.WarningsRecorder) -> None:
+    images = [RNG.integers(0, 256, (len(PROMPTS), 3, side, side), dtype=np.uint8) for _ in range(2)]
+    figure = plots._sample_grid(["teacher, AR", "DD 1 step"], images, as_column(PROMPTS))
+    canvas = plots.FigureCanvasAgg(figure)
+    canvas.draw()
+    assert not recwarn.list, "no glyph is missing"
+    (axes,) = figure.axes
+    texts = axes.get_xticklabels()
+    assert [text.get_text().replace("\n", "").replace(" ", "") for text in texts] == [
+        plots.lettering.shown(prompt).replace(" ", "") for prompt in PROMPTS
+    ]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    width, height = canvas.get_width_height()
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+    assert min(box.y0 for box in boxes) > axes.get_window_extent().y1
+
+
+def test_the_grid_of_prompts_shows_the_mosaic_pixel_by_pixel() -> None:
+    images = [RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8) for _ in range(2)]
+    of, picture = as_column(PROMPTS), plots.mosaic(images)
+    height, width = picture.shape[:2]
+    named = np.asarray(Image.open(io.BytesIO(plots.samples(["a", "b"], images, of))).convert("RGB"))
+    alone = plots.training_samples(images, of)
+    for shown in (named, alone):
+        left, top = shown.shape[1] - 12 - width, shown.shape[0] - 12 - height
+        assert np.array_equal(shown[top : top + height, left : left + width], picture)
+        assert (shown[:top] < 128).any(), "prompts"
+    assert (alone.dtype, alone.shape[1]) == (np.uint8, width + 24)
+    assert np.array_equal(plots.training_samples(images, np.arange(6)), picture), "of classes the mosaic alone"
+
+
 def test_the_curve_is_a_picture() -> None:
     image = Image.open(io.BytesIO(plots.curve(RESULTS)))
     assert image.format == "PNG"

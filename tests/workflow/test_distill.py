@@ -801,6 +801,11 @@ def test_the_grid_shows_teacher_one_step_and_all_steps(plan: training_plan.Train
     image = (loss.tokenizer.decode(codes) * 127.5 + 127.5).clamp(0, 255)
     assert np.abs(rows[0] - image.numpy()).max() <= 0.51
     assert not np.array_equal(rows[1], rows[2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observer, "export", lambda uri: None)
+        observer.snapshot()
+    assert sent[-1].conditions is not None
+    assert np.array_equal(sent[-1].conditions, training_data.held_out(plan).conditions[:8]), "what columns stand for"
 
 
 def test_a_student_of_prompts_learns_and_needs_no_list_of_prompts(tmp_path: Path, journal: Journal) -> None:
