@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from pipeline.evaluation import metrics, scoring
+from pipeline.evaluation import clip, metrics, scoring
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.references import References
@@ -25,7 +25,17 @@ from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
 from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
-from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
+from pipeline.report.results import (
+    Agreement,
+    CurvePoint,
+    OfFeatures,
+    OtherReport,
+    Quality,
+    Results,
+    Row,
+    SpeedBaseline,
+    TrainingCurve,
+)
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
@@ -93,7 +103,7 @@ def summarise(
         "shown": frame(plan, others),
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
-        "speed": {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch},
+        "speed": _speed(teacher, batch),
         "alike": comparison.alike(rows),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
@@ -103,6 +113,14 @@ def summarise(
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
+
+
+def _speed(teacher: Sequence[Speed], batch: int | None) -> SpeedBaseline:
+    """What speed-ups are over, and the text encoder's own times, where there is one."""
+    out: SpeedBaseline = {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch}
+    if encoder := speed.encoder_times(teacher):
+        out["encoder"] = encoder
+    return out
 
 
 def frame(plan: EvaluationPlan, others: list[OtherReport]) -> str:
@@ -220,6 +238,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
         if inception and min(kept)
         else None,
+        **_clip(settings),
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of whole rounds of classes",
         "sampling": {"seconds of all actors": round(sum(one.seconds for one in outlines.values()), 1)}
@@ -263,6 +282,11 @@ def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
+def _clip(settings: EvaluateSettings) -> Any:
+    """The CLIP model and its convention, where a recipe names one."""
+    return {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+
+
 def _student(plan: EvaluationPlan) -> StudentOrigin:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
@@ -284,7 +308,7 @@ def numbers(
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows: list[Row] = [{**_row(entry, reference), **speed.beside_teacher(entry.speeds, ar, batch)} for entry in entries]
+    rows: list[Row] = [{**_row(entry, reference), **_pace(entry, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -294,6 +318,14 @@ def numbers(
         row["score_over_teacher"] = _ratio(row.get("score"), teacher and teacher.get("score"))
         row["variance_over_teacher"] = _ratio(row.get("variance"), teacher and teacher.get("variance"))
     return rows
+
+
+def _pace(entry: Entry, ar: Sequence[Speed], batch: int | None) -> Row:
+    """A row's figures of speed beside the teacher's; for prompts, the same once more with the encoder on both sides."""
+    out = cast(Row, speed.beside_teacher(entry.speeds, ar, batch))
+    if mine := speed.with_encoder(entry.speeds, ar):
+        out["with_encoder"] = speed.beside_teacher(mine, speed.with_encoder(ar, ar), batch)
+    return out
 
 
 def _ratio(mine: float | None, theirs: float | None) -> float | None:
@@ -361,12 +393,16 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
 
 def _quality(statistics: Statistics) -> Quality:
     """What needs no reference. A network whose classes are the labels, that of the digits, makes no Inception Score."""
-    labelled = statistics.labelled
+    labelled, sums = statistics.labelled, statistics.clip
+    of_clip: Quality = {}
+    if sums and sums.mean() is not None:
+        of_clip = {"clip_score": sums.mean(), "clip_score_std": sums.error(), "clip_score_of_others": sums.floor()}
     return {
         "inception_score": None if labelled else statistics.score.value(),
         "inception_score_std": None if labelled else statistics.score.error(),
         "accuracy": statistics.right / labelled if labelled else None,
         "variance": statistics.variance.value(),
+        **of_clip,
     }
 
 

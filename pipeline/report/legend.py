@@ -7,6 +7,7 @@ from pipeline.report.protocol import precisions
 from pipeline.report.results import Results
 from pipeline.report.tables import (
     DEPARTS,
+    WITH_ENCODER,
     beside_paper,
     columns,
     further_columns,
@@ -91,6 +92,11 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
+        "CLIP score": f"{(origin.get('CLIP') or {}).get('convention')}, by {(origin.get('CLIP') or {}).get('model')};"
+        " behind ± its standard error. That of the real images is what their own prompts reach. Scores of other models"
+        " and conventions do not compare.",
+        "CLIP score, others' prompts": "that of the same images, each with the prompt of the image before it: what"
+        " images reach that have nothing to do with their prompts.",
         "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
         " diverse than the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
@@ -98,6 +104,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
+        WITH_ENCODER: "the same with the text encoder's time added, which the other columns leave out.",
         "speed-up, batch 1": "how many times as fast as the AR teacher at the same batch"
         + _teachers_time(results)
         + "; behind ± its standard error, from drawing the rounds of calls anew (bootstrap of the ratio of medians).",
@@ -196,6 +203,17 @@ def about_speeds(results: Results) -> str:
     return (
         "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
         f" did not fit into the device's memory. {about_load(at['load'], at['cores'])}."
+    )
+
+
+def about_encoder(results: Results) -> str:
+    """What the text encoder takes, and what the table holds in which its time is added."""
+    times = "; ".join(
+        f"{ms(one['ms'])} ± {ms(one['ms_std'])} ms at batch {one['batch']}" for one in results["speed"]["encoder"]
+    )
+    return (
+        f"The text encoder, in turns with the samplers, took a prompt {times}. With that in every round, the AR"
+        " teacher's too, from prompts to images:"
     )
 
 

@@ -25,12 +25,15 @@ class SpeedAtBatch(TypedDict):
         network_ms: milliseconds an image without decoding, the median of the rounds.
         ms: milliseconds an image with decoding, the median of the rounds.
         rounds: milliseconds an image of every round, decoding included, in the order in which they ran.
+        encoder: the text encoder's milliseconds an image in the same rounds, which none of the others holds; missing
+            where no prompt is read.
     """
 
     batch: int
     network_ms: float
     ms: float
     rounds: NotRequired[Sequence[float]]
+    encoder: NotRequired[Sequence[float]]
 
 
 class Quality(TypedDict, total=False):
@@ -41,12 +44,18 @@ class Quality(TypedDict, total=False):
         inception_score_std: its standard error; None also of fewer than five whole blocks.
         accuracy: share of images whose predicted class is their label; None where the network knows other classes.
         variance: pixel variance within a class, averaged; None where no class has two images.
+        clip_score: CLIP score with the images' own prompts; missing without a CLIP model or prompts.
+        clip_score_std: its standard error; None of a single image.
+        clip_score_of_others: CLIP score of the same images with the prompts of others; None of a single image.
     """
 
     inception_score: float | None
     inception_score_std: float | None
     accuracy: float | None
     variance: float | None
+    clip_score: float | None
+    clip_score_std: float | None
+    clip_score_of_others: float | None
 
 
 class OfFeatures(TypedDict, total=False):
@@ -109,6 +118,7 @@ class Row(Quality, OfFeatures, Pace, total=False):
         second_score: the distance in the second flavour; None where one flavour is scored.
         seconds: of all actors, to draw and score these images.
         speeds: times by batch size; empty where none were measured.
+        with_encoder: the row's pace with the text encoder's time in it, the teacher's too; missing without prompts.
         score_over_teacher: ``score`` over the teacher's; None without a teacher, and of the real images.
         variance_over_teacher: ``variance`` over the teacher's; None without a teacher.
     """
@@ -127,11 +137,26 @@ class Row(Quality, OfFeatures, Pace, total=False):
     second_score: float | None
     seconds: float
     speeds: Sequence[SpeedAtBatch]
+    with_encoder: Pace
     score_over_teacher: float | None
     variance_over_teacher: float | None
 
 
 # ---- beside the rows
+
+
+class EncoderTime(TypedDict):
+    """The text encoder at one batch size.
+
+    Attributes:
+        batch: prompts of a call.
+        ms: milliseconds a prompt, the median of the rounds.
+        ms_std: its standard error.
+    """
+
+    batch: int
+    ms: float
+    ms_std: float
 
 
 class SpeedBaseline(TypedDict):
@@ -140,10 +165,12 @@ class SpeedBaseline(TypedDict):
     Attributes:
         teacher: the AR teacher's times, whether it is a row or not; empty where none were measured.
         throughput_batch: the largest batch above 1 at which all samplers were timed; None without one.
+        encoder: the text encoder's own times; missing without prompts.
     """
 
     teacher: Sequence[SpeedAtBatch]
     throughput_batch: int | None
+    encoder: NotRequired[Sequence[EncoderTime]]
 
 
 class Agreement(TypedDict):
