@@ -178,10 +178,10 @@ def with_encoder(results: Results) -> Table | None:
 
 def _pace(row: Row, key: PaceKey) -> str:
     """A figure of a row's pace with the text encoder in it."""
-    pace = row.get("with_encoder") or {}
-    if key in ("ms", "throughput"):
-        return ms(pace[key]) if key in pace else ""
-    return speed_up(pace, key)
+    pace: Pace = row.get("with_encoder") or {}
+    if key == "speedup" or key == "throughput_speedup":
+        return speed_up(pace, key)
+    return ms(pace[key]) if key in pace else ""
 
 
 def throughput_batch(results: Results) -> int | None:
