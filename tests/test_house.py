@@ -28,7 +28,7 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
-    "transformers": {"text.encoder"},
+    "transformers": {"evaluation.clip", "text.encoder"},
     "ftfy": {"text.cleaning"},
     "bs4": {"text.cleaning"},
 }
