@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -25,17 +25,7 @@ from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
 from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
-from pipeline.report.results import (
-    Agreement,
-    CurvePoint,
-    OfFeatures,
-    OtherReport,
-    Quality,
-    Results,
-    Row,
-    SpeedBaseline,
-    TrainingCurve,
-)
+from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
@@ -103,7 +93,7 @@ def summarise(
         "shown": frame(plan, others),
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
-        "speed": _speed(teacher, batch),
+        "speed": speed.baseline(teacher, batch),
         "alike": comparison.alike(rows),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
@@ -113,14 +103,6 @@ def summarise(
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
-
-
-def _speed(teacher: Sequence[Speed], batch: int | None) -> SpeedBaseline:
-    """What speed-ups are over, and the text encoder's own times, where there is one."""
-    out: SpeedBaseline = {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch}
-    if encoder := speed.encoder_times(teacher):
-        out["encoder"] = encoder
-    return out
 
 
 def frame(plan: EvaluationPlan, others: list[OtherReport]) -> str:
@@ -308,7 +290,7 @@ def numbers(
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows: list[Row] = [{**_row(entry, reference), **_pace(entry, ar, batch)} for entry in entries]
+    rows: list[Row] = [{**_row(entry, reference), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -318,14 +300,6 @@ def numbers(
         row["score_over_teacher"] = _ratio(row.get("score"), teacher and teacher.get("score"))
         row["variance_over_teacher"] = _ratio(row.get("variance"), teacher and teacher.get("variance"))
     return rows
-
-
-def _pace(entry: Entry, ar: Sequence[Speed], batch: int | None) -> Row:
-    """A row's figures of speed beside the teacher's; for prompts, the same once more with the encoder on both sides."""
-    out = cast(Row, speed.beside_teacher(entry.speeds, ar, batch))
-    if mine := speed.with_encoder(entry.speeds, ar):
-        out["with_encoder"] = speed.beside_teacher(mine, speed.with_encoder(ar, ar), batch)
-    return out
 
 
 def _ratio(mine: float | None, theirs: float | None) -> float | None:

@@ -100,7 +100,17 @@ class Pace(TypedDict, total=False):
     throughput_speedup_std: float
 
 
-class Row(Quality, OfFeatures, Pace, total=False):
+class Paces(Pace, total=False):
+    """A row's speed.
+
+    Attributes:
+        with_encoder: the same with the text encoder's time in it, in the teacher's too; missing without prompts.
+    """
+
+    with_encoder: Pace
+
+
+class Row(Quality, OfFeatures, Paces, total=False):
     """A row of the table. That of the real images has ``name``, ``type``, ``count`` and its ``Quality`` alone.
 
     Attributes:
@@ -118,7 +128,6 @@ class Row(Quality, OfFeatures, Pace, total=False):
         second_score: the distance in the second flavour; None where one flavour is scored.
         seconds: of all actors, to draw and score these images.
         speeds: times by batch size; empty where none were measured.
-        with_encoder: the row's pace with the text encoder's time in it, the teacher's too; missing without prompts.
         score_over_teacher: ``score`` over the teacher's; None without a teacher, and of the real images.
         variance_over_teacher: ``variance`` over the teacher's; None without a teacher.
     """
@@ -137,7 +146,6 @@ class Row(Quality, OfFeatures, Pace, total=False):
     second_score: float | None
     seconds: float
     speeds: Sequence[SpeedAtBatch]
-    with_encoder: Pace
     score_over_teacher: float | None
     variance_over_teacher: float | None
 

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.host.stopwatch import WARM_UP, now, warm_up
 from pipeline.models.conditions import Prompts, of_column
-from pipeline.report.results import EncoderTime, Pace, SpeedAtBatch
+from pipeline.report.results import EncoderTime, Pace, Paces, SpeedAtBatch, SpeedBaseline
 from pipeline.sampling.samplers import Inputs, Models, Sampler
 
 LEAST, MOST = 3, 20  # rounds at one size: an error needs several
@@ -212,4 +212,20 @@ def beside_teacher(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int |
         out |= {"throughput_batch": float(batch), "throughput": 1000 / own[batch].ms}
         if batch in theirs:
             out["throughput_speedup"], out["throughput_speedup_std"] = speed_up(own[batch], theirs[batch])
+    return out
+
+
+def paces(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int | None) -> Paces:
+    """``beside_teacher``; for prompts, the same once more with the text encoder's time on both sides."""
+    out: Paces = {**beside_teacher(mine, teacher, batch)}
+    if encoded := with_encoder(mine, teacher):
+        out["with_encoder"] = beside_teacher(encoded, with_encoder(teacher, teacher), batch)
+    return out
+
+
+def baseline(teacher: Sequence[Speed], batch: int | None) -> SpeedBaseline:
+    """What speed-ups are over, and the text encoder's own times, where there is one."""
+    out: SpeedBaseline = {"teacher": list(map(as_json, teacher)), "throughput_batch": batch}
+    if encoder := encoder_times(teacher):
+        out["encoder"] = encoder
     return out
