@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.report.origin import MachineLoad
+from pipeline.report.origin import MachineLoad, Origin
 from pipeline.report.protocol import precisions
 from pipeline.report.results import Results
 from pipeline.report.tables import (
@@ -92,11 +92,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
-        "CLIP score": f"{(origin.get('CLIP') or {}).get('convention')}, by {(origin.get('CLIP') or {}).get('model')};"
-        " behind ± its standard error. That of the real images is what their own prompts reach. Scores of other models"
-        " and conventions do not compare.",
-        "CLIP score, others' prompts": "that of the same images, each with the prompt of the image before it: what"
-        " images reach that have nothing to do with their prompts.",
+        **_about_clip(origin),
         "variance / teacher's": "pixel variance within a class, averaged over classes; below 1 the sampler is less"
         " diverse than the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
@@ -143,6 +139,18 @@ ABOUT_PAPER = (
     " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
     " student alone, as here."
 )
+
+
+def _about_clip(origin: Origin) -> dict[str, str]:
+    """The columns of the CLIP score, where there is one."""
+    if not (facts := origin.get("CLIP")):
+        return {}
+    return {
+        "CLIP score": f"{facts['convention']}, by {facts['model']}; behind ± its standard error. That of the real"
+        " images is what their own prompts reach. Scores of other models and conventions do not compare.",
+        "CLIP score, others' prompts": "that of the same images, each with the prompt of the image before it: what"
+        " images reach that have nothing to do with their prompts.",
+    }
 
 
 def _about_parameters(results: Results) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -386,8 +387,8 @@ def test_a_report_of_prompts_shows_times_with_and_without_the_encoder() -> None:
     said = legend.about_encoder(results)
     assert "took a prompt 4 ± 0.25 ms at batch 1; 2.5 ± 0.125 ms at batch 64" in said
     whole_page = page.html(results | {"curve": None}, {"samples.png": b"", "tradeoff.png": b""})
-    for text in (markdown.markdown(results), whole_page):
-        assert said in text
+    for text, asked in ((markdown.markdown(results), said), (whole_page, escape(said))):
+        assert asked in text
         assert "Among these inputs are the encoded prompts" in text
 
 
