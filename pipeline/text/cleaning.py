@@ -25,7 +25,10 @@ INSTALL = "pip install 'distilled-decoding[text]'"
 HOST = r"[a-zA-Z0-9.\-]"
 DOMAINS = "com|co|ru|net|org|edu|gov|it"
 SUFFIXES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
-DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+DASHES = (
+    r"\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+    r"\ufe31\ufe32\ufe58\ufe63\uff0d"
+)
 
 Rule = tuple[str, str]
 """(regular expression, what takes the place of every match)."""

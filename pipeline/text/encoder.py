@@ -199,7 +199,9 @@ def _tokenizer(uri: str, config: dict[str, Any]) -> Any:
             end = found("")["input_ids"]
         except Exception as error:  # tokenizers raise what they like
             reason = " ".join(str(error).replace(folder, uri).split())[:200].rstrip(".") or type(error).__name__
-            raise Refused(f"text.encoder {uri} has a tokenizer that cannot be read ({reason}); fetch it again.") from None
+            raise Refused(
+                f"text.encoder {uri} has a tokenizer that cannot be read ({reason}); fetch it again."
+            ) from None
     found.truncation_side = "right"
     if len(end) != 1 or end[0] != found.eos_token_id:
         raise Refused(
@@ -208,8 +210,8 @@ def _tokenizer(uri: str, config: dict[str, Any]) -> Any:
         )
     if len(found) > config["vocab_size"]:
         raise Refused(
-            f"text.encoder {uri} has a tokenizer of {len(found)} tokens and a network that knows {config['vocab_size']};"
-            " fetch the tokenizer that belongs to it."
+            f"text.encoder {uri} has a tokenizer of {len(found)} tokens and a network that knows"
+            f" {config['vocab_size']}; fetch the tokenizer that belongs to it."
         )
     return found
 

@@ -30,7 +30,7 @@ LOOKED_AT = 4096  # prompts that the log's line is about
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows that are read at once: a row group of a Parquet file, or the lines of a text file from a byte on.
 
     ``place`` is the group's number, or the first byte; ``size`` the bytes of the lines, 0 for a row group.
@@ -54,7 +54,7 @@ class PromptList:
     column: str
     skip: int
     name: str
-    blocks: list[Block]
+    blocks: list[RowBlock]
     digests: list[list[Any]] | None = None
     starts: list[int] = field(init=False, repr=False)
     _read: tuple[int, pa.Array] | None = field(default=None, init=False, repr=False)
@@ -172,12 +172,12 @@ def _of_folder(uri: str, column: str, skip: int, name: str) -> PromptList:
     return PromptList(uri, column, skip, name, blocks, digests)
 
 
-def _row_groups(uri: str, column: str, name: str) -> tuple[list[Block], str]:
+def _row_groups(uri: str, column: str, name: str) -> tuple[list[RowBlock], str]:
     """The row groups of a Parquet file, and the SHA-256 of its footer; Refused where the column cannot serve."""
     with _parquet(uri, name), storage.reading(uri) as file:
         table = pq.ParquetFile(file)
         kinds = {part.name: part.type for part in table.schema_arrow}
-        blocks = [Block(uri, i, table.metadata.row_group(i).num_rows) for i in range(table.num_row_groups)]
+        blocks = [RowBlock(uri, i, table.metadata.row_group(i).num_rows) for i in range(table.num_row_groups)]
         footer = _footer(file)
     if column not in kinds:
         alike = get_close_matches(column.lower(), [other.lower() for other in kinds], 3)
@@ -206,7 +206,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
 
 
-def _cells(block: Block, column: str, name: str) -> pa.Array:
+def _cells(block: RowBlock, column: str, name: str) -> pa.Array:
     """The bytes of a column in a row group; pyarrow would call text what is no UTF-8."""
     with _parquet(block.uri, name), storage.reading(block.uri) as file:
         cells = pq.ParquetFile(file).read_row_group(block.place, columns=[column]).column(column)
@@ -233,7 +233,7 @@ def _parquet(uri: str, name: str) -> Iterator[None]:
 # ---- text
 
 
-def _lines(uri: str) -> list[Block]:
+def _lines(uri: str) -> list[RowBlock]:
     """The blocks of a text file, of ``LINES`` lines each."""
     blocks = []
     with storage.local(uri).open("rb") as file:
@@ -241,12 +241,12 @@ def _lines(uri: str) -> list[Block]:
         file.seek(start)
         while lines := list(islice(file, LINES)):
             size = sum(map(len, lines))
-            blocks.append(Block(uri, start, len(lines), size))
+            blocks.append(RowBlock(uri, start, len(lines), size))
             start += size
     return blocks
 
 
-def _text(block: Block) -> pa.Array:
+def _text(block: RowBlock) -> pa.Array:
     """The bytes of a block's lines, without their ends, of which Windows has two letters."""
     with storage.local(block.uri).open("rb") as file:
         file.seek(block.place)

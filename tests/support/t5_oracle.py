@@ -20,7 +20,7 @@ def features(weights: Mapping[str, Tensor], config: Mapping[str, Any], ids: Sequ
     w = {name: value.double() for name, value in weights.items()}
     h = w["shared.weight"][list(ids)]
     table = w["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    bias = torch.stack([torch.stack([table[bucket(j - i)] for j in range(len(ids))]) for i in range(len(ids))])
+    bias = table[torch.tensor([[bucket(j - i) for j in range(len(ids))] for i in range(len(ids))])]
     for block in range(config["num_layers"]):
         name = f"encoder.block.{block}.layer"
         h = h + attention(w, f"{name}.0.SelfAttention", config, norm(h, w[f"{name}.0.layer_norm.weight"]), bias)
@@ -39,7 +39,7 @@ def attention(w: Mapping[str, Tensor], name: str, config: Mapping[str, Any], x: 
     for head in range(heads):
         own = slice(head * dk, (head + 1) * dk)
         for i in range(len(x)):
-            logits = torch.stack([q[i, own] @ k[j, own] + bias[i, j, head] for j in range(len(x))])
+            logits = k[:, own] @ q[i, own] + bias[i, :, head]
             out[i, own] = logits.softmax(0) @ v[:, own]
     return out @ w[f"{name}.o.weight"].T
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from pipeline.text import encoder_files
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2
-WORDS = (*"zero one two three four five six seven eight nine".split(), *"a thin bold at the top left right".split())
+WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("a", "thin", "bold", "at", "the", "top", "left", "right"),
+)
 
 
 def config(dim: int = 16, words: int = len(WORDS), **changes: Any) -> dict[str, Any]:
