@@ -118,9 +118,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
     if pairs := results.get("alike"):
         text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
         out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
-    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
-        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
-        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
+    out += _about_few(results)
     if 0 < (kept := origin.get("features kept", {}).get("images", 0)) < origin["count"]:
         text = f"are of the features of {kept:,} of the images, whole rounds of classes that are evenly spread."
         out.append(("precision, recall, KID, limits and standard errors", text))
@@ -139,6 +137,15 @@ ABOUT_PAPER = (
     " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
     " student alone, as here."
 )
+
+
+def _about_few(results: Results) -> list[tuple[str, str]]:
+    """That the reference is of too few real images, where it is."""
+    origin, title = results["made"], results["title"]
+    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
+        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
+        return [(few, f"the reference's covariance is singular, and {title} against it says little.")]
+    return []
 
 
 def _about_clip(origin: Origin) -> dict[str, str]:
