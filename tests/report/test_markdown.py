@@ -392,6 +392,13 @@ def test_a_report_of_prompts_shows_times_with_and_without_the_encoder() -> None:
         assert "Among these inputs are the encoded prompts" in text
 
 
+def test_the_papers_figures_of_prompts_are_those_of_its_third_table() -> None:
+    results = with_paper()
+    for classes, table in ((1000, "Tables 1 and 2"), (0, "Table 3")):
+        said = dict(legend.about_columns(results | {"made": results["made"] | {"classes": classes}}))
+        assert f"printed in arXiv 2412.17153, {table}, as the recipe lists it" in said["paper"]
+
+
 def test_a_report_of_classes_says_nothing_of_prompts() -> None:
     text = markdown.markdown(RESULTS)
     assert not [word for word in ("CLIP", "encoder", "prompt") if word in text]
