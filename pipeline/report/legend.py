@@ -141,7 +141,7 @@ ABOUT_PAPER = (
 
 ABOUT_TABLE_3 = (
     "printed in arXiv 2412.17153, Table 3, as the recipe lists it: 5,000 prompts of LAION-COCO at 256 px, FID by the"
-    " authors' copy of pytorch-fid. Which prompts, with which guidance, and how the real images were cut, the paper does"
+    " authors' copy of pytorch-fid. Which prompts, by which guidance, and how real images were cut, the paper does"
     " not say, nor whether its milliseconds per image, in steady state on an A100, include the text encoder."
 )
 
