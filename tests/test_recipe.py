@@ -147,7 +147,7 @@ def test_the_recipe_of_text_to_image_builds_the_papers_teacher() -> None:
     assert sum(weight.numel() for weight in teacher.network.parameters()) == 777_678_080
     left = {"captions.uri", "evaluate.captions.uri", "evaluate.inception", "evaluate.reference"}
     assert recipe.placeholders().keys() == left
-    with pytest.raises(Refused, match="captions.uri says CHANGE; set it to the URI of a Parquet file or folder"):
+    with pytest.raises(Refused, match=r"captions.uri says CHANGE; set it to the URI of a Parquet file or folder"):
         recipe.check_filled("captions")
 
 
