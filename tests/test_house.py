@@ -28,7 +28,7 @@ HOMES = {  # package -> the modules that may import it
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
-    "transformers": {"digits.text_encoder", "text.encoder"},
+    "transformers": {"digits.text_encoder", "evaluation.clip", "text.encoder"},
     "tokenizers": {"digits.text_encoder"},
     "ftfy": {"text.cleaning"},
     "bs4": {"text.cleaning"},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from pipeline import storage
@@ -82,7 +83,7 @@ def test_every_shipped_recipe_parses(name: str) -> None:
 
 # how the paper calls the samplers of a recipe; the others are none of its rows
 TEACHERS = {"var-d16": "VAR-d16", "var-d20": "VAR-d20", "var-d24": "VAR-d24"}
-TEACHERS |= {"llamagen-b": "LlamaGen-B", "llamagen-l": "LlamaGen-L"}
+TEACHERS |= {"llamagen-b": "LlamaGen-B", "llamagen-l": "LlamaGen-L", "llamagen-t2i-xl": "LlamaGen-t2i-XL"}
 BASELINES = {"var-d16": "d16", "llamagen-l": "L"}
 
 
@@ -94,7 +95,7 @@ def paper_row(recipe: str, sampler: samplers.Sampler) -> tuple[str, int] | None:
             return model, 256 if family == "LlamaGen" else 10
         case samplers.FewStep(steps=steps):
             return f"{model}-DD", len(steps)
-        case samplers.WithTeacher(start=start, resume=resume):
+        case samplers.WithTeacher(start=start, resume=resume) if "t2i" not in recipe:
             return f"{family}-pre-trained-{start}-{resume}", (start > 1) + (resume - start) + 1
         case samplers.Skip(n=n) if recipe in BASELINES:
             return f"{family}-skip-{n} ({BASELINES[recipe]})", (256 if family == "LlamaGen" else 10) - n
@@ -121,8 +122,10 @@ def paper_tables() -> dict[tuple[str, int], dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("overlay", ["", "-released"])
-@pytest.mark.parametrize("name", TEACHERS)
+OVERLAID = [(name, overlay) for name in TEACHERS for overlay in ("", "-released")]
+
+
+@pytest.mark.parametrize(("name", "overlay"), [pair for pair in OVERLAID if pair != ("llamagen-t2i-xl", "-released")])
 def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) -> None:
     files = [f"--config={DEFAULT.parent / file}.yaml" for file in dict.fromkeys([name, name + overlay])]
     recipe, table = parse(None, files), paper_tables()
@@ -131,6 +134,21 @@ def test_recipes_hold_the_figures_of_the_papers_tables(name: str, overlay: str) 
     for sampler, figures in zip(built, selection.published(recipe.evaluate.samplers), strict=True):
         row = paper_row(name, sampler)
         assert figures == (table[row] if row else {}), sampler
+
+
+def test_the_recipe_of_text_to_image_builds_the_papers_teacher() -> None:
+    """By its number of parameters; prompts, images and weights that nobody may ship are left to the user."""
+    recipe = parse(None, [f"--config={DEFAULT.parent / 'llamagen-t2i-xl.yaml'}"])
+    layout = checkpoints.config(recipe.teacher).layout
+    assert (layout.classes, layout.image_size, layout.length) == (0, 256, 256)
+    assert checkpoints.caption_shape(recipe.teacher) == (recipe.text.length, 2048)
+    with torch.device("meta"):
+        teacher = checkpoints.family(recipe.teacher).Teacher(checkpoints.config(recipe.teacher), recipe.teacher.filter)
+    assert sum(weight.numel() for weight in teacher.network.parameters()) == 777_678_080
+    left = {"captions.uri", "evaluate.captions.uri", "evaluate.inception", "evaluate.reference"}
+    assert recipe.placeholders().keys() == left
+    with pytest.raises(Refused, match=r"captions.uri says CHANGE; set it to the URI of a Parquet file or folder"):
+        recipe.check_filled("captions")
 
 
 def test_a_later_file_lies_over_an_earlier_one(config: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from pipeline.host.stopwatch import WARM_UP, now
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
+from pipeline.models.conditions import Condition, Encode, Prompts
 from pipeline.numerics.precision import autocast, set_products
 from pipeline.recipe import Recipe
 from pipeline.text import encoder
@@ -43,12 +44,13 @@ class Clock:
 def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, float]:
     """Seconds, medians of ``repeats``, of an optimiser step on as many samples as a worker of the recipe takes at once.
 
-    The parts are "batch" (t and X_t, on the device), "student", "cross-entropy" (with the log's accuracy and the mixing
-    of codes into embeddings), "decode", "decode of the target", "perceptual", "backward" and "optimiser and average";
-    what the recipe leaves out is missing. "whole step" is timed beside them, in turns with them and without a wait
-    inside, so on a GPU the parts may add up to more: the difference is what their waits cost. With ``train.recompute``
-    what is computed again is part of "backward". The student starts from the recipe's weights and moves a little at
-    each repetition. Sets the process's products to ``train.precision``; the caller sets its threads.
+    The parts are "batch" (t and X_t, on the device), "text encoder" (of made-up prompts), "student", "cross-entropy"
+    (with the log's accuracy and the mixing of codes into embeddings), "decode", "decode of the target", "perceptual",
+    "backward" and "optimiser and average"; what the recipe leaves out is missing. "whole step" is timed beside them, in
+    turns with them and without a wait inside, so on a GPU the parts may add up to more: the difference is what their
+    waits cost. With ``train.recompute`` what is computed again is part of "backward". The student starts from the
+    recipe's weights and moves a little at each repetition. Sets the process's products to ``train.precision``; the
+    caller sets its threads.
     """
     set_products(recipe.train.precision)
     student, loss = step.build(recipe, device)
@@ -58,27 +60,41 @@ def pieces(recipe: Recipe, device: torch.device, repeats: int = 5) -> dict[str, 
     pairs, encode = batches.made_up(layout, samples), encoder.conditioner(recipe.text, device)
     total = 2 * (WARM_UP + repeats)
 
-    def batch() -> Batch:
+    def batch(encode: Encode) -> Batch:
         return batches.noised(pairs, 0, recipe.train, layout, loss.tokenizer.codebook, encode)
 
     def whole() -> None:
-        step.step(student, loss, state, batch(), total)
+        step.step(student, loss, state, batch(encode), total)
 
     found = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         clock = Clock(device)
         clock.time(WHOLE, whole)
-        _apart(clock, batch, student, loss, state, total)
+        _apart(clock, batch, encode, student, loss, state, total)
         for name, seconds in clock.seconds.items() if repeat >= WARM_UP else ():
             found[name].append(seconds)
     return {name: median(seconds) for name, seconds in found.items()}
 
 
 def _apart(
-    clock: Clock, batch: Callable[[], Batch], student: Student, loss: Loss, state: TrainingState, total: int
+    clock: Clock,
+    batch: Callable[[Encode], Batch],
+    encode: Encode,
+    student: Student,
+    loss: Loss,
+    state: TrainingState,
+    total: int,
 ) -> None:
     """``training.step.step`` on one part of a batch, with the clock between the functions that it calls."""
-    made: Batch = clock.time("batch", batch)
+    within = Clock(clock.device)
+
+    def encoded(condition: Condition) -> Condition:
+        asked = isinstance(condition, Prompts)
+        return within.time("text encoder", encode, condition) if asked else encode(condition)
+
+    made: Batch = clock.time("batch", batch, encoded)
+    clock.seconds["batch"] -= sum(within.seconds.values())
+    clock.seconds.update(within.seconds)
     within = Clock(clock.device)
     watched = _watched(loss, within)
     with autocast(state.settings.precision, clock.device):

@@ -19,7 +19,8 @@ from pipeline import storage
 from pipeline.digits import networks
 from pipeline.digits.agreement import agreement
 from pipeline.digits.captioned import CaptionedDigits
-from pipeline.evaluation import inception, real_images, references
+from pipeline.evaluation import clip, inception, real_images, references
+from pipeline.evaluation.clip import Clip
 from pipeline.evaluation.real_images import ImageRows, RealImages
 from pipeline.evaluation.references import References
 from pipeline.host.errors import Missing, Refused
@@ -35,9 +36,9 @@ class Features:
 
     Called with uint8 images [B, 3, H, W] it returns features [B, dim], logits [B, classes] and, where ``spatial`` is
     their number, the spatial features of sFID, else None; float32. ``names_labels`` says whether its classes are the
-    teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored. ``satisfied``
-    says which images [B] are all that their prompts name: (uint8 images, logits, prompts) -> bool; None where that is
-    not measured.
+    teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored, and ``clip``
+    compares images with prompts, where the recipe wants that. ``satisfied`` says which images [B] are all that their
+    prompts name: (uint8 images, logits, prompts) -> bool; None where that is not measured.
     """
 
     dim: int
@@ -46,6 +47,7 @@ class Features:
     names_labels: bool
     network: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
     second: Callable[[Tensor], Tensor] | None = None
+    clip: Clip | None = None
     satisfied: Satisfied | None = None
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -56,15 +58,16 @@ def features(
     settings: EvaluateSettings, device: torch.device | str, weights: dict[str, np.ndarray] | None = None
 ) -> Features:
     """The scoring network of a recipe on ``device``; ``weights`` are those of ``weights``, read here if not given."""
+    beside = clip.load(settings.clip, device) if settings.clip else None
     if settings.features == "digits":
         scorer = networks.scorer().to(device)
         network = lambda pixels: (*scorer(pixels.float() / 127.5 - 1), None)  # noqa: E731
-        return Features(DIMENSIONS["digits"], networks.CLASSES, 0, True, network, satisfied=_satisfied)
+        return Features(DIMENSIONS["digits"], networks.CLASSES, 0, True, network, clip=beside, satisfied=_satisfied)
     arrays = weights or inception.weights(settings.inception or "")
     network, *others = (inception.Inception(arrays, flavour).to(device) for flavour in settings.flavours)
     spatial = inception.SPATIAL if settings.flavours[0] == "torch-fidelity" else 0
     second = (lambda pixels: others[0](pixels)[0]) if others else None
-    return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second)
+    return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second, beside)
 
 
 def _satisfied(pixels: np.ndarray, logits: np.ndarray, prompts: np.ndarray) -> np.ndarray:
@@ -117,9 +120,10 @@ def meaning(settings: EvaluateSettings, described: bool = False) -> str:
 
 
 def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str, str]:
-    """What identifies the scoring network: SHA-256 of its weights, and the flavour; ValueError, one sentence, where it
-    is missing or cannot serve.
+    """What identifies the scoring networks: SHA-256 of their weights, and the flavour; ValueError, one sentence, where
+    one is missing or cannot serve.
     """
+    beside = _check_clip(settings, classes)
     if settings.features == "digits" and settings.images:
         raise Refused("evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.")
     if settings.features == "digits":
@@ -129,8 +133,19 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
                 f" the teacher makes {image_size}x{image_size} images of {classes or 'prompts'}; use evaluate.features"
                 " inception."
             )
-        return {"scorer": storage.sha256("package://digits/scorer.safetensors")}
-    return {"inception": inception.check(settings.inception or ""), "flavour": settings.flavour}
+        return {"scorer": storage.sha256("package://digits/scorer.safetensors")} | beside
+    return {"inception": inception.check(settings.inception or ""), "flavour": settings.flavour} | beside
+
+
+def _check_clip(settings: EvaluateSettings, classes: int) -> dict[str, str]:
+    """What identifies the CLIP model of a recipe; {} without one."""
+    if not settings.clip:
+        return {}
+    if classes:
+        raise Refused(
+            f"evaluate.clip is {settings.clip}, and the teacher takes classes, which are no words; leave it out."
+        )
+    return clip.check(settings.clip)
 
 
 def side(settings: EvaluateSettings, image_size: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation import metrics, real_images, scoring, unseen
+from pipeline.evaluation import clip, metrics, real_images, scoring, unseen
 from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.evaluation.plan import Draw, EvaluationPlan
 from pipeline.evaluation.references import References
@@ -95,7 +95,7 @@ def summarise(
         "shown": frame(plan, others),
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
-        "speed": {"teacher": list(map(speed.as_json, teacher)), "throughput_batch": batch},
+        "speed": speed.baseline(teacher, batch),
         "alike": comparison.alike(rows),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
@@ -225,6 +225,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
         if inception and min(kept)
         else None,
+        **_clip(settings),
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of "
         + ("images" if plan.prompts else "whole rounds of classes"),
@@ -288,6 +289,11 @@ def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
+def _clip(settings: EvaluateSettings) -> Any:
+    """The CLIP model and its convention, where a recipe names one."""
+    return {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+
+
 def _student(plan: EvaluationPlan) -> StudentOrigin:
     """Where the student came from: its file, and what distillation wrote into it (nothing in the authors'
     files).
@@ -309,7 +315,7 @@ def numbers(
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows: list[Row] = [{**_row(entry, reference), **speed.beside_teacher(entry.speeds, ar, batch)} for entry in entries]
+    rows: list[Row] = [{**_row(entry, reference), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -386,12 +392,16 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
 
 def _quality(statistics: Statistics, reference: Reference) -> Quality:
     """What needs no real images. A network whose classes are drawn, that of the digits, makes no Inception Score."""
-    labelled = statistics.labelled
+    labelled, sums = statistics.labelled, statistics.clip
+    of_clip: Quality = {}
+    if sums and sums.mean() is not None:
+        of_clip = {"clip_score": sums.mean(), "clip_score_std": sums.error(), "clip_score_of_others": sums.floor()}
     out: Quality = {
         "inception_score": None if reference.of_digits else statistics.score.value(),
         "inception_score_std": None if reference.of_digits else statistics.score.error(),
         "accuracy": statistics.right / labelled if labelled else None,
         "variance": statistics.variance.value(),
+        **of_clip,
     }
     (agreeing, asked), (by_chance, asked_of_others) = statistics.agreement.tolist()
     if asked:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.evaluation.clip import ClipSums
 from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments
 from pipeline.evaluation.scoring import Features
 from pipeline.models.convnet import to_uint8
@@ -36,6 +37,7 @@ class Sight:
     spatial: np.ndarray | None
     thumbnails: np.ndarray
     second: np.ndarray | None = None  # features in the other flavour
+    clip: np.ndarray | None = None  # CLIP's embeddings
 
     @classmethod
     @torch.no_grad()
@@ -45,7 +47,8 @@ class Sight:
         features, logits, spatial = network(pixels)
         deep = None if spatial is None else _rows(spatial)
         second = None if network.second is None else _rows(network.second(pixels))
-        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second)
+        embedded = None if network.clip is None else _rows(network.clip.of_images(pixels))
+        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second, embedded)
 
     @classmethod
     def joined(cls, parts: Sequence[Sight]) -> Sight:
@@ -60,9 +63,10 @@ class Statistics:
     """All that the report needs of one sampler's images; parts of consecutive ids merge in the order of their
     ids.
 
-    ``second`` are the moments in the other flavour, where two are scored. ``right`` counts images whose predicted class
-    is their label, ``labelled`` those that were asked. ``agreement`` [2, 2] counts images that are all that their
-    prompts name and those that were asked, for their own prompts and, below, for other images'.
+    ``second`` are the moments in the other flavour, where two are scored; ``clip`` the CLIP scores of images whose
+    prompts are known. ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
+    ``agreement`` [2, 2] counts images that are all that their prompts name and those that were asked, for their own
+    prompts and, below, for other images'.
     ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
     says on what the parts were made, each kind once; ``origin`` says all else of how, on which no more than rounding
     depends.
@@ -74,6 +78,7 @@ class Statistics:
     score: InceptionScore
     spatial: Moments | None = None
     second: Moments | None = None
+    clip: ClipSums | None = None
     right: int = 0
     labelled: int = 0
     agreement: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), dtype=np.int64))
@@ -95,6 +100,7 @@ class Statistics:
             InceptionScore(blocks, network.classes),
             Moments(network.spatial) if network.spatial else None,
             Moments(network.dim) if network.second else None,
+            ClipSums() if network.clip else None,
         )
 
     def merge(self, other: Statistics) -> None:
@@ -107,6 +113,8 @@ class Statistics:
             self.spatial.merge(other.spatial)
         if self.second and other.second:
             self.second.merge(other.second)
+        if self.clip and other.clip:
+            self.clip.merge(other.clip)
         self.right += other.right
         self.labelled += other.labelled
         self.agreement = self.agreement + other.agreement
@@ -117,7 +125,8 @@ class Statistics:
 
     def pack(self) -> bytes:
         """As an npz file; nothing in it is pickled."""
-        sums = {name: getattr(self, name) for name in ("moments", "pixels", "variance", "score", "spatial", "second")}
+        named = ("moments", "pixels", "variance", "score", "spatial", "second", "clip")
+        sums = {name: getattr(self, name) for name in named}
         for moments in (self.moments, self.pixels, self.spatial, self.second):
             if moments:
                 moments.flush()
@@ -152,6 +161,7 @@ class Statistics:
             InceptionScore(*arrays["score.p"].shape),
             Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
             Moments(dim) if "second.mean" in arrays else None,
+            ClipSums() if "clip.sums" in arrays else None,
         )
         for key, value in arrays.items():
             if "." in key:

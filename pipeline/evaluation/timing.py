@@ -59,6 +59,8 @@ def facts(plan: EvaluationPlan) -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         "code": plan.facts["code"] | {equal_code.MEASURING: equal_code.of_measuring()},
     }
+    if plan.prompts:
+        out |= {"prompts": plan.facts["prompts"], "encoder": plan.facts["encoder"]}
     return json.loads(json.dumps(out))
 
 
@@ -154,4 +156,4 @@ def _named(sampler: Sampler) -> list[Any]:
 
 
 def _speed(found: dict[str, Any]) -> Speed:
-    return Speed(**found | {"rounds": tuple(found["rounds"])})
+    return Speed(**found | {"rounds": tuple(found["rounds"]), "encoder": tuple(found.get("encoder", ()))})

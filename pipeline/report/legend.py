@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.report.origin import MachineLoad
+from pipeline.report.origin import MachineLoad, Origin
 from pipeline.report.protocol import precisions
 from pipeline.report.results import Results
 from pipeline.report.tables import (
     DEPARTS,
     PROMPT_AGREEMENT,
+    WITH_ENCODER,
     beside_paper,
     columns,
     further_columns,
@@ -114,6 +115,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
         PROMPT_AGREEMENT: _about_prompt_agreement(results),
+        **_about_clip(origin),
         "variance / teacher's": "pixel variance "
         + ("of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes")
         + "; below 1 the sampler is less diverse than the teacher.",
@@ -122,6 +124,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "#parameters": _about_parameters(results),
         "#Step": "network evaluations per image, guidance not counted twice.",
         "ms/image, batch 1": _about_time(results),
+        WITH_ENCODER: "the same with the text encoder's time added, which the other columns leave out.",
         "speed-up, batch 1": "how many times as fast as the AR teacher at the same batch"
         + _teachers_time(results)
         + "; behind ± its standard error, from drawing the rounds of calls anew (bootstrap of the ratio of medians).",
@@ -135,13 +138,11 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
     if not origin["timing"]["device"]:
         out.append(("speed", "was not measured: evaluate.timing_batches is empty."))
     if beside_paper(results):
-        out.append(("paper", ABOUT_PAPER))
+        out.append(("paper", ABOUT_PAPER if origin.get("classes", 1) else ABOUT_TABLE_3))
     if pairs := results.get("alike"):
         text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
         out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
-    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
-        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
-        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
+    out += _about_few(results)
     if 0 < (kept := origin.get("features kept", {}).get("images", 0)) < origin["count"]:
         rounds = "which" if of_prompts(results) else "whole rounds of classes that"
         text = f"are of the features of {kept:,} of the images, {rounds} are evenly spread."
@@ -161,6 +162,34 @@ ABOUT_PAPER = (
     " an A100; the paper does not say at which batch, nor whether decoding is in it. Of pre-trained-n-m it counts the"
     " student alone, as here."
 )
+
+
+ABOUT_TABLE_3 = (
+    "printed in arXiv 2412.17153, Table 3, as the recipe lists it: 5,000 prompts of LAION-COCO at 256 px, FID by the"
+    " authors' copy of pytorch-fid. Which prompts, by which guidance, and how real images were cut, the paper does"
+    " not say, nor whether its milliseconds per image, in steady state on an A100, include the text encoder."
+)
+
+
+def _about_few(results: Results) -> list[tuple[str, str]]:
+    """That the reference is of too few real images, where it is."""
+    origin, title = results["made"], results["title"]
+    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
+        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
+        return [(few, f"the reference's covariance is singular, and {title} against it says little.")]
+    return []
+
+
+def _about_clip(origin: Origin) -> dict[str, str]:
+    """The columns of the CLIP score, where there is one."""
+    if not (facts := origin.get("CLIP")):
+        return {}
+    return {
+        "CLIP score": f"{facts['convention']}, by {facts['model']}; behind ± its standard error. That of the real"
+        " images is what their own prompts reach. Scores of other models and conventions do not compare.",
+        "CLIP score, others' prompts": "that of the same images, each with the prompt of the image before it: what"
+        " images reach that have nothing to do with their prompts.",
+    }
 
 
 def _about_parameters(results: Results) -> str:
@@ -235,6 +264,17 @@ def about_speeds(results: Results) -> str:
     return (
         "Milliseconds per image, in brackets without decoding; medians. Every sampler was timed at every batch; a dash"
         f" did not fit into the device's memory. {about_load(at['load'], at['cores'])}."
+    )
+
+
+def about_encoder(results: Results) -> str:
+    """What the text encoder takes, and what the table holds in which its time is added."""
+    times = "; ".join(
+        f"{ms(one['ms'])} ± {ms(one['ms_std'])} ms at batch {one['batch']}" for one in results["speed"]["encoder"]
+    )
+    return (
+        f"The text encoder, in turns with the samplers, took a prompt {times}. With that in every round, the AR"
+        " teacher's too, from prompts to images:"
     )
 
 

@@ -89,6 +89,8 @@ def markdown(results: Results) -> str:
         parts += ["## Flow matching against plain sampling", legend.about_agreement(results)]
     if results["made"]["timing"]["device"]:
         parts += ["## Speed", legend.about_speeds(results), as_markdown(tables.speeds(results))]
+        if encoded := tables.with_encoder(results):
+            parts += [legend.about_encoder(results), as_markdown(encoded)]
     if results["curve"]:
         curve = as_markdown(tables.over_training(results["curve"]))
         parts += ["## Over training", "![distance over training](curve.png)", legend.about_training(results), curve]

@@ -239,6 +239,7 @@ _OriginOfNumbers = TypedDict(
         "Inception Score": NotRequired[dict[str, Any] | None],
         "KID": NotRequired[dict[str, Any] | None],
         "precision and recall": NotRequired[dict[str, Any] | None],
+        "CLIP": NotRequired[dict[str, str]],
         "features kept": NotRequired[dict[str, int]],
         "standard error and limit": NotRequired[str],
     },
@@ -281,6 +282,7 @@ class Origin(_OriginOfNumbers, Conditions):
         Inception Score: its blocks; None of the digits.
         KID: its subsets, kernel and seed; None where no features were kept.
         precision and recall: k and how many images; None where there were none, and of the digits.
+        CLIP: {"model", "convention"} of the CLIP score; missing without one.
         features kept: {"images", "real images"}, how many.
         standard error and limit: how they were estimated.
         sampling: when, on which machines, by which code, and in how many seconds of all actors.

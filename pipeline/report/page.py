@@ -145,6 +145,8 @@ def _sections(results: Results, pictures: dict[str, bytes]) -> list[tuple[str, s
         out.append(("agreement", "Flow matching against plain sampling", text))
     if results["made"]["timing"]["device"]:
         text = _paragraph(legend.about_speeds(results)) + _plain_table(tables.speeds(results))
+        if encoded := tables.with_encoder(results):
+            text += _paragraph(legend.about_encoder(results)) + _plain_table(encoded)
         out.append(("speed", "Speed", text))
     if results["curve"]:
         text = _figure(pictures, "curve.png", legend.about_training(results))

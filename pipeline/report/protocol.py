@@ -10,11 +10,16 @@ RESIZED = {  # what Inception sees, by flavour
     "pytorch-fid": "torch's bilinear resize to 299 pixels without antialiasing, (x - 127.5) / 127.5",
 }
 
+ENCODED_BEFORE = (
+    " Among these inputs are the encoded prompts; the text encoder took a turn of its own in every round, and where its"
+    " time is added, that is said."
+)
+
 
 def protocol(results: Results) -> list[tuple[str, str]]:
     """(what, sentences) for drawing, scoring, timing and the run itself; what a report does not know is left out."""
     origin = results["made"]
-    parts = [("drawn", _drawn(origin)), ("scored", _scored(origin)), ("timed", _timed(origin["timing"]))]
+    parts = [("drawn", _drawn(origin)), ("scored", _scored(origin)), ("timed", _timed(results))]
     return [*parts, ("written", _written(origin))]
 
 
@@ -72,6 +77,12 @@ def _scored(origin: Origin) -> str:
     else:
         text += "The digits scorer sees them as they are, at x / 127.5 - 1, without a resize. "
     text += "It works in float32; means and unbiased covariances are float64 sums, merged in the order of the ids."
+    if clip := origin.get("CLIP"):
+        model, reads = (origin["features SHA-256"][key][:12] for key in ("clip", "clip reads"))
+        text += (
+            f" CLIP, {clip['model']} (SHA-256 of its weights {model}, of tokenizer and preparation {reads}), sees them"
+            f" resized bicubically as PIL does, and scores them: {clip['convention']}, cut to the tokens that it reads."
+        )
     facts = origin.get("reference")
     if facts and facts.get("uri"):
         count = facts.get("count") or facts.get("images")
@@ -92,7 +103,8 @@ def _about_real_images(facts: ReferenceOrigin) -> str:
     return text + (f" Real images of another size are cut: {facts['cut']}." if "cut" in facts else "")
 
 
-def _timed(timing: Timing) -> str:
+def _timed(results: Results) -> str:
+    timing: Timing = results["made"]["timing"]
     if not timing["device"]:
         return "Speed was not measured."
     day = f" on {timing['measured']}" if timing.get("measured") else ""
@@ -100,7 +112,7 @@ def _timed(timing: Timing) -> str:
         f"Measured{day} in one process on {timing['device']}, {timing['threads']} torch thread(s) of"
         f" {timing['cores']} cores, from inputs that were made beforehand to decoded images; the median of"
         f" {timing['calls']}. All samplers run at every batch, and a speed-up is over the AR teacher at the same one."
-    )
+    ) + (ENCODED_BEFORE if "encoder" in results.get("speed", {}) else "")
 
 
 def _written(origin: Origin) -> str:

@@ -25,12 +25,15 @@ class SpeedAtBatch(TypedDict):
         network_ms: milliseconds an image without decoding, the median of the rounds.
         ms: milliseconds an image with decoding, the median of the rounds.
         rounds: milliseconds an image of every round, decoding included, in the order in which they ran.
+        encoder: the text encoder's milliseconds an image in the same rounds, which none of the others holds; missing
+            where no prompt is read.
     """
 
     batch: int
     network_ms: float
     ms: float
     rounds: NotRequired[Sequence[float]]
+    encoder: NotRequired[Sequence[float]]
 
 
 class Quality(TypedDict, total=False):
@@ -44,6 +47,9 @@ class Quality(TypedDict, total=False):
             for prompts it is that of all.
         prompt_agreement: share of images that are all that their prompts name; missing where it was not measured.
         prompt_agreement_of_others: the same of other images' prompts, so what chance gives.
+        clip_score: CLIP score with the images' own prompts; missing without a CLIP model or prompts.
+        clip_score_std: its standard error; None of a single image.
+        clip_score_of_others: CLIP score of the same images with the prompts of others; None of a single image.
     """
 
     inception_score: float | None
@@ -52,6 +58,9 @@ class Quality(TypedDict, total=False):
     variance: float | None
     prompt_agreement: float
     prompt_agreement_of_others: float
+    clip_score: float | None
+    clip_score_std: float | None
+    clip_score_of_others: float | None
 
 
 class OfFeatures(TypedDict, total=False):
@@ -96,7 +105,17 @@ class Pace(TypedDict, total=False):
     throughput_speedup_std: float
 
 
-class Row(Quality, OfFeatures, Pace, total=False):
+class Paces(Pace, total=False):
+    """A row's speed.
+
+    Attributes:
+        with_encoder: the same with the text encoder's time in it, in the teacher's too; missing without prompts.
+    """
+
+    with_encoder: Pace
+
+
+class Row(Quality, OfFeatures, Paces, total=False):
     """A row of the table. That of the real images has ``name``, ``type``, ``count`` and its ``Quality`` alone.
 
     Attributes:
@@ -139,16 +158,32 @@ class Row(Quality, OfFeatures, Pace, total=False):
 # ---- beside the rows
 
 
+class EncoderTime(TypedDict):
+    """The text encoder at one batch size.
+
+    Attributes:
+        batch: prompts of a call.
+        ms: milliseconds a prompt, the median of the rounds.
+        ms_std: its standard error.
+    """
+
+    batch: int
+    ms: float
+    ms_std: float
+
+
 class SpeedBaseline(TypedDict):
     """What the rows' speed is compared with.
 
     Attributes:
         teacher: the AR teacher's times, whether it is a row or not; empty where none were measured.
         throughput_batch: the largest batch above 1 at which all samplers were timed; None without one.
+        encoder: the text encoder's own times; missing without prompts.
     """
 
     teacher: Sequence[SpeedAtBatch]
     throughput_batch: int | None
+    encoder: NotRequired[Sequence[EncoderTime]]
 
 
 class Agreement(TypedDict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from pipeline.report.results import PairSets, Results, Row, SpeedAtBatch, TrainingCurve
+from pipeline.report.results import Pace, PairSets, Results, Row, SpeedAtBatch, TrainingCurve
 
 DEPARTS = "†"
 PROMPT_AGREEMENT = "prompt agreement"
@@ -25,6 +25,8 @@ Shown = Literal[  # what a column may take out of a row as it is
     "kid",
     "accuracy",
     "prompt_agreement",
+    "clip_score",
+    "clip_score_of_others",
     "variance_over_teacher",
     "precision",
     "recall",
@@ -34,7 +36,9 @@ Shown = Literal[  # what a column may take out of a row as it is
     "throughput",
 ]
 SpeedUp = Literal["speedup", "throughput_speedup"]
-Error = Literal["score_std", "inception_score_std"]
+PaceKey = Literal["ms", "speedup", "throughput", "throughput_speedup"]
+WITH_ENCODER = "ms/image, batch 1, with encoder"
+Error = Literal["score_std", "inception_score_std", "clip_score_std"]
 MAIN = ("fid", "speedup")  # the paper's figures that stand in the main table itself
 
 
@@ -77,12 +81,15 @@ def columns(results: Results) -> list[Column]:
         Column("FD, pixel PCA", _text("pixel_score", two)),
         Column("class accuracy", _text("accuracy", "{:.1%}".format)),
         Column(PROMPT_AGREEMENT, _text("prompt_agreement", "{:.1%}".format)),
+        Column("CLIP score", _with_error("clip_score", "clip_score_std", two)),
+        Column("CLIP score, others' prompts", _text("clip_score_of_others", two)),
         Column("variance / teacher's", _text("variance_over_teacher", two)),
         Column("precision", _text("precision", three), "precision", "precision, paper", two),
         Column("recall", _text("recall", three), "recall", "recall, paper", two),
         Column("#parameters", _text("parameters", count), "parameters", "#parameters, paper", count),
         Column("#Step", _text("steps", str)),
         Column("ms/image, batch 1", _text("ms", ms), "seconds", "ms/image, paper", lambda value: ms(1000 * value)),
+        Column(WITH_ENCODER, lambda row: _pace(row, "ms")),
         Column(
             "speed-up, batch 1", lambda row: speed_up(row, "speedup"), "speedup", "speed-up, paper", "{:,.1f}x".format
         ),
@@ -160,6 +167,26 @@ def speeds(results: Results) -> Table:
     return Table(["sampler", *(f"batch {batch}" for batch in batches)], cells)
 
 
+def with_encoder(results: Results) -> Table | None:
+    """Every row's figures of speed with the text encoder's time in them; None where no prompts were read."""
+    rows = [row for row in results["rows"] if row.get("with_encoder")]
+    batch = throughput_batch(results)
+    headings = ["ms/image, batch 1", "speed-up, batch 1"]
+    headings += [f"images/s, batch {batch}", f"speed-up, batch {batch}"] if batch else []
+    keys: tuple[PaceKey, ...] = ("ms", "speedup", "throughput", "throughput_speedup")
+    shown = keys[: len(headings)]
+    cells = [[row["name"], *(_pace(row, key) or "-" for key in shown)] for row in rows]
+    return Table(["sampler", *headings], cells) if rows else None
+
+
+def _pace(row: Row, key: PaceKey) -> str:
+    """A figure of a row's pace with the text encoder in it."""
+    pace: Pace = row.get("with_encoder") or {}
+    if key == "speedup" or key == "throughput_speedup":
+        return speed_up(pace, key)
+    return ms(pace[key]) if key in pace else ""
+
+
 def throughput_batch(results: Results) -> int | None:
     """The batch of images a second: the largest at which all samplers were timed; None where that is 1, or none."""
     speed = results.get("speed")
@@ -201,7 +228,7 @@ def _text(key: Shown, form: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: form(row[key]) if row.get(key) is not None else ""
 
 
-def speed_up(row: Row, key: SpeedUp) -> str:
+def speed_up(row: Pace, key: SpeedUp) -> str:
     """So many times as fast as the AR teacher, with its standard error; the teacher's own has none."""
     if row.get(key) is None:
         return ""

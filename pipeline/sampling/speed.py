@@ -1,14 +1,15 @@
 """How long a sampler takes: milliseconds per image at several batch sizes, in one process, and how many times as fast
 it is as the teacher at the same size.
 
-Noise, labels and uniform draws are made beforehand, so what is timed is the networks: from inputs to embeddings and
-from embeddings to images.
+Noise, labels and uniform draws are made beforehand, and prompts are encoded, so what is timed is the networks: from
+inputs to embeddings and from embeddings to images. The text encoder takes a turn of its own in every round: from its
+letters to its image, a prompt takes the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 
 from pipeline.host.stopwatch import WARM_UP, now, warm_up
-from pipeline.report.results import Pace, SpeedAtBatch
+from pipeline.models.conditions import Prompts, of_column
+from pipeline.report.results import EncoderTime, Pace, Paces, SpeedAtBatch, SpeedBaseline
 from pipeline.sampling.samplers import Inputs, Models, Sampler
 
 LEAST, MOST = 3, 20  # rounds at one size: an error needs several
@@ -28,17 +30,23 @@ RESAMPLED = 1_000  # times that the rounds are drawn anew for an error
 class Speed:
     """One sampler at one batch size: milliseconds per image, medians without (``network_ms``) and with decoding
     (``ms``), and ``rounds``, the latter of every round in the order in which they ran.
+
+    ``encoder`` are the text encoder's milliseconds per image in the same rounds; empty where no prompt is read.
     """
 
     batch: int
     network_ms: float
     ms: float
     rounds: tuple[float, ...]
+    encoder: tuple[float, ...] = ()
 
 
 def as_json(speed: Speed) -> SpeedAtBatch:
     """A speed as report.json holds it."""
-    return {"batch": speed.batch, "network_ms": speed.network_ms, "ms": speed.ms, "rounds": speed.rounds}
+    out: SpeedAtBatch = {"batch": speed.batch, "network_ms": speed.network_ms, "ms": speed.ms, "rounds": speed.rounds}
+    if speed.encoder:
+        out["encoder"] = speed.encoder
+    return out
 
 
 @torch.no_grad()
@@ -47,10 +55,10 @@ def measure(
 ) -> dict[Sampler, list[Speed]]:
     """Time every sampler at batch 1 and at each of ``batches``, all of them at every size, however long that takes.
 
-    At each size every sampler is warmed up, and then they take turns: a round is one call of each. So whatever slows
-    the machine for a while slows all of them, and the ratio of two stands. There are 3 rounds or more, up to 20 while
-    their share of ``budget`` seconds a sampler lasts. A size that does not fit into the device's memory is missing from
-    the list of the sampler that it does not fit.
+    At each size every sampler is warmed up, and then they take turns: a round is one call of each, and where samples
+    are drawn for prompts, one of the text encoder. So whatever slows the machine for a while slows all of them, and the
+    ratio of two stands. There are 3 rounds or more, up to 20 while their share of ``budget`` seconds a sampler lasts. A
+    size that does not fit into the device's memory is missing from the list of the sampler that it does not fit.
     """
     out: dict[Sampler, list[Speed]] = {sampler: [] for sampler in samplers}
     sizes, left = sorted({1, *batches}), budget * len(out)
@@ -65,17 +73,19 @@ def measure(
 def _at(models: Models, samplers: Sequence[Sampler], batch: int, seconds: float) -> dict[Sampler, Speed]:
     """One size: at least LEAST rounds, and more for about so many ``seconds``, the warm-up among them."""
     begun, inputs = now(models.device), models.inputs(range(batch))
-    turns = {sampler: _Turn(models, sampler, inputs) for sampler in samplers}
-    for sampler, turn in turns.copy().items():
-        if not _fits(partial(warm_up, turn.call)):
-            del turns[sampler]
+    turns = [_Turn(models, sampler, inputs) for sampler in samplers]
+    condition = of_column(models.column(range(batch)))
+    encoding = [_Encoding(models, condition)] if isinstance(condition, Prompts) else []
+    every: list[_Turn | _Encoding] = [*turns, *encoding]
+    fitting = [one for one in every if _fits(partial(warm_up, one.call))]
     for round_ in range(MOST):
-        for sampler in list(turns)[:: -1 if round_ % 2 else 1]:
-            if not _fits(turns[sampler].call):
-                del turns[sampler]
+        for one in fitting[:: -1 if round_ % 2 else 1]:
+            if not _fits(one.call):
+                fitting.remove(one)
         if round_ + 1 >= LEAST and now(models.device) - begun >= seconds:
             break
-    return {sampler: turn.speed(batch) for sampler, turn in turns.items()}
+    encoder = next((one.rounds(batch) for one in encoding if one in fitting), ())
+    return {turn.sampler: turn.speed(batch, encoder) for turn in turns if turn in fitting}
 
 
 def _fits(call: Callable[[], None]) -> bool:
@@ -106,11 +116,31 @@ class _Turn:
         self.draws.append(drawn - start)
         self.decodes.append(now(device) - drawn)
 
-    def speed(self, batch: int) -> Speed:
-        """What the calls after the warm-up took."""
+    def speed(self, batch: int, encoder: tuple[float, ...]) -> Speed:
+        """What the calls after the warm-up took, and ``encoder``'s beside them, where the sampler reads prompts."""
         draws, decodes = self.draws[WARM_UP:], self.decodes[WARM_UP:]
         rounds = tuple(1000 * (a + b) / batch for a, b in zip(draws, decodes, strict=True))
-        return Speed(batch, 1000 * median(draws) / batch, median(rounds), rounds)
+        read = () if self.sampler.frequencies else encoder
+        return Speed(batch, 1000 * median(draws) / batch, median(rounds), rounds, read)
+
+
+class _Encoding:
+    """The text encoder on the prompts of one size: the seconds of every call so far."""
+
+    def __init__(self, models: Models, prompts: Prompts) -> None:
+        self.models, self.prompts = models, prompts
+        self.seconds: list[float] = []
+
+    def call(self) -> None:
+        """Encode the batch once, and note the seconds."""
+        start = now(self.models.device)
+        if self.models.encode:
+            self.models.encode(self.prompts)
+        self.seconds.append(now(self.models.device) - start)
+
+    def rounds(self, batch: int) -> tuple[float, ...]:
+        """Milliseconds per image of each call after the warm-up."""
+        return tuple(1000 * seconds / batch for seconds in self.seconds[WARM_UP:])
 
 
 # ---- ratios
@@ -128,6 +158,35 @@ def speed_up(mine: Speed, teacher: Speed) -> tuple[float, float]:
     picked = np.random.default_rng(0).integers(0, count, (RESAMPLED, count))
     theirs, ours = (np.median(np.array(one.rounds)[picked], axis=1) for one in (teacher, mine))
     return teacher.ms / mine.ms, float(np.std(theirs / ours))
+
+
+def with_encoder(speeds: Sequence[Speed], teacher: Sequence[Speed]) -> list[Speed]:
+    """The same speeds with the text encoder's time in every round, at the sizes at which that was measured.
+
+    The teacher reads prompts and so says at which. A sampler that reads none takes what it took.
+    """
+    timed = {one.batch for one in teacher if one.encoder}
+    return [_with_encoder(one) if one.encoder else one for one in speeds if one.batch in timed]
+
+
+def _with_encoder(speed: Speed) -> Speed:
+    rounds = tuple(a + b for a, b in zip(speed.rounds, speed.encoder, strict=True))
+    return replace(
+        speed, network_ms=speed.network_ms + median(speed.encoder), ms=median(rounds), rounds=rounds, encoder=()
+    )
+
+
+def encoder_times(teacher: Sequence[Speed]) -> list[EncoderTime]:
+    """The text encoder's own time at each size: the median of its rounds, its error from drawing them anew."""
+    return [
+        {"batch": one.batch, "ms": median(one.encoder), "ms_std": _error(one.encoder)} for one in teacher if one.encoder
+    ]
+
+
+def _error(rounds: tuple[float, ...]) -> float:
+    """The standard error of the median of rounds."""
+    picked = np.random.default_rng(0).integers(0, len(rounds), (RESAMPLED, len(rounds)))
+    return float(np.std(np.median(np.array(rounds)[picked], axis=1)))
 
 
 def throughput_batch(speeds: Iterable[Sequence[Speed]]) -> int | None:
@@ -153,4 +212,20 @@ def beside_teacher(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int |
         out |= {"throughput_batch": float(batch), "throughput": 1000 / own[batch].ms}
         if batch in theirs:
             out["throughput_speedup"], out["throughput_speedup_std"] = speed_up(own[batch], theirs[batch])
+    return out
+
+
+def paces(mine: Sequence[Speed], teacher: Sequence[Speed], batch: int | None) -> Paces:
+    """``beside_teacher``; for prompts, the same once more with the text encoder's time on both sides."""
+    out: Paces = {**beside_teacher(mine, teacher, batch)}
+    if encoded := with_encoder(mine, teacher):
+        out["with_encoder"] = beside_teacher(encoded, with_encoder(teacher, teacher), batch)
+    return out
+
+
+def baseline(teacher: Sequence[Speed], batch: int | None) -> SpeedBaseline:
+    """What speed-ups are over, and the text encoder's own times, where there is one."""
+    out: SpeedBaseline = {"teacher": list(map(as_json, teacher)), "throughput_batch": batch}
+    if encoder := encoder_times(teacher):
+        out["encoder"] = encoder
     return out

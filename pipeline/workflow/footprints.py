@@ -1,6 +1,7 @@
 """What generation and training need of memory, traced by running the very code of the jobs without memory.
 
-``footprint`` knows how to trace; this module knows what.
+``footprint`` knows how to trace; this module knows what. Of a text encoder the weights are added: what its pass over a
+batch takes is gone before the other networks' begins, and is less.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
+from pipeline.text import encoder
 from pipeline.training import batches, perceptual
 from pipeline.training.losses import Loss
 from pipeline.training.state import TrainingState
@@ -24,7 +26,7 @@ TRACED = 16  # AR steps of a raster sequence that are traced
 
 
 def of_generation(recipe: Recipe) -> Footprint:
-    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities.
+    """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities, the text encoder.
 
     Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
     sequence only the first steps are traced; each later one adds the same to the cache.
@@ -48,10 +50,10 @@ def of_generation(recipe: Recipe) -> Footprint:
 
     steps = config.layout.steps
     if steps <= TRACED or len(set(config.layout.groups)) > 1:
-        return upto(steps)
+        return _with_encoder(upto(steps), recipe)
     short, longer = upto(TRACED // 2), upto(TRACED)
     per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
-    return replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step))
+    return _with_encoder(replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step)), recipe)
 
 
 def of_training(recipe: Recipe) -> Footprint:
@@ -76,4 +78,10 @@ def of_training(recipe: Recipe) -> Footprint:
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 
-    return footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)
+    found = footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)
+    return _with_encoder(found, recipe)
+
+
+def _with_encoder(found: Footprint, recipe: Recipe) -> Footprint:
+    """The footprint with the weights of the recipe's text encoder, if it has one, in their own precision."""
+    return replace(found, fixed=found.fixed + encoder.memory(recipe.text)) if recipe.text.encoder else found

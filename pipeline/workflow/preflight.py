@@ -35,6 +35,7 @@ from pipeline.workflow import footprints
 
 Job = Literal["generate_pairs", "distill", "evaluate"]
 JOBS: tuple[Job, ...] = get_args(Job)
+TEXT = ("captions", "text")  # sections that all jobs read, where the teacher takes prompts
 
 
 def check_services(recipe: Recipe) -> None:
@@ -102,19 +103,19 @@ def check_teacher(recipe: Recipe) -> None:
 
 def check_pairs(recipe: Recipe) -> None:
     """The folder is free or holds this very set."""
-    recipe.check_filled("pairs")
+    recipe.check_filled("pairs", *TEXT)
     manifest.check_claim(recipe.pairs_uri, PairFacts.of(recipe))
 
 
 def check_training(recipe: Recipe) -> None:
     """Everything but the pairs themselves, which may be still to come."""
-    recipe.check_filled("train")
+    recipe.check_filled("train", *TEXT)
     training_plan.check(replace(recipe, dry_run=True))
 
 
 def check_evaluation(recipe: Recipe) -> None:
     """Samplers against the layout, scoring network, reference and registry; neither student nor pairs."""
-    recipe.check_filled("evaluate")
+    recipe.check_filled("evaluate", *TEXT)
     plan.inputs(recipe)
     registry.check(recipe)
 

@@ -62,6 +62,29 @@ def test_the_table_says_what_was_made(ray_cluster: str, recipe: Recipe, monkeypa
     assert replace(recipe).teacher.family == "pipeline.models.var", "the recipe itself is as it was"
 
 
+def test_a_set_of_prompts_holds_those_of_the_file(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a teacher of captions with a text encoder that is not there: the stand-in asks none."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    file = tmp_path / "prompts.txt"
+    file.write_text('a zero\n\nthree, "quoted"\n')
+    recipe = tiny(tmp_path, "llamagen", caption_dim=16, caption_length=8)
+    recipe = with_pairs(recipe, count=20, shard_rows=8, batch=4, actors=1, noise="derived")
+    text = replace(recipe.text, encoder=str(tmp_path / "nowhere"))
+    recipe = replace(recipe, captions=replace(recipe.captions, uri=str(file)), text=text)
+    lines = scale._full(recipe, str(tmp_path / "scale"))
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| 2")] == ["2", "20", "20"]
+    uri = str(tmp_path / "scale" / "pairs")
+    inventory = manifest.read(uri)
+    facts = PairFacts.from_json(inventory["facts"])
+    rows = [shards.read_shard(uri, facts, shard["name"]) for shard in inventory["shards"]]
+    prompts = np.concatenate([part.conditions for part in rows])
+    assert prompts.tolist() == (["a zero", "", 'three, "quoted"'] * 7)[:20]
+    tokens = np.concatenate([part.tokens for part in rows])
+    assert len({row.tobytes() for row in tokens}) == 3, "one sequence a prompt"
+
+
 def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe) -> None:
     text = scale.scale(replace(recipe, dry_run=True))
     assert f"{recipe.run}/scale" in text

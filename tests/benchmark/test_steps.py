@@ -12,6 +12,10 @@ from tiny import tiny
 
 from pipeline.benchmark import steps as training_speed
 from pipeline.benchmark.steps import WHOLE, pieces
+from pipeline.models.base import Layout
+from pipeline.models.conditions import Condition, Labels, Prompts
+from pipeline.pairs.stream import Pairs
+from pipeline.training import batches
 from pipeline.training import step as training_step
 from pipeline.training.losses import Loss
 
@@ -32,6 +36,28 @@ def test_what_the_recipe_leaves_out_is_missing(tmp_path: Path) -> None:
     recipe = tiny(tmp_path, "llamagen")
     recipe = replace(recipe, train=replace(recipe.train, lpips=0.0, split=9))
     assert pieces(recipe, torch.device("cpu"), repeats=1).keys() == ALWAYS | {WHOLE}
+
+
+def test_the_text_encoder_is_a_part_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that encoding alone advances; the networks are given a class for every prompt."""
+    at, read = [0.0], []
+    monkeypatch.setattr(training_speed, "now", lambda device: at[0])
+    made_up = batches.made_up
+
+    def of_prompts(layout: Layout, count: int) -> Pairs:
+        return made_up(layout, count)._replace(condition=Prompts(("a prompt",) * count))
+
+    def encode(condition: Condition) -> Condition:
+        at[0] += 7
+        read.append(condition)
+        return Labels(torch.zeros(len(condition), dtype=torch.long))
+
+    monkeypatch.setattr(batches, "made_up", of_prompts)
+    monkeypatch.setattr(training_speed.encoder, "conditioner", lambda settings, device: encode)
+    found = pieces(tiny(tmp_path), torch.device("cpu"), repeats=1)
+    assert found.keys() == ALWAYS | LOSSES | {WHOLE, "text encoder"}
+    assert {name: seconds for name, seconds in found.items() if seconds} == {WHOLE: 7, "text encoder": 7}
+    assert {type(condition) for condition in read} == {Prompts}
 
 
 def test_steps_before_the_steady_state_are_in_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

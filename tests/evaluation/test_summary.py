@@ -20,6 +20,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.summary import Entry, Reference
 from pipeline.evaluation.tally import Statistics
 from pipeline.report import comparison
+from pipeline.sampling.speed import Speed
 
 RNG = np.random.default_rng(0)
 OF_ROWS = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
@@ -145,3 +146,15 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(summary, "_of_features", lambda *args: seen.append(list(alive)) or {})
     assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_a_row_of_prompts_has_its_pace_with_the_encoder_on_both_sides_too() -> None:
+    real = statistics(0.0)
+    ar = [Speed(batch, 40.0, 40.0, (40.0,) * 3, (10.0,) * 3) for batch in (1, 64)]
+    mine = [Speed(batch, 5.0, 5.0, (5.0,) * 3, (5.0,) * 3) for batch in (1, 64)]
+    entry = Entry("DD 1 step", "FewStep", {}, 1, statistics(0.5), mine)
+    row = summary.numbers([entry], Reference(real.moments.gaussian(), None), ar, 64)[-1]
+    assert (row["ms"], row["speedup"], row["throughput_speedup"]) == (5.0, 8.0, 8.0)
+    pace = row["with_encoder"]
+    assert (pace["ms"], pace["speedup"], pace["speedup_std"]) == (10.0, 5.0, 0.0)
+    assert (pace["throughput"], pace["throughput_batch"], pace["throughput_speedup"]) == (100.0, 64.0, 5.0)

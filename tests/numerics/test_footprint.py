@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import Family, tiny
+from tiny_text import tiny_encoder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.models import checkpoints
@@ -18,6 +19,8 @@ from pipeline.models.conditions import Labels
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint, Meter
 from pipeline.recipe import Recipe
+from pipeline.settings.text import TextSettings
+from pipeline.text import encoder
 from pipeline.training import batches
 from pipeline.training import step as training_step
 from pipeline.training.state import TrainingState
@@ -103,6 +106,17 @@ def test_a_gpu_holds_no_attention_matrices(tmp_path: Path) -> None:
     recipe = with_precision(tiny(tmp_path), "bf16")  # whose backward pass keeps them on a CPU
     on_gpu = replace(recipe, cluster=replace(recipe.cluster, gpus=1), train=replace(recipe.train, workers=1))
     assert footprints.of_training(on_gpu).sample < footprints.of_training(recipe).sample
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_text_encoder_adds_its_weights(tmp_path: Path, precision: str) -> None:
+    """To generation and to training, however large the batch; what counts is what is really loaded."""
+    plain = tiny(tmp_path)
+    settings = TextSettings(encoder=str(tiny_encoder(tmp_path / "encoder")), precision=precision, clean=False)
+    weights = {weight.data_ptr(): weight.nbytes for weight in encoder.load(settings, "cpu").parameters()}
+    for need in (footprints.of_generation, footprints.of_training):
+        before, after = need(plain), need(replace(plain, text=settings))
+        assert after == replace(before, fixed=before.fixed + sum(weights.values()))
 
 
 def with_precision(recipe: Recipe, precision: str) -> Recipe:

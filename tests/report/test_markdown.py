@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from pipeline.evaluation import summary
 from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments, frechet
 from pipeline.evaluation.summary import Entry, Reference
 from pipeline.evaluation.tally import Statistics
-from pipeline.report import legend, markdown, tables
+from pipeline.report import legend, markdown, page, tables
 from pipeline.report.names import metric_name
+from pipeline.report.protocol import protocol
 from pipeline.sampling.samplers import SAMPLERS
 from pipeline.sampling.speed import Speed
 
@@ -135,6 +137,7 @@ def test_numbers_of_a_row() -> None:
         Entry("teacher, AR", "Autoregressive", {}, 10, teacher, ar),
     ]
     rows = summary.numbers(entries, Reference(real.moments.gaussian(), real, of_digits=True), ar, 64)
+    assert not [row for row in rows if "with_encoder" in row or "clip_score" in row], "of classes"
     assert [row["name"] for row in rows] == ["real images", "DD 1 step", "teacher, AR"]
     row = rows[1]
     expected = frechet(student.moments.gaussian(), real.moments.gaussian())
@@ -376,3 +379,69 @@ def test_mlflow_gets_a_few_numbers_and_a_table_of_all() -> None:
 
 def test_names_of_samplers_are_made_fit_for_files_and_tags() -> None:
     assert metric_name("onestep* given the class") == "onestep-star_given_the_class"
+
+
+def of_prompts() -> dict[str, Any]:
+    """The example as a report of prompts: with a CLIP score, and with the text encoder's time."""
+    real, teacher, student = RESULTS["rows"]
+    pace = {"ms": 44.0, "speedup": 1.0, "speedup_std": 0.0, "throughput": 80.0, "throughput_speedup": 1.0}
+    faster = {"ms": 9.0, "speedup": 4.9, "speedup_std": 0.2, "throughput": 125.0, "throughput_speedup": 1.6}
+    scores = {"clip_score": 27.126, "clip_score_std": 0.054, "clip_score_of_others": 14.9}
+    rows = [
+        real | {"clip_score": 31.5, "clip_score_of_others": 14.8},
+        teacher | scores | {"with_encoder": pace},
+        student | {"clip_score": 25.0, "with_encoder": faster},
+    ]
+    times = [{"batch": 1, "ms": 4.0, "ms_std": 0.25}, {"batch": 64, "ms": 2.5, "ms_std": 0.125}]
+    sums = {"scorer": "s", "clip": "c" * 64, "clip reads": "r" * 64}
+    facts = {"CLIP": {"model": "hf://a/b", "convention": "mean of 100 x max(cos, 0)"}, "features SHA-256": sums}
+    return RESULTS | {"rows": rows, "speed": RESULTS["speed"] | {"encoder": times}, "made": RESULTS["made"] | facts}
+
+
+def test_a_report_of_prompts_shows_the_clip_score_with_its_floor() -> None:
+    results = of_prompts()
+    headings, cells, _ = tables.main(results)
+    scores, others = (headings.index(name) for name in ("CLIP score", "CLIP score, others' prompts"))
+    assert [row[scores] for row in cells] == ["31.50", "27.13 ± 0.05", "25.00"]
+    assert [row[others] for row in cells] == ["14.80", "14.90", "-"]
+    said = dict(legend.about_columns(results))
+    assert "mean of 100 x max(cos, 0), by hf://a/b; behind ± its standard error" in said["CLIP score"]
+    assert "each with the prompt of the image before it" in said["CLIP score, others' prompts"]
+    scored = dict(protocol(results))["scored"]
+    assert f"CLIP, hf://a/b (SHA-256 of its weights {'c' * 12}, of tokenizer and preparation {'r' * 12})" in scored
+
+
+def test_a_report_of_prompts_shows_times_with_and_without_the_encoder() -> None:
+    results = of_prompts()
+    headings, cells, _ = tables.main(results)
+    plain, whole = (headings.index(name) for name in ("ms/image, batch 1", "ms/image, batch 1, with encoder"))
+    assert [(row[plain], row[whole]) for row in cells] == [("-", "-"), ("40", "44"), ("5", "9")]
+    encoded = tables.with_encoder(results)
+    assert encoded is not None
+    assert encoded.headings[1:] == [
+        "ms/image, batch 1",
+        "speed-up, batch 1",
+        "images/s, batch 64",
+        "speed-up, batch 64",
+    ]
+    faster = ["DD 2 steps (1, 6)", "9", "4.9x ± 0.2", "125", "1.6x"]
+    assert encoded.cells == [["teacher, AR", "44", "1.0x", "80", "1.0x"], faster]
+    said = legend.about_encoder(results)
+    assert "took a prompt 4 ± 0.25 ms at batch 1; 2.5 ± 0.125 ms at batch 64" in said
+    whole_page = page.html(results | {"curve": None}, {"samples.png": b"", "tradeoff.png": b""})
+    for text, asked in ((markdown.markdown(results), said), (whole_page, escape(said))):
+        assert asked in text
+        assert "Among these inputs are the encoded prompts" in text
+
+
+def test_the_papers_figures_of_prompts_are_those_of_its_third_table() -> None:
+    results = with_paper()
+    for classes, table in ((1000, "Tables 1 and 2"), (0, "Table 3")):
+        said = dict(legend.about_columns(results | {"made": results["made"] | {"classes": classes}}))
+        assert f"printed in arXiv 2412.17153, {table}, as the recipe lists it" in said["paper"]
+
+
+def test_a_report_of_classes_says_nothing_of_prompts() -> None:
+    text = markdown.markdown(RESULTS)
+    assert not [word for word in ("CLIP", "encoder", "prompt") if word in text]
+    assert tables.with_encoder(RESULTS) is None

@@ -813,7 +813,7 @@ def test_a_student_of_prompts_learns_and_needs_no_list_of_prompts(tmp_path: Path
     made = tiny_text(tmp_path)
     facts, ids, prompts = PairFacts.of(made), np.arange(40), conditioning(made)
     drawn = noise.gaussian(facts.seed, ids, facts.length, facts.dim)
-    first = np.array([prompt.startswith("red") for prompt in prompts(ids)])
+    first = np.array(["three" in prompt for prompt in prompts(ids)])
     tokens = (4 * first[:, None] + 2 * (drawn[..., 0] > 0) + (drawn[..., 1] > 0)).astype(np.uint16)
     manifest.claim(made.pairs_uri, facts, made)
     shards = [
