@@ -17,12 +17,12 @@ import yaml
 from pipeline import storage
 from pipeline.command_line import DEFAULT, Output, main, parse, with_settings
 from pipeline.configuration import fields
-from pipeline.evaluation import metrics
 from pipeline.flow.matching import Solver
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import samplers, selection
+from pipeline.scoring import metrics
 from pipeline.services import cluster
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.teacher import Filter

@@ -21,7 +21,6 @@ from typing import Any, cast
 
 from pipeline import storage
 from pipeline.command_line import with_settings
-from pipeline.evaluation import scoring
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -29,6 +28,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, leaves
 from pipeline.sampling import selection
 from pipeline.sampling.samplers import FewStep
+from pipeline.scoring import instruments
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.training import plan as training_plan
 
@@ -276,7 +276,7 @@ def _check(recipe: Recipe, facts: PairFacts, variant: Variant) -> None:
     layout = checkpoints.config(recipe.teacher).layout
     try:
         training_plan.check_batch(training_plan.check(replace(recipe, dry_run=True), facts))
-        scoring.check(recipe.evaluate, layout.image_size, layout.classes)
+        instruments.check(recipe.evaluate, layout.image_size, layout.classes)
     except ValueError as error:
         if not variant.axis:
             raise

@@ -23,7 +23,6 @@ from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.plan import PART_IMAGES, Draw, EvaluationPlan, prepare
-from pipeline.evaluation.tally import Statistics
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
 from pipeline.host.stopwatch import Stopwatch
@@ -34,6 +33,7 @@ from pipeline.pairs.passes import commits
 from pipeline.pairs.replica import Replica
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
+from pipeline.scoring.tally import Statistics
 from pipeline.services import cluster
 from pipeline.workflow.drawing import parts_of
 

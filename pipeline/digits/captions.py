@@ -24,6 +24,7 @@ NAMED = 0.8  # probability that a caption names a property
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MEDIUM = WORDS["weight"].index("medium")
 DIGIT, WEIGHT, SLANT, VERTICAL, HORIZONTAL = range(len(PROPERTIES))
+PLACE = (VERTICAL, HORIZONTAL)
 FORMS = 2  # of a digit: its numeral, its word
 DRAWS = 5  # of a caption: form, weight, slant, place, and what stays unnamed of a combination that is held out
 
@@ -109,11 +110,13 @@ def composed(combinations: np.ndarray, seed: int, ids: Sequence[int] | np.ndarra
     """
     drawn = noise.uniform(seed, ids, DRAWS)
     named = combinations.copy()
-    for draw, columns in ((1, [WEIGHT]), (2, [SLANT]), (3, [VERTICAL, HORIZONTAL])):
-        named[np.ix_(drawn[:, draw] >= NAMED, columns)] = UNNAMED
+    for draw, told_together in ((1, (WEIGHT,)), (2, (SLANT,)), (3, PLACE)):
+        for one in told_together:
+            named[drawn[:, draw] >= NAMED, one] = UNNAMED
     told, slanted = reveals(named), drawn[:, 4] < 0.5
     named[told & slanted, SLANT] = UNNAMED
-    named[np.ix_(told & ~slanted, [VERTICAL, HORIZONTAL])] = UNNAMED
+    for one in PLACE:
+        named[told & ~slanted, one] = UNNAMED
     return [caption(row, form) for row, form in zip(named, (drawn[:, 0] * FORMS).astype(int), strict=True)]
 
 

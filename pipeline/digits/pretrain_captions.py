@@ -120,11 +120,11 @@ def make_captions(name: str, settings: TeacherSettings, plan: CaptionPlan, folde
     captioned.write(captioned.training_captions(plan.seed, plan.pairs), f"{folder}/captions.parquet")
     captioned.write(captioned.unseen_captions(plan.seed + 1, plan.unseen), f"{folder}/unseen.parquet")
     report("captions written")
-    files = {
-        "tokenizer": f"{folder}/{name}-tokenizer.safetensors",
-        "checkpoint": f"{folder}/{name}-teacher.safetensors",
-    }
-    settings = dataclasses.replace(settings, **files)
+    settings = dataclasses.replace(
+        settings,
+        tokenizer=f"{folder}/{name}-tokenizer.safetensors",
+        checkpoint=f"{folder}/{name}-teacher.safetensors",
+    )
     of_classes = checkpoints.teacher(settings)
     new = captioned_settings(settings)
     teacher: Teacher = checkpoints.family(new).Teacher(checkpoints.config(new), new.filter)

@@ -21,11 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluation import scoring
 from pipeline.evaluation.plan import Draw, EvaluationPlan
-from pipeline.evaluation.real_images import RealImages
-from pipeline.evaluation.scoring import Features
-from pipeline.evaluation.tally import Sight, Statistics
 from pipeline.host.machine import device_name
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
@@ -34,6 +30,10 @@ from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import set_products
 from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import Models, Sampler
+from pipeline.scoring import instruments
+from pipeline.scoring.instruments import Features
+from pipeline.scoring.real_images import RealImages
+from pipeline.scoring.tally import Sight, Statistics
 from pipeline.services import cluster
 from pipeline.text import encoder
 
@@ -61,7 +61,7 @@ class Artist:
         self.plan, self.draws, self.working = plan, draws, working
         self.models = load_models(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
-        network = scoring.features(plan.recipe.evaluate, plan.device, arrays)
+        network = instruments.features(plan.recipe.evaluate, plan.device, arrays)
         self.network = network if plan.has_agreement else dataclasses.replace(network, satisfied=None)
         self.samples = plan.samples()
         self.real: RealImages | None = None  # opened by the actor that scores them
@@ -95,7 +95,7 @@ class Artist:
     def images(self, draw: Draw, places: np.ndarray) -> Labelled:
         """Images at ``places`` of a draw, and their labels or prompts where they are known."""
         if draw.sampler is None:
-            self.real = self.real or scoring.real(self.plan.recipe.evaluate, self.plan.side)
+            self.real = self.real or instruments.real(self.plan.recipe.evaluate, self.plan.side)
             assert self.real is not None
             first = self.plan.first_real
             images, labels = self.real[first + int(places[0]) : first + int(places[-1]) + 1]

@@ -29,8 +29,8 @@ REAL, MEASURING = "real images", "measuring"
 # What shapes statistics: how images are looked at, and how a sampler's are drawn.
 SCORED = (
     "pipeline.evaluation.artist:look_at",
-    "pipeline.evaluation.scoring:features",
-    "pipeline.evaluation.scoring:real",
+    "pipeline.scoring.instruments:features",
+    "pipeline.scoring.instruments:real",
 )
 DRAWN = ("pipeline.evaluation.artist:draw_images", "pipeline.evaluation.artist:load_models", "pipeline.noise:labels")
 STUDENT, FREQUENCIES = "pipeline.evaluation.artist:load_student", "pipeline.pairs.shards:token_frequencies"

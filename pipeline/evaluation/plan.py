@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import noise, storage
-from pipeline.evaluation import equal_code, scoring, students, tally, unseen
+from pipeline.evaluation import equal_code, students, unseen
 from pipeline.evaluation.unseen import UnseenPrompts
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
@@ -26,6 +26,7 @@ from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
+from pipeline.scoring import instruments, tally
 
 PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
 FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
@@ -113,7 +114,7 @@ class EvaluationPlan:
     @property
     def side(self) -> int:
         """Pixels across an image that is scored."""
-        return scoring.side(self.recipe.evaluate, self.layout.image_size)
+        return instruments.side(self.recipe.evaluate, self.layout.image_size)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -291,8 +292,8 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
     config = checkpoints.config(recipe.teacher)
     layout = config.layout
     listed = selection.build(settings.samplers, layout, recipe.train.split)
-    side = scoring.side(settings, layout.image_size)
-    features = scoring.check(settings, side, layout.classes)
+    side = instruments.side(settings, layout.image_size)
+    features = instruments.check(settings, side, layout.classes)
     facts = {
         "family": recipe.teacher.family,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
@@ -300,8 +301,8 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
         "precision": recipe.teacher.precision,
         "teacher": checkpoints.checksums(recipe.teacher),
         "features": features,
-        "reference": scoring.check_reference(settings, side),
-        "dim": scoring.DIMENSIONS[settings.features],
+        "reference": instruments.check_reference(settings, side),
+        "dim": instruments.DIMENSIONS[settings.features],
         "code": equal_code.of_draws(recipe.teacher.family, map(type, [*listed, Autoregressive()])),
     }
     for name in ("teacher", "evaluate"):

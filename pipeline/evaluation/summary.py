@@ -4,71 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from pipeline.evaluation import clip, metrics, real_images, scoring, unseen
-from pipeline.evaluation.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
+from pipeline.evaluation import unseen
 from pipeline.evaluation.plan import Draw, EvaluationPlan
-from pipeline.evaluation.references import References
-from pipeline.evaluation.tally import SCORE_BLOCK, Outline, Statistics
+from pipeline.evaluation.rows import NEIGHBOURS, Entry, Reference, agreement, numbers, score
 from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
 from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
-from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
+from pipeline.report.results import Agreement, CurvePoint, OtherReport, Results, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
-from pipeline.sampling.speed import Speed
+from pipeline.scoring import clip, instruments, metrics, real_images
+from pipeline.scoring.metrics import Gaussian, Moments
+from pipeline.scoring.references import References
+from pipeline.scoring.tally import SCORE_BLOCK, Outline, Statistics
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings
 
 FORMAT = 3  # of report.json: an older one is written again, from the same statistics and times
-NEIGHBOURS = 3  # of precision and recall
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row of the table before its numbers: a sampler's images and its speed.
-
-    ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints;
-    ``rounds`` the round of classes that each kept image belongs to, None where there are no classes; ``departs`` says
-    in what it asks more of its student than that was trained for.
-    """
-
-    name: str
-    kind: str
-    settings: dict[str, Any]
-    steps: int
-    statistics: Statistics
-    speeds: list[Speed] = field(default_factory=list)
-    type: str = "baseline"
-    parameters: int | None = None
-    paper: dict[str, float] = field(default_factory=dict)
-    rounds: np.ndarray | None = None
-    departs: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
-    the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
-    ``of_digits``: the digits' scorer looked, whose classes make no Inception Score.
-    """
-
-    gaussian: Gaussian
-    real: Statistics | None
-    spatial: Gaussian | None = None
-    second: Gaussian | None = None
-    of_digits: bool = False
 
 
 def summarise(
@@ -88,9 +47,9 @@ def summarise(
     rows = numbers(_entries(plan, statistics, times), reference, teacher, batch)
     results: Results = {
         "name": plan.recipe.name,
-        "title": scoring.title(settings),
-        "second_title": scoring.second_title(settings),
-        "meaning": scoring.meaning(settings, plan.facts["reference"].get("described", False)),
+        "title": instruments.title(settings),
+        "second_title": instruments.second_title(settings),
+        "meaning": instruments.meaning(settings, plan.facts["reference"].get("described", False)),
         "fingerprint": plan.fingerprint(),
         "shown": frame(plan, others),
         "rows": rows,
@@ -139,7 +98,7 @@ def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times:
 def compared_with(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -> Reference:
     """The reference of a recipe, for each flavour: statistics out of its files, or those of the real images."""
     settings, real = plan.recipe.evaluate, statistics[plan.reference()] if plan.real else None
-    files = {} if settings.features == "digits" else scoring.statistics(settings)
+    files = {} if settings.features == "digits" else instruments.statistics(settings)
     first, *others = settings.flavours
     second = None
     if others:
@@ -305,115 +264,3 @@ def _student(plan: EvaluationPlan) -> StudentOrigin:
     if plan.registered:
         origin["registry"] = plan.registered
     return origin
-
-
-def numbers(
-    entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
-) -> list[Row]:
-    """One dictionary per row, real images first; None where a number does not exist.
-
-    The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
-    the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
-    """
-    rows: list[Row] = [{**_row(entry, reference), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
-    by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
-    teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
-    if reference.real is not None:
-        count = reference.real.moments.n
-        rows.insert(0, {**_quality(reference.real, reference), "name": "real images", "type": "real", "count": count})
-    for row in rows:
-        row["score_over_teacher"] = _ratio(row.get("score"), teacher and teacher.get("score"))
-        row["variance_over_teacher"] = _ratio(row.get("variance"), teacher and teacher.get("variance"))
-    return rows
-
-
-def _ratio(mine: float | None, theirs: float | None) -> float | None:
-    return mine / theirs if mine is not None and theirs else None
-
-
-def score(statistics: Statistics, reference: Reference) -> float:
-    """Fréchet distance of a set of images to the reference."""
-    return frechet(statistics.moments.gaussian(), reference.gaussian)
-
-
-def _row(entry: Entry, reference: Reference) -> Row:
-    statistics, real = entry.statistics, reference.real
-    row: Row = {
-        "name": entry.name,
-        "type": entry.type,
-        "departs": entry.departs,
-        "parameters": entry.parameters,
-        "paper": entry.paper,
-        "sampler": {"name": entry.kind} | entry.settings,
-        "steps": entry.steps,
-        "count": statistics.moments.n,
-        "score": score(statistics, reference),
-        "pixel_score": pixel_frechet(statistics.pixels, real.pixels) if real else None,
-        "sfid": None,
-        "second_score": None,
-        "seconds": statistics.seconds,
-        "speeds": list(map(speed.as_json, entry.speeds)),
-    }
-    if reference.spatial and statistics.spatial:
-        row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
-    if reference.second and statistics.second:
-        row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
-    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics, reference)}
-
-
-def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> OfFeatures:
-    """What needs the images' features themselves, not their sums alone.
-
-    Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
-    recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
-    """
-    out: OfFeatures = {"score_std": None, "score_inf": None}
-    out |= {"precision": None, "recall": None, "kid": None, "kid_std": None}
-    if not statistics.features:
-        return out
-    mine = np.concatenate(statistics.features)
-    rounds = np.arange(len(mine)) if rounds is None else rounds
-    share, total = len(mine) / statistics.moments.n, statistics.moments
-    if share < 1:
-        total = Moments(mine.shape[1])
-        total.add(mine)
-    with ThreadPoolExecutor() as pool:  # most of each runs without Python's lock, on few cores
-        error = pool.submit(metrics.frechet_error, mine, total, reference.gaussian, rounds)
-        if reference.real and reference.real.features:
-            theirs = np.concatenate(reference.real.features)
-            kid = pool.submit(metrics.kid, mine, theirs)
-            if not reference.of_digits and min(len(mine), len(theirs)) > NEIGHBOURS:
-                out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
-            out["kid"], out["kid_std"] = kid.result()
-    if found := error.result():
-        out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
-    return out
-
-
-def _quality(statistics: Statistics, reference: Reference) -> Quality:
-    """What needs no real images. A network whose classes are drawn, that of the digits, makes no Inception Score."""
-    labelled, sums = statistics.labelled, statistics.clip
-    of_clip: Quality = {}
-    if sums and sums.mean() is not None:
-        of_clip = {"clip_score": sums.mean(), "clip_score_std": sums.error(), "clip_score_of_others": sums.floor()}
-    out: Quality = {
-        "inception_score": None if reference.of_digits else statistics.score.value(),
-        "inception_score_std": None if reference.of_digits else statistics.score.error(),
-        "accuracy": statistics.right / labelled if labelled else None,
-        "variance": statistics.variance.value(),
-        **of_clip,
-    }
-    (agreeing, asked), (by_chance, asked_of_others) = statistics.agreement.tolist()
-    if asked:
-        out["prompt_agreement"] = agreeing / asked
-    if asked_of_others:
-        out["prompt_agreement_of_others"] = by_chance / asked_of_others
-    return out
-
-
-def agreement(flow_matched: Statistics, first: Statistics, second: Statistics) -> Agreement:
-    """Whether flow matching left the teacher's distribution alone: its distance to an AR draw over that of
-    two AR draws.
-    """
-    fm, ar = (frechet(s.moments.gaussian(), first.moments.gaussian()) for s in (flow_matched, second))
-    return {"fm_to_ar": fm, "ar_to_ar": ar, "ratio": fm / ar}

@@ -11,11 +11,11 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.digits import captions
-from pipeline.evaluation import real_images
-from pipeline.evaluation.real_images import ImageRows
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint
+from pipeline.scoring import real_images
+from pipeline.scoring.real_images import ImageRows
 from pipeline.text import encoder
 from pipeline.text.prompts import PromptList, hashes
 

@@ -20,13 +20,13 @@ import ray
 import ray.data
 
 from pipeline import storage
-from pipeline.evaluation import scoring
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.plan import Draw, EvaluationPlan
-from pipeline.evaluation.tally import Outline, Statistics, outline
 from pipeline.host import provenance
 from pipeline.host.progress import Progress
 from pipeline.sampling import sample_files
+from pipeline.scoring import instruments
+from pipeline.scoring.tally import Outline, Statistics, outline
 from pipeline.services import cluster
 
 RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
@@ -109,7 +109,7 @@ def parts_of(
 
     ``artist`` is the actor's class, ``more`` what its constructor takes beside the usual.
     """
-    weights = scoring.weights(plan.recipe.evaluate)
+    weights = instruments.weights(plan.recipe.evaluate)
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
     actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))

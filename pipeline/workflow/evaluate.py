@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.evaluation import references, scoring, summary, timing
+from pipeline.evaluation import summary, timing
 from pipeline.evaluation.plan import EvaluationPlan, prepare
-from pipeline.evaluation.references import References
 from pipeline.evaluation.timing import Times
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
@@ -27,6 +26,8 @@ from pipeline.report.names import metric_name
 from pipeline.report.results import Results
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import OneStepStar
+from pipeline.scoring import instruments, references
+from pipeline.scoring.references import References
 from pipeline.services import cluster, registry, tracking
 from pipeline.workflow import costs, drawing, other_reports, preflight, status
 
@@ -48,7 +49,7 @@ def evaluate(recipe: Recipe) -> str:
     plan = dataclasses.replace(prepare(recipe), registered=registered)
     if recipe.status:
         return status.of_evaluation(plan)
-    others = other_reports.read(plan, scoring.title(recipe.evaluate))
+    others = other_reports.read(plan, instruments.title(recipe.evaluate))
     for sentence in said_of(plan):
         print(sentence, file=sys.stderr, flush=True)
     last, times = _last_report(plan), timing.recalled(plan)

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation import summary
-from pipeline.evaluation.metrics import (
+from pipeline.evaluation.rows import Entry, Reference, numbers
+from pipeline.report import comparison
+from pipeline.sampling.speed import Speed
+from pipeline.scoring.metrics import (
     ClassVariance,
     InceptionScore,
     Moments,
@@ -17,10 +20,7 @@ from pipeline.evaluation.metrics import (
     kid,
     precision_recall,
 )
-from pipeline.evaluation.summary import Entry, Reference
-from pipeline.evaluation.tally import Statistics
-from pipeline.report import comparison
-from pipeline.sampling.speed import Speed
+from pipeline.scoring.tally import Statistics
 
 RNG = np.random.default_rng(0)
 OF_ROWS = ("score_std", "score_inf", "precision", "recall", "kid", "kid_std")
@@ -41,7 +41,7 @@ def statistics(shift: float, count: int = 60, blocks: int = 1, keep: bool = True
 
 
 def row_of(sampler: Statistics, reference: Reference) -> dict[str, Any]:
-    return summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, sampler)], reference)[-1]
+    return numbers([Entry("DD 1 step", "FewStep", {}, 1, sampler)], reference)[-1]
 
 
 def test_every_number_is_that_of_the_metric() -> None:
@@ -144,7 +144,7 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
     seen: list[list[int]] = []
     monkeypatch.setattr(summary, "_of_features", lambda *args: seen.append(list(alive)) or {})
-    assert len(summary.numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
+    assert len(numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]
 
 
@@ -153,7 +153,7 @@ def test_a_row_of_prompts_has_its_pace_with_the_encoder_on_both_sides_too() -> N
     ar = [Speed(batch, 40.0, 40.0, (40.0,) * 3, (10.0,) * 3) for batch in (1, 64)]
     mine = [Speed(batch, 5.0, 5.0, (5.0,) * 3, (5.0,) * 3) for batch in (1, 64)]
     entry = Entry("DD 1 step", "FewStep", {}, 1, statistics(0.5), mine)
-    row = summary.numbers([entry], Reference(real.moments.gaussian(), None), ar, 64)[-1]
+    row = numbers([entry], Reference(real.moments.gaussian(), None), ar, 64)[-1]
     assert (row["ms"], row["speedup"], row["throughput_speedup"]) == (5.0, 8.0, 8.0)
     pace = row["with_encoder"]
     assert (pace["ms"], pace["speedup"], pace["speedup_std"]) == (10.0, 5.0, 0.0)

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from pipeline.digits import captioned, networks
-from pipeline.evaluation import real_images, scoring, unseen
+from pipeline.evaluation import unseen
 from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe
+from pipeline.scoring import instruments, real_images
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.pairs import PairSettings
 from pipeline.settings.teacher import TeacherSettings
@@ -138,7 +139,7 @@ def beside(uri: str, captions: str | None = None, count: int = 5, skip: int = 0,
 
 def shades(given: Recipe, facts: dict[str, Any]) -> list[int]:
     """The shade of each real image that is compared with."""
-    images = scoring.real(given.evaluate, 4)
+    images = instruments.real(given.evaluate, 4)
     assert images is not None
     first = facts.get("first", 0)
     pixels = images[first : first + facts.get("images", len(images))][0]
@@ -200,7 +201,7 @@ def test_a_folder_that_is_read_in_two_ways_is_refused(tmp_path: Path) -> None:
     for name in ("a.parquet", "b/c.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         parquet(tmp_path / name, TEXTS, [picture(0)] * 20)
-    with pytest.raises(Refused, match="has 20 rows as evaluate.captions and 40 as evaluate.reference"):
+    with pytest.raises(Refused, match=r"has 20 rows as evaluate\.captions and 40 as evaluate\.reference"):
         unseen.prompts(beside(str(tmp_path)))
 
 
@@ -217,10 +218,10 @@ def test_captions_of_digits_bring_their_images(tmp_path: Path) -> None:
     assert (facts["images"], facts["first"], facts["described"]) == (5, 4, True)
     assert found(range(5)).tolist() == table.column("caption").to_pylist()[4:9]
     assert real_images.has_placements(given.evaluate)
-    images = scoring.real(given.evaluate, 32)
+    images = instruments.real(given.evaluate, 32)
     assert isinstance(images, captioned.CaptionedDigits)
     assert unseen.outside_grammar(found, 5) is None
     plain = recipe(None, **own(parquet(tmp_path / "b.parquet", ["a 7", "a three", "a cat", *TEXTS])))
     assert unseen.reference(plain, opened(plain)) == {"described": False}
     assert unseen.outside_grammar(opened(plain), 5) == 2
-    assert len(scoring.real(plain.evaluate, 32) or []) == len(networks.images_and_labels()[0])
+    assert len(instruments.real(plain.evaluate, 32) or []) == len(networks.images_and_labels()[0])

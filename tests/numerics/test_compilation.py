@@ -203,7 +203,7 @@ def test_every_job_asks_before_it_works(
     recipe = replace(
         recipe, dry_run=name != "teacher", evaluate=replace(recipe.evaluate, samplers=[{"name": "Autoregressive"}])
     )
-    monkeypatch.setattr(plan.scoring, "check", lambda *args: {})
+    monkeypatch.setattr(plan.instruments, "check", lambda *args: {})
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=rf"{name}\.compile is true"):
         job(replace(recipe, **{name: replace(getattr(recipe, name), compile=True)}))

@@ -114,8 +114,8 @@ def test_tf32_needs_a_gpu(name: str) -> None:
 def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(tmp_path)
     recipe = replace(recipe, evaluate=replace(recipe.evaluate, samplers=[{"name": "Autoregressive"}]))
-    monkeypatch.setattr(plan.scoring, "check", lambda *args: {})
-    monkeypatch.setattr("pipeline.workflow.evaluate.scoring.features", lambda *args: None)
+    monkeypatch.setattr(plan.instruments, "check", lambda *args: {})
+    monkeypatch.setattr("pipeline.workflow.evaluate.instruments.features", lambda *args: None)
     for enter in (
         lambda: Replica(recipe, PairFacts.of(recipe)),
         lambda: training_step.device_of(recipe),

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from faults import TIMED
 
-from pipeline.evaluation import summary
-from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments, frechet
-from pipeline.evaluation.summary import Entry, Reference
-from pipeline.evaluation.tally import Statistics
+from pipeline.evaluation.rows import Entry, Reference, agreement, numbers
 from pipeline.report import legend, markdown, page, tables
 from pipeline.report.names import metric_name
 from pipeline.report.protocol import protocol
 from pipeline.sampling.samplers import SAMPLERS
 from pipeline.sampling.speed import Speed
+from pipeline.scoring.metrics import ClassVariance, InceptionScore, Moments, frechet
+from pipeline.scoring.tally import Statistics
 
 RNG = np.random.default_rng(0)
 RESULTS: dict[str, Any] = {
@@ -136,7 +135,7 @@ def test_numbers_of_a_row() -> None:
         Entry("DD 1 step", "FewStep", {"split": 1, "steps": (1,)}, 1, student, speeds, "DD", 1_000_000, {"fid": 9.94}),
         Entry("teacher, AR", "Autoregressive", {}, 10, teacher, ar),
     ]
-    rows = summary.numbers(entries, Reference(real.moments.gaussian(), real, of_digits=True), ar, 64)
+    rows = numbers(entries, Reference(real.moments.gaussian(), real, of_digits=True), ar, 64)
     assert not [row for row in rows if "with_encoder" in row or "clip_score" in row], "of classes"
     assert [row["name"] for row in rows] == ["real images", "DD 1 step", "teacher, AR"]
     row = rows[1]
@@ -158,7 +157,7 @@ def test_numbers_of_a_row() -> None:
 def test_numbers_without_real_images_or_teacher() -> None:
     real, student = statistics(0.0), statistics(1.0)
     entries = [Entry("DD 1 step", "FewStep", {}, 1, student)]
-    (row,) = summary.numbers(entries, Reference(real.moments.gaussian(), None))
+    (row,) = numbers(entries, Reference(real.moments.gaussian(), None))
     assert row["score"] > 0
     for key in ("pixel_score", "precision", "recall", "score_over_teacher", "variance_over_teacher"):
         assert row[key] is None
@@ -166,7 +165,7 @@ def test_numbers_without_real_images_or_teacher() -> None:
 
 def test_agreement_is_a_ratio_of_distances() -> None:
     first, second, far = statistics(0.0), statistics(0.0), statistics(1.0)
-    found = summary.agreement(far, first, second)
+    found = agreement(far, first, second)
     assert found["ratio"] == pytest.approx(found["fm_to_ar"] / found["ar_to_ar"])
     assert found["ratio"] > 10
 
@@ -255,7 +254,7 @@ def test_speed_that_was_not_measured_is_not_shown() -> None:
     assert "## Quality against time" not in text
     assert "**speed**: was not measured: evaluate.timing_batches is empty." in text
     entry, reference = Entry("DD", "FewStep", {}, 1, statistics(0.1)), Reference((np.zeros(4), np.eye(4)), None)
-    (row,) = summary.numbers([entry], reference)
+    (row,) = numbers([entry], reference)
     assert "ms" not in row
     assert row["score"] > 0
 
@@ -290,7 +289,7 @@ def test_every_column_and_every_sampler_is_explained() -> None:
 
 def of_prompts(**made: Any) -> dict[str, Any]:
     """The example, drawn for prompts of which the digits can say how far they were met."""
-    real, teacher, student = RESULTS["rows"]
+    _, teacher, student = RESULTS["rows"]
     rows = [{"name": "real images", "type": "real", "prompt_agreement": 1.0, "prompt_agreement_of_others": 0.02}]
     rows += [row | {"prompt_agreement": 0.876, "prompt_agreement_of_others": 0.01} for row in (teacher, student)]
     rows[1] |= {"variance_over_teacher": 1.0, "sampler": {"name": "OneStepStar"}}
@@ -381,7 +380,7 @@ def test_names_of_samplers_are_made_fit_for_files_and_tags() -> None:
     assert metric_name("onestep* given the class") == "onestep-star_given_the_class"
 
 
-def of_prompts() -> dict[str, Any]:
+def with_clip() -> dict[str, Any]:
     """The example as a report of prompts: with a CLIP score, and with the text encoder's time."""
     real, teacher, student = RESULTS["rows"]
     pace = {"ms": 44.0, "speedup": 1.0, "speedup_std": 0.0, "throughput": 80.0, "throughput_speedup": 1.0}
@@ -399,7 +398,7 @@ def of_prompts() -> dict[str, Any]:
 
 
 def test_a_report_of_prompts_shows_the_clip_score_with_its_floor() -> None:
-    results = of_prompts()
+    results = with_clip()
     headings, cells, _ = tables.main(results)
     scores, others = (headings.index(name) for name in ("CLIP score", "CLIP score, others' prompts"))
     assert [row[scores] for row in cells] == ["31.50", "27.13 ± 0.05", "25.00"]
@@ -412,7 +411,7 @@ def test_a_report_of_prompts_shows_the_clip_score_with_its_floor() -> None:
 
 
 def test_a_report_of_prompts_shows_times_with_and_without_the_encoder() -> None:
-    results = of_prompts()
+    results = with_clip()
     headings, cells, _ = tables.main(results)
     plain, whole = (headings.index(name) for name in ("ms/image, batch 1", "ms/image, batch 1, with encoder"))
     assert [(row[plain], row[whole]) for row in cells] == [("-", "-"), ("40", "44"), ("5", "9")]
@@ -441,7 +440,7 @@ def test_the_papers_figures_of_prompts_are_those_of_its_third_table() -> None:
         assert f"printed in arXiv 2412.17153, {table}, as the recipe lists it" in said["paper"]
 
 
-def test_a_report_of_classes_says_nothing_of_prompts() -> None:
+def test_a_report_of_classes_says_nothing_with_clip() -> None:
     text = markdown.markdown(RESULTS)
     assert not [word for word in ("CLIP", "encoder", "prompt") if word in text]
     assert tables.with_encoder(RESULTS) is None

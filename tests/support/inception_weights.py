@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from pipeline.evaluation.inception import formula
+from pipeline.scoring.inception import formula
 
 if find_spec("torch_fidelity") is None:
     pytest.skip("torch-fidelity is not installed: pip install torch-fidelity", allow_module_level=True)

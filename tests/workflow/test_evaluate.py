@@ -20,7 +20,6 @@ from pipeline import noise, storage
 from pipeline.digits import networks
 from pipeline.evaluation import plan, students, summary, timing
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.metrics import frechet
 from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
@@ -33,6 +32,7 @@ from pipeline.report import legend, markdown, tables
 from pipeline.sampling import sample_files, samplers, speed
 from pipeline.sampling.samplers import Autoregressive, FewStep, Models
 from pipeline.sampling.speed import Speed
+from pipeline.scoring.metrics import frechet
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.workflow import drawing, evaluate
 from pipeline.workflow.drawing import in_order

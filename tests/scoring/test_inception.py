@@ -12,9 +12,9 @@ import torch
 from inception_weights import weights
 from torch import Tensor
 
-from pipeline.evaluation import inception, scoring
-from pipeline.evaluation.inception import Inception
-from pipeline.evaluation.tally import Sight, Statistics
+from pipeline.scoring import inception, instruments
+from pipeline.scoring.inception import Inception
+from pipeline.scoring.tally import Sight, Statistics
 from pipeline.settings.evaluate import EvaluateSettings, Flavour
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "eval.json").read_text())["inception_formula_weights"]
@@ -66,7 +66,7 @@ def test_spatial_features_are_the_1x1_branch_of_mixed_6d_after_its_relu() -> Non
 def test_statistics_do_not_depend_on_the_batch() -> None:
     """Bit for bit: each image passes the network alone, and a part is summed up at once."""
     settings = EvaluateSettings(features="inception", inception="formula", reference="r.npz")
-    network = scoring.features(settings, "cpu", weights())
+    network = instruments.features(settings, "cpu", weights())
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     packed = []
     for batch in (1, 2, 3):

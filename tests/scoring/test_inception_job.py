@@ -14,10 +14,11 @@ from inception_weights import weights
 from PIL import Image
 
 from pipeline import storage
-from pipeline.evaluation import inception, plan, scoring, summary, timing
+from pipeline.evaluation import plan, summary, timing
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.tally import Sight
 from pipeline.recipe import Recipe
+from pipeline.scoring import inception, instruments
+from pipeline.scoring.tally import Sight
 from pipeline.workflow import drawing, evaluate
 
 
@@ -57,9 +58,9 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
     markdown = storage.read_bytes(storage.join(recipe.report_uri, "report.md")).decode()
     assert "It is not FID: a rehearsal" in markdown
 
-    images = scoring.real(recipe.evaluate, 32)
+    images = instruments.real(recipe.evaluate, 32)
     assert images is not None
-    real = Sight.of(images[:4][0], scoring.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
+    real = Sight.of(images[:4][0], instruments.features(recipe.evaluate, "cpu", weights())).features.astype(np.float64)
     with np.load(storage.local(storage.join(recipe.report_uri, "reference.npz"))) as file:
         assert np.array_equal(file["mu"], real.mean(0))
         assert str(file["flavour"]) == "pytorch-fid"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation import scoring
-from pipeline.evaluation.metrics import Moments, pixel_frechet
-from pipeline.evaluation.tally import Sight, Statistics, outline, spread, thumbnails
 from pipeline.models.convnet import to_uint8
+from pipeline.scoring import instruments
+from pipeline.scoring.metrics import Moments, pixel_frechet
+from pipeline.scoring.tally import Sight, Statistics, outline, spread, thumbnails
 from pipeline.settings.evaluate import EvaluateSettings
 
 
@@ -24,7 +24,7 @@ def statistics_of(images: torch.Tensor, labels: np.ndarray, parts: list[int], ba
     """Statistics of images 0.. in parts of the given sizes, each in batches, sent through bytes and
     merged.
     """
-    network = scoring.features(EvaluateSettings(), "cpu")
+    network = instruments.features(EvaluateSettings(), "cpu")
     out, start = None, 0
     for size in parts:
         part = Statistics.empty(network, 10, 32, len(images))
@@ -70,7 +70,7 @@ def test_scored_pixels_are_those_of_a_png() -> None:
 
 
 def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
-    network = scoring.features(EvaluateSettings(), "cpu")
+    network = instruments.features(EvaluateSettings(), "cpu")
     statistics = Statistics.empty(network, 10, 32, 4)
     statistics.add(Sight.of(some_images(4), network), None, network, np.arange(4), np.full(4, False), 0)
     assert (statistics.labelled, statistics.variance.value(), statistics.features, statistics.images) == (
@@ -83,7 +83,7 @@ def test_unknown_labels_leave_accuracy_and_variance_out() -> None:
 
 def drawn_for(prompts: list[str], parts: list[int], asked: bool = True) -> Statistics:
     """Statistics of images whose "logits" are all alike, of a network that finds the letter a in the prompts."""
-    plain = scoring.features(EvaluateSettings(), "cpu")
+    plain = instruments.features(EvaluateSettings(), "cpu")
     found = lambda pixels, logits, texts: np.array(["a" in text for text in texts])  # noqa: E731
     network = replace(plain, satisfied=found if asked else None)
     out, start, texts = Statistics.empty(network, 1, 32, sum(parts)), 0, np.array(prompts, dtype=object)
@@ -106,7 +106,7 @@ def test_images_that_are_what_their_prompts_name_are_counted() -> None:
 def test_other_images_prompts_are_those_half_a_part_further_on() -> None:
     seen: list[list[str]] = []
     network = replace(
-        scoring.features(EvaluateSettings(), "cpu"),
+        instruments.features(EvaluateSettings(), "cpu"),
         satisfied=lambda pixels, logits, texts: seen.append(list(texts)) or np.zeros(len(texts), dtype=bool),
     )
     rows, prompts = np.arange(4), np.array(list("abcd"), dtype=object)
@@ -165,7 +165,7 @@ def test_kept_rows_are_spread_evenly_however_they_are_cut(keep: int, count: int)
 
 
 def test_spatial_features_are_summed_and_travel() -> None:
-    plain = scoring.features(EvaluateSettings(), "cpu")
+    plain = instruments.features(EvaluateSettings(), "cpu")
     network = replace(plain, spatial=5, network=lambda pixels: (*plain(pixels)[:2], pixels.flatten(1)[:, 7:12].float()))
     images, parts = some_images(9), []
     for rows in (np.arange(4), np.arange(4, 9)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.evaluation.metrics import (
+from pipeline.scoring.metrics import (
     BUFFER,
     ClassVariance,
     InceptionScore,

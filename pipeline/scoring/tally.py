@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluation.clip import ClipSums
-from pipeline.evaluation.metrics import ClassVariance, InceptionScore, Moments
-from pipeline.evaluation.scoring import Features
 from pipeline.models.convnet import to_uint8
+from pipeline.scoring.clip import ClipSums
+from pipeline.scoring.instruments import Features
+from pipeline.scoring.metrics import ClassVariance, InceptionScore, Moments
 
 SCORE_BLOCK = 5_000  # images of one Inception Score, in the order of their ids, as ADM's evaluator has it
 THUMBNAIL = 32  # pixel statistics are those of grey thumbnails of at most this side

@@ -14,20 +14,20 @@ import torch
 from pipeline import storage
 from pipeline.command_line import DEFAULT, parse
 from pipeline.digits import networks
-from pipeline.evaluation import inception, scoring, summary
-from pipeline.evaluation.summary import Entry, Reference
-from pipeline.evaluation.tally import Sight, Statistics
+from pipeline.evaluation.rows import Entry, Reference, numbers
 from pipeline.models.convnet import to_uint8
 from pipeline.report import tables
+from pipeline.scoring import inception, instruments
+from pipeline.scoring.tally import Sight, Statistics
 from pipeline.settings.evaluate import EvaluateSettings
 
 
 def test_real_digits_are_recognised() -> None:
-    images = scoring.real(EvaluateSettings(), 32)
+    images = instruments.real(EvaluateSettings(), 32)
     assert images is not None
     pixels, labels = images[100:164]
     assert len(images) == len(networks.images_and_labels()[0])
-    _, logits, _ = scoring.features(EvaluateSettings(), "cpu")(to_uint8(pixels))
+    _, logits, _ = instruments.features(EvaluateSettings(), "cpu")(to_uint8(pixels))
     assert labels is not None
     assert (logits.argmax(1).numpy() == labels).sum() >= 62
 
@@ -36,8 +36,8 @@ def test_digits_features_refuse_other_images() -> None:
     with pytest.raises(
         ValueError, match="scores 32x32 images of 10 classes, but the teacher makes 256x256 images of 1000"
     ):
-        scoring.check(EvaluateSettings(), 256, 1000)
-    assert set(scoring.check(EvaluateSettings(), 32, 10)) == {"scorer"}
+        instruments.check(EvaluateSettings(), 256, 1000)
+    assert set(instruments.check(EvaluateSettings(), 32, 10)) == {"scorer"}
 
 
 def inception_settings(folder: Path, **changes: Any) -> EvaluateSettings:
@@ -50,12 +50,12 @@ def inception_settings(folder: Path, **changes: Any) -> EvaluateSettings:
 
 def test_what_is_made_of_whose_features_has_a_name() -> None:
     settings = EvaluateSettings(features="inception", inception="i.pth", reference="r.npz")
-    assert scoring.title(EvaluateSettings()) == "FD"
-    assert scoring.title(settings) == "FID (torch-fidelity)"
-    assert scoring.title(replace(settings, flavour="pytorch-fid")) == "FID (pytorch-fid)"
+    assert instruments.title(EvaluateSettings()) == "FD"
+    assert instruments.title(settings) == "FID (torch-fidelity)"
+    assert instruments.title(replace(settings, flavour="pytorch-fid")) == "FID (pytorch-fid)"
     random = replace(settings, inception="formula")
-    assert scoring.title(random) == "FD of a random Inception (not FID)"
-    meanings = [scoring.meaning(one) for one in (settings, replace(settings, flavour="pytorch-fid"), random)]
+    assert instruments.title(random) == "FD of a random Inception (not FID)"
+    meanings = [instruments.meaning(one) for one in (settings, replace(settings, flavour="pytorch-fid"), random)]
     assert "preprocessed as torch-fidelity does, comparable with ADM" in meanings[0]
     assert "preprocessed as pytorch-fid does, as in the Distilled Decoding paper" in meanings[1]
     assert "It is not FID: a rehearsal" in meanings[2]
@@ -65,45 +65,45 @@ def test_the_network_is_told_apart_by_weights_and_flavour(tmp_path: Path, monkey
     settings = inception_settings(tmp_path)
     monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match=r"has SHA-256 .*, not 6726825d0af5"):
-        scoring.check(settings, 256, 1000)
+        instruments.check(settings, 256, 1000)
     digest = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(inception, "SHA256", digest)
-    assert scoring.check(settings, 256, 1000) == {"inception": digest, "flavour": "torch-fidelity"}
+    assert instruments.check(settings, 256, 1000) == {"inception": digest, "flavour": "torch-fidelity"}
     other = replace(settings, flavour="pytorch-fid", inception="formula")
-    assert scoring.check(other, 256, 1000) == {"inception": "formula", "flavour": "pytorch-fid"}
+    assert instruments.check(other, 256, 1000) == {"inception": "formula", "flavour": "pytorch-fid"}
 
 
 def test_a_reference_says_who_made_its_statistics(tmp_path: Path) -> None:
     settings = inception_settings(tmp_path)
-    facts = scoring.check_reference(settings, 4)
+    facts = instruments.check_reference(settings, 4)
     digest = storage.sha256(settings.reference or "")
     assert facts == {"SHA-256": digest, "images": 2, "statistics": "read", "count": None, "sFID": False}
-    images = scoring.real(settings, 4)
+    images = instruments.real(settings, 4)
     assert images is not None
     assert len(images) == 2
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 4, 4, 3), dtype=np.uint8))
-    facts = scoring.check_reference(replace(settings, reference=str(tmp_path / "images.npz")), 4)
+    facts = instruments.check_reference(replace(settings, reference=str(tmp_path / "images.npz")), 4)
     assert (facts["images"], facts["statistics"]) == (3, "made here")
-    assert scoring.check_reference(EvaluateSettings(), 32) == {"images": 5000, "statistics": "made here"}
+    assert instruments.check_reference(EvaluateSettings(), 32) == {"images": 5000, "statistics": "made here"}
 
 
 def test_a_reference_that_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
     settings = inception_settings(tmp_path)
     with pytest.raises(ValueError, match="holds images of 4x4 pixels and the teacher makes 8x8"):
-        scoring.check_reference(settings, 8)
+        instruments.check_reference(settings, 8)
     with pytest.raises(ValueError, match=r"is of flavour torch-fidelity and evaluate.flavour is pytorch-fid"):
-        scoring.check_reference(replace(settings, flavour="pytorch-fid"), 4)
+        instruments.check_reference(replace(settings, flavour="pytorch-fid"), 4)
     with pytest.raises(FileNotFoundError, match=r"evaluate.reference .*none.npz is not there"):
-        scoring.check_reference(replace(settings, reference=str(tmp_path / "none.npz")), 4)
+        instruments.check_reference(replace(settings, reference=str(tmp_path / "none.npz")), 4)
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 4, 4, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="holds 1 images; a covariance needs 2 or more"):
-        scoring.check_reference(replace(settings, reference=str(tmp_path / "one.npz")), 4)
+        instruments.check_reference(replace(settings, reference=str(tmp_path / "one.npz")), 4)
 
 
 @pytest.mark.faults("reference: two images")
 def test_a_reference_of_few_images_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "two.npz", arr_0=np.zeros((2, 4, 4, 3), dtype=np.uint8))
-    scoring.check_reference(inception_settings(tmp_path, reference=str(tmp_path / "two.npz")), 4)
+    instruments.check_reference(inception_settings(tmp_path, reference=str(tmp_path / "two.npz")), 4)
     assert "holds 2 images for 2048 features, so its covariance is singular" in capsys.readouterr().err
 
 
@@ -121,22 +121,22 @@ def test_statistics_and_images_serve_one_report(tmp_path: Path, monkeypatch: pyt
         "reference": str(tmp_path / "statistic.pth"),
     }
     alone = EvaluateSettings(**given, flavour="pytorch-fid", images=str(tmp_path / "images.npz"))
-    facts = scoring.check_reference(alone, 4)
+    facts = instruments.check_reference(alone, 4)
     assert (facts["images"], facts["statistics"], "second" in facts) == (3, "read", False)
     assert facts["images SHA-256"] == storage.sha256(str(tmp_path / "images.npz"))
     both = replace(alone, flavour="both", images=str(tmp_path / "adm.npz"))
-    facts = scoring.check_reference(both, 4)
+    facts = instruments.check_reference(both, 4)
     assert (facts["images"], facts["statistics"], facts["second"], facts["sFID"]) == (3, "read", "read", True)
-    assert {name: float(found.pooled[0][0]) for name, found in scoring.statistics(both).items()} == {
+    assert {name: float(found.pooled[0][0]) for name, found in instruments.statistics(both).items()} == {
         "pytorch-fid": 0.0,
         "torch-fidelity": 1.0,
     }
-    facts = scoring.check_reference(replace(both, images=str(tmp_path / "images.npz")), 4)
+    facts = instruments.check_reference(replace(both, images=str(tmp_path / "images.npz")), 4)
     assert (facts["statistics"], facts["second"]) == ("made here", "read")
     with pytest.raises(ValueError, match=r"flavour is both, and .* holds statistics of pytorch-fid alone"):
-        scoring.check_reference(replace(both, images=None), 4)
+        instruments.check_reference(replace(both, images=None), 4)
     with pytest.raises(FileNotFoundError, match=r"evaluate.images .*none is not there"):
-        scoring.check_reference(replace(both, images=str(tmp_path / "none")), 4)
+        instruments.check_reference(replace(both, images=str(tmp_path / "none")), 4)
 
 
 def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(inception, "SPATIAL", 0)
     monkeypatch.setattr(inception, "CLASSES", 2)
     settings = EvaluateSettings(features="inception", inception="formula", reference="r", flavour="both")
-    network = scoring.features(settings, "cpu", {"weights": np.zeros(1)})
+    network = instruments.features(settings, "cpu", {"weights": np.zeros(1)})
     images = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     parts = []
     for rows in (np.arange(5), np.arange(5, 9)):
@@ -166,19 +166,19 @@ def test_both_flavours_see_the_same_images(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(parts[0].second.gaussian()[0], 2 * mean, rtol=1e-12)
     np.testing.assert_allclose(parts[0].second.gaussian()[1], 4 * cov, rtol=1e-9)
     reference = Reference((mean, cov), None, second=(2 * mean + 1, 4 * cov))
-    (row,) = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, parts[0])], reference)
+    (row,) = numbers([Entry("DD 1 step", "FewStep", {}, 1, parts[0])], reference)
     assert (row["score"], row["second_score"]) == (pytest.approx(0, abs=1e-6), pytest.approx(3))
-    titles = {"title": scoring.title(replace(settings, inception="i")), "second_title": "FID (pytorch-fid)"}
-    assert titles["second_title"] == scoring.second_title(replace(settings, inception="i"))
+    titles = {"title": instruments.title(replace(settings, inception="i")), "second_title": "FID (pytorch-fid)"}
+    assert titles["second_title"] == instruments.second_title(replace(settings, inception="i"))
     shown = tables.main(titles | {"rows": [row | {"paper": {"fid": 9.94}}]})
     assert shown.headings[2:5] == ["FID (torch-fidelity)", "FID (pytorch-fid)", "FID, paper"]
 
 
 def test_images_of_384_pixels_are_scored_at_256() -> None:
     """As LlamaGen's authors sample them for their evaluation; others as they are, or as the recipe says."""
-    sides = [scoring.side(EvaluateSettings(), side) for side in (32, 256, 384, 512)]
+    sides = [instruments.side(EvaluateSettings(), side) for side in (32, 256, 384, 512)]
     assert sides == [32, 256, 256, 512]
-    assert scoring.side(EvaluateSettings(image_size=128), 384) == 128
+    assert instruments.side(EvaluateSettings(image_size=128), 384) == 128
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DEFAULT.parent.glob("*.yaml")))
@@ -194,4 +194,4 @@ def test_every_shipped_recipe_has_the_flavour_of_its_reference(
         monkeypatch.setattr(inception, "FEATURES", 4)
         torch.save({"m": np.zeros(4, dtype=np.float32), "s": np.eye(4)}, tmp_path / "statistic.pth")
         settings = replace(settings, reference=str(tmp_path / "statistic.pth"))
-    assert scoring.check_reference(settings, 256)["statistics"] in ("read", "made here")
+    assert instruments.check_reference(settings, 256)["statistics"] in ("read", "made here")

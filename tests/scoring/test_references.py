@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation import inception, references
-from pipeline.evaluation.references import References
+from pipeline.scoring import inception, references
+from pipeline.scoring.references import References
 from pipeline.settings.evaluate import EvaluateSettings, Flavour
 
 

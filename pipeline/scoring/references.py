@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.evaluation import inception
-from pipeline.evaluation.metrics import Gaussian
 from pipeline.host.errors import Refused
+from pipeline.scoring import inception
+from pipeline.scoring.metrics import Gaussian
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
 

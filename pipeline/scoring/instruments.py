@@ -19,11 +19,11 @@ from pipeline import storage
 from pipeline.digits import networks
 from pipeline.digits.agreement import agreement
 from pipeline.digits.captioned import CaptionedDigits
-from pipeline.evaluation import clip, inception, real_images, references
-from pipeline.evaluation.clip import Clip
-from pipeline.evaluation.real_images import ImageRows, RealImages
-from pipeline.evaluation.references import References
 from pipeline.host.errors import Missing, Refused
+from pipeline.scoring import clip, inception, real_images, references
+from pipeline.scoring.clip import Clip
+from pipeline.scoring.real_images import ImageRows, RealImages
+from pipeline.scoring.references import References
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings, Flavour
 
 Satisfied = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -15,13 +15,13 @@ import torch
 from tiny_clip import LENGTH, SIDE, tiny_clip, transformers, write
 
 from pipeline import storage
-from pipeline.evaluation import clip, scoring, summary
 from pipeline.evaluation.artist import look_at
-from pipeline.evaluation.clip import Clip, ClipSums
 from pipeline.evaluation.plan import Draw
-from pipeline.evaluation.summary import Entry, Reference
-from pipeline.evaluation.tally import Statistics
+from pipeline.evaluation.rows import Entry, Reference, numbers
 from pipeline.host.errors import Missing, Refused
+from pipeline.scoring import clip, instruments
+from pipeline.scoring.clip import Clip, ClipSums
+from pipeline.scoring.tally import Statistics
 from pipeline.settings.evaluate import EvaluateSettings
 
 PROMPTS = ["a bold three", "a zero at the top left", "", "unheard words " * 20, "five"]
@@ -130,7 +130,7 @@ def test_a_single_image_has_no_other_prompt(model: Clip) -> None:
 
 def looked_at(folder: Path, prompts: list[str] | None, parts: list[int], batch: int) -> Statistics:
     """Statistics of as many images as PROMPTS, in parts that are sent through bytes and merged."""
-    network = scoring.features(EvaluateSettings(clip=str(folder)), "cpu")
+    network = instruments.features(EvaluateSettings(clip=str(folder)), "cpu")
     images = some_pixels(sum(parts), 32).float() / 127.5 - 1
     column = None if prompts is None else np.array(prompts, dtype=object)
     out, start = None, 0
@@ -160,7 +160,7 @@ def test_statistics_carry_the_scores_of_images_whose_prompts_are_known(folder: P
     assert (whole.clip.mean(), whole.clip.floor()) == (pytest.approx(own.mean()), pytest.approx(others.mean()))
     assert parts.clip.mean() == pytest.approx(own.mean(), rel=1e-5)
     assert parts.clip.sums[3] == 5, "each part gives its prompts to its own images"
-    row = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, whole)], Reference(whole.moments.gaussian(), parts))
+    row = numbers([Entry("DD 1 step", "FewStep", {}, 1, whole)], Reference(whole.moments.gaussian(), parts))
     assert [one["clip_score"] for one in row] == pytest.approx([own.mean(), own.mean()], rel=1e-5)
     assert row[1]["clip_score_std"] == pytest.approx(own.std(ddof=1) / np.sqrt(5))
     assert row[1]["clip_score_of_others"] == pytest.approx(others.mean())
@@ -170,22 +170,22 @@ def test_images_without_prompts_have_no_clip_score(folder: Path) -> None:
     without = looked_at(folder, None, [3, 2], 2)
     assert without.clip is not None
     assert without.clip.mean() is None
-    rows = summary.numbers([Entry("DD 1 step", "FewStep", {}, 1, without)], Reference(without.moments.gaussian(), None))
+    rows = numbers([Entry("DD 1 step", "FewStep", {}, 1, without)], Reference(without.moments.gaussian(), None))
     assert "clip_score" not in rows[0]
 
 
 def test_statistics_from_before_there_was_a_clip_score_are_read() -> None:
-    network = scoring.features(EvaluateSettings(), "cpu")
+    network = instruments.features(EvaluateSettings(), "cpu")
     assert Statistics.unpack(Statistics.empty(network, 10, 32, 4).pack()).clip is None
 
 
 def test_the_model_is_among_what_scores(folder: Path, tmp_path: Path) -> None:
-    plain, beside = (scoring.check(EvaluateSettings(clip=uri), 32, 0) for uri in (None, str(folder)))
+    plain, beside = (instruments.check(EvaluateSettings(clip=uri), 32, 0) for uri in (None, str(folder)))
     assert beside == plain | clip.check(str(folder))
     with pytest.raises(Refused, match="and the teacher takes classes, which are no words; leave it out"):
-        scoring.check(EvaluateSettings(clip=str(folder)), 32, 10)
+        instruments.check(EvaluateSettings(clip=str(folder)), 32, 10)
     with pytest.raises(Missing, match=r"evaluate.clip .*nowhere is no folder or is empty"):
-        scoring.check(EvaluateSettings(clip=str(tmp_path / "nowhere")), 32, 0)
+        instruments.check(EvaluateSettings(clip=str(tmp_path / "nowhere")), 32, 0)
 
 
 # ---- folders
@@ -270,7 +270,7 @@ def test_without_transformers_the_command_is_named(folder: Path, monkeypatch: py
 
 
 def test_checking_does_not_import_transformers(folder: Path) -> None:
-    code = "import sys; from pipeline.evaluation import clip; clip.check(sys.argv[1]); print(*sys.modules)"
+    code = "import sys; from pipeline.scoring import clip; clip.check(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert "torch" in done.stdout.split()
     assert "transformers" not in done.stdout.split()
