@@ -24,7 +24,7 @@ from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
-from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
+from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
 from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
@@ -191,7 +191,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
     return {
         "count": settings.count,
         "seed": settings.seed,
-        **_conditions(plan),
+        **(unseen.origin(recipe, plan.prompts, plan.facts) if plan.prompts else {"classes": plan.layout.classes}),
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
@@ -239,20 +239,6 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "report": _report(),
         "fingerprint": plan.fingerprint(),
     }
-
-
-def _conditions(plan: EvaluationPlan) -> Conditions:
-    """What samples are drawn for: classes, or prompts and what makes features of them."""
-    recipe, found = plan.recipe, plan.prompts
-    if found is None:
-        return {"classes": plan.layout.classes}
-    facts: Any = found.facts()
-    facts |= {"uri": unseen.place(recipe), "SHA-256": facts.pop("sha256")}
-    facts["also among the pairs' prompts"] = unseen.repeated(recipe, found)
-    if not plan.facts["encoder"]:
-        return {"prompts": facts}
-    features: Any = {"uri": recipe.text.encoder, **plan.facts["encoder"]}
-    return {"prompts": facts, "encoder": features}
 
 
 def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.evaluation.real_images import ImageRows
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint
+from pipeline.report.origin import Conditions
 from pipeline.text import encoder
 from pipeline.text.prompts import PromptList, hashes
 
@@ -113,6 +114,17 @@ def facts(recipe: Recipe, found: UnseenPrompts) -> dict[str, Any]:
         "encoder": encoder.check(recipe.text, width, length) if width else None,
         "outside the grammar": outside_grammar(found, recipe.evaluate.count) if digits else None,
     }
+
+
+def origin(recipe: Recipe, found: UnseenPrompts, checked: dict[str, Any]) -> Conditions:
+    """Prompts and encoder as the report says where they are from; ``checked`` are the facts of ``facts``."""
+    prompts: Any = found.facts()
+    prompts |= {"uri": place(recipe), "SHA-256": prompts.pop("sha256")}
+    prompts["also among the pairs' prompts"] = repeated(recipe, found)
+    if not checked["encoder"]:
+        return {"prompts": prompts}
+    features: Any = {"uri": recipe.text.encoder, **checked["encoder"]}
+    return {"prompts": prompts, "encoder": features}
 
 
 def repeated(recipe: Recipe, found: UnseenPrompts) -> int | None:

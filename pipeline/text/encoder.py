@@ -199,9 +199,7 @@ def _tokenizer(uri: str, config: dict[str, Any]) -> Any:
             end = found("")["input_ids"]
         except Exception as error:  # tokenizers raise what they like
             reason = " ".join(str(error).replace(folder, uri).split())[:200].rstrip(".") or type(error).__name__
-            raise Refused(
-                f"text.encoder {uri} has a tokenizer that cannot be read ({reason}); fetch it again."
-            ) from None
+            raise Refused(f"text.encoder {uri} has a tokenizer that cannot be read ({reason}); fetch it again.") from None
     found.truncation_side = "right"
     if len(end) != 1 or end[0] != found.eos_token_id:
         raise Refused(

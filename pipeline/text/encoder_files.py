@@ -54,9 +54,7 @@ def shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
         if i == 0:  # it serves all blocks
             buckets = config.get("relative_attention_num_buckets", 32)
             out[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
-        out |= {
-            f"{wide}.DenseReluDense.{name}.weight": (hidden, dim) for name in (("wi_0", "wi_1") if gated else ("wi",))
-        }
+        out |= {f"{wide}.DenseReluDense.{name}.weight": (hidden, dim) for name in (("wi_0", "wi_1") if gated else ("wi",))}
         out[f"{wide}.DenseReluDense.wo.weight"] = (dim, hidden)
         out |= {f"{layer}.layer_norm.weight": (dim,) for layer in (attention, wide)}
     return out | {"encoder.final_layer_norm.weight": (dim,)}
@@ -88,7 +86,9 @@ def check_weights(uri: str, wanted: Mapping[str, Shape]) -> None:
                 " are of different models, fetch the folder again."
             )
         if found[key][1] not in FLOATS:
-            raise Refused(f"text.encoder {uri} holds {key} as {found[key][1]}; give weights that are not quantised.")
+            raise Refused(
+                f"text.encoder {uri} holds {key} as {found[key][1]}; give weights that are not quantised."
+            )
 
 
 def weights(uri: str, wanted: Mapping[str, Shape]) -> list[str]:

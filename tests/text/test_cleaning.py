@@ -42,8 +42,8 @@ VECTORS = {  # of the official routine, with ftfy 6.3.1 and Beautiful Soup 4.15.
     "page 12 of 30 ... end ...": "of 30 end",
     "123456 sold 12345": "sold 12345",
     "5x7 poster 10\u00d715cm": "poster 10\u00d715cm",
-    'don\'\'t """AUSVERKAUFT"""': 'don"t "ausverkauft"',
-    "it&#39;s &quot;fine&quot;": 'it\'s "fine"',
+    "don''t \"\"\"AUSVERKAUFT\"\"\"": 'don"t "ausverkauft"',
+    "it&#39;s &quot;fine&quot;": "it's \"fine\"",
 }
 RULES = {  # one or more for every rule, worked out by hand; x and y stand for what stays
     "1 percents and pluses": ("X%2Dy+Z", "x-y z"),
@@ -230,9 +230,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, absent: set
 
     monkeypatch.setattr(cleaning, "find_spec", find)
     cleaning._packages.cache_clear()
-    with pytest.raises(
-        Missing, match=r"^text\.clean needs .*; pip install 'distilled-decoding\[text\]', or set"
-    ) as caught:
+    with pytest.raises(Missing, match=r"^text\.clean needs .*; pip install 'distilled-decoding\[text\]', or set") as caught:
         cleaned("x")
     assert ("ftfy" in str(caught.value), "beautifulsoup4" in str(caught.value)) == ("ftfy" in absent, "bs4" in absent)
 
