@@ -24,7 +24,7 @@ from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
-from pipeline.report.origin import Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
+from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
 from pipeline.report.results import Agreement, CurvePoint, OfFeatures, OtherReport, Quality, Results, Row, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
@@ -187,11 +187,14 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
+    conditions: Conditions = {"classes": plan.layout.classes}
+    if plan.prompts:
+        conditions = unseen.origin(recipe, plan.prompts, plan.facts)
     kept = [draw.keep for draw in (plan.table()[0], plan.reference())]
     return {
         "count": settings.count,
         "seed": settings.seed,
-        **(unseen.origin(recipe, plan.prompts, plan.facts) if plan.prompts else {"classes": plan.layout.classes}),
+        **conditions,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)

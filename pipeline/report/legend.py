@@ -114,9 +114,8 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " classifier forgives.",
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
         PROMPT_AGREEMENT: _about_prompt_agreement(results),
-        "variance / teacher's": "pixel variance "
-        + ("of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes")
-        + "; below 1 the sampler is less diverse than the teacher.",
+        "variance / teacher's": f"pixel variance {_about_variance(results)}; below 1 the sampler is less diverse than"
+        " the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
         + ("" if origin.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
@@ -139,6 +138,12 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
     if pairs := results.get("alike"):
         text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
         out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
+    return out + _about_few(results)
+
+
+def _about_few(results: Results) -> list[tuple[str, str]]:
+    """Which numbers rest on few images, or on some of them."""
+    origin, title, out = results["made"], results["title"], list[tuple[str, str]]()
     if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
         few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
         out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
@@ -169,6 +174,11 @@ def _about_parameters(results: Results) -> str:
     )
     kinds = {row.get("type") for row in results["rows"]}
     return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
+
+
+def _about_variance(results: Results) -> str:
+    """Of which images the variance is."""
+    return "of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes"
 
 
 def _about_prompt_agreement(results: Results) -> str:

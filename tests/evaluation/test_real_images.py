@@ -134,7 +134,7 @@ def test_the_first_column_of_images_is_read(tmp_path: Path) -> None:
 def test_an_unreadable_image_is_named_by_its_row(tmp_path: Path) -> None:
     """Rows without an image count."""
     pq.write_table(pa.table({"image": [encoded(picture(8, 8)), None, None, b"no"]}), tmp_path / "a.parquet")
-    with pytest.raises(Refused, match="row 3 of evaluate.reference, in .*a.parquet is no readable image"):
+    with pytest.raises(Refused, match=r"row 3 of evaluate.reference, in .*a.parquet is no readable image"):
         read(opened(tmp_path, 8), slice(0, 2))
     pq.write_table(pa.table({"image": pa.array([None, None], pa.binary())}), tmp_path / "a.parquet")
     wrong(tmp_path, "a.parquet has 2 rows and no image in any")

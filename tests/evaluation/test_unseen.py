@@ -200,7 +200,7 @@ def test_a_folder_that_is_read_in_two_ways_is_refused(tmp_path: Path) -> None:
     for name in ("a.parquet", "b/c.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         parquet(tmp_path / name, TEXTS, [picture(0)] * 20)
-    with pytest.raises(Refused, match="has 20 rows as evaluate.captions and 40 as evaluate.reference"):
+    with pytest.raises(Refused, match=r"has 20 rows as evaluate.captions and 40 as evaluate.reference"):
         unseen.prompts(beside(str(tmp_path)))
 
 

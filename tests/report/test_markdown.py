@@ -287,7 +287,7 @@ def test_every_column_and_every_sampler_is_explained() -> None:
 
 def of_prompts(**made: Any) -> dict[str, Any]:
     """The example, drawn for prompts of which the digits can say how far they were met."""
-    real, teacher, student = RESULTS["rows"]
+    _, teacher, student = RESULTS["rows"]
     rows = [{"name": "real images", "type": "real", "prompt_agreement": 1.0, "prompt_agreement_of_others": 0.02}]
     rows += [row | {"prompt_agreement": 0.876, "prompt_agreement_of_others": 0.01} for row in (teacher, student)]
     rows[1] |= {"variance_over_teacher": 1.0, "sampler": {"name": "OneStepStar"}}
