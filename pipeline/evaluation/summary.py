@@ -146,11 +146,14 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
     """What somebody needs who wants the same numbers."""
     recipe, settings = plan.recipe, plan.recipe.evaluate
     inception = settings.features == "inception"
+    conditions: Conditions = {"classes": plan.layout.classes}
+    if plan.prompts:
+        conditions = unseen.origin(recipe, plan.prompts, plan.facts)
     kept = [draw.keep for draw in (plan.table()[0], plan.reference())]
     return {
         "count": settings.count,
         "seed": settings.seed,
-        **_conditions(plan),
+        **conditions,
         "samplers": {
             name: [type(sampler).__name__, dataclasses.asdict(sampler)]
             for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
@@ -199,20 +202,6 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "report": _report(),
         "fingerprint": plan.fingerprint(),
     }
-
-
-def _conditions(plan: EvaluationPlan) -> Conditions:
-    """What samples are drawn for: classes, or prompts and what makes features of them."""
-    recipe, found = plan.recipe, plan.prompts
-    if found is None:
-        return {"classes": plan.layout.classes}
-    facts: Any = found.facts()
-    facts |= {"uri": unseen.place(recipe), "SHA-256": facts.pop("sha256")}
-    facts["also among the pairs' prompts"] = unseen.repeated(recipe, found)
-    if not plan.facts["encoder"]:
-        return {"prompts": facts}
-    features: Any = {"uri": recipe.text.encoder, **plan.facts["encoder"]}
-    return {"prompts": facts, "encoder": features}
 
 
 def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pipeline.digits import captions
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe, fingerprint
+from pipeline.report.origin import Conditions
 from pipeline.scoring import real_images
 from pipeline.scoring.real_images import ImageRows
 from pipeline.text import encoder
@@ -113,6 +114,17 @@ def facts(recipe: Recipe, found: UnseenPrompts) -> dict[str, Any]:
         "encoder": encoder.check(recipe.text, width, length) if width else None,
         "outside the grammar": outside_grammar(found, recipe.evaluate.count) if digits else None,
     }
+
+
+def origin(recipe: Recipe, found: UnseenPrompts, checked: dict[str, Any]) -> Conditions:
+    """Prompts and encoder as the report says where they are from; ``checked`` are the facts of ``facts``."""
+    prompts: Any = found.facts()
+    prompts |= {"uri": place(recipe), "SHA-256": prompts.pop("sha256")}
+    prompts["also among the pairs' prompts"] = repeated(recipe, found)
+    if not checked["encoder"]:
+        return {"prompts": prompts}
+    features: Any = {"uri": recipe.text.encoder, **checked["encoder"]}
+    return {"prompts": prompts, "encoder": features}
 
 
 def repeated(recipe: Recipe, found: UnseenPrompts) -> int | None:

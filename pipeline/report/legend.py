@@ -116,9 +116,8 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
         PROMPT_AGREEMENT: _about_prompt_agreement(results),
         **_about_clip(origin),
-        "variance / teacher's": "pixel variance "
-        + ("of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes")
-        + "; below 1 the sampler is less diverse than the teacher.",
+        "variance / teacher's": f"pixel variance {_about_variance(results)}; below 1 the sampler is less diverse than"
+        " the teacher.",
         "precision": "precision and recall of Kynkäänniemi et al. 2019, k = 3; both depend on the number of images."
         + ("" if origin.get("precision and recall", True) else " Ours need real images: set evaluate.images."),
         "#parameters": _about_parameters(results),
@@ -142,7 +141,15 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
     if pairs := results.get("alike"):
         text = "rows whose distances differ by less than the larger standard error, or by less than 1.3 %: "
         out.append(("not told apart", text + "; ".join(" and ".join(pair) for pair in pairs) + "."))
-    out += _about_few(results)
+    return out + _about_few(results)
+
+
+def _about_few(results: Results) -> list[tuple[str, str]]:
+    """Which numbers rest on few images, or on some of them."""
+    origin, title, out = results["made"], results["title"], list[tuple[str, str]]()
+    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
+        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
+        out.append((few, f"the reference's covariance is singular, and {title} against it says little."))
     if 0 < (kept := origin.get("features kept", {}).get("images", 0)) < origin["count"]:
         rounds = "which" if of_prompts(results) else "whole rounds of classes that"
         text = f"are of the features of {kept:,} of the images, {rounds} are evenly spread."
@@ -171,15 +178,6 @@ ABOUT_TABLE_3 = (
 )
 
 
-def _about_few(results: Results) -> list[tuple[str, str]]:
-    """That the reference is of too few real images, where it is."""
-    origin, title = results["made"], results["title"]
-    if 0 < origin.get("real images", 0) <= origin["dimensions"] and origin["reference"]["statistics"] == "made here":
-        few = f"Only {origin['real images']} real images for {origin['dimensions']} features"
-        return [(few, f"the reference's covariance is singular, and {title} against it says little.")]
-    return []
-
-
 def _about_clip(origin: Origin) -> dict[str, str]:
     """The columns of the CLIP score, where there is one."""
     if not (facts := origin.get("CLIP")):
@@ -198,6 +196,11 @@ def _about_parameters(results: Results) -> str:
     )
     kinds = {row.get("type") for row in results["rows"]}
     return text + ("; DD + AR rows ask the teacher too, whose are not counted." if "DD + AR" in kinds else ".")
+
+
+def _about_variance(results: Results) -> str:
+    """Of which images the variance is."""
+    return "of all images, whatever their prompts" if of_prompts(results) else "within a class, averaged over classes"
 
 
 def _about_prompt_agreement(results: Results) -> str:

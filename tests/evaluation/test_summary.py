@@ -102,9 +102,7 @@ def test_a_short_last_block_weighs_as_its_images_and_has_no_part_in_the_error() 
 
 def test_the_digits_scorer_gives_neither_inception_score_nor_precision() -> None:
     real = statistics(0.0)
-    sampler = statistics(0.5)
-    sampler.labelled = 60
-    row = row_of(sampler, Reference(real.moments.gaussian(), real))
+    row = row_of(statistics(0.5), Reference(real.moments.gaussian(), real, of_digits=True))
     assert [row[key] for key in ("inception_score", "inception_score_std", "precision", "recall")] == [None] * 4
     assert row["kid"] is not None
 
