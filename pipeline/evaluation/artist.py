@@ -133,8 +133,6 @@ def look_at(
         labels += [] if of_these is None else [of_these]
     rows, of_all = Sight.joined(sights), np.concatenate(labels) if labels else None
     out.add(rows, of_all, network, places, draw.kept(places), draw.images)
-    if network.clip and out.clip and rows.clip is not None and of_all is not None and of_all.dtype == object:
-        out.clip.add(*network.clip.scores(rows.clip, of_all))
     return rows
 
 

@@ -206,6 +206,8 @@ class Statistics:
             self.variance.add(sight.thumbnails, labels)
         if labels is not None and labels.dtype == object:
             self._add_agreement(sight, labels, network)
+            if network.clip and self.clip and sight.clip is not None:
+                self.clip.add(*network.clip.scores(sight.clip, labels))
         elif labels is not None and network.names_labels:
             self.right += int((sight.logits.argmax(1) == labels).sum())
             self.labelled += len(labels)

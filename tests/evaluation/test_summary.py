@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation import summary
+from pipeline.evaluation import rows
 from pipeline.evaluation.rows import Entry, Reference, numbers
 from pipeline.report import comparison
 from pipeline.sampling.speed import Speed
@@ -141,7 +141,7 @@ def test_samplers_are_looked_at_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -
             yield Entry(f"sampler {i}", "FewStep", {}, 1, statistics(0.5))
 
     seen: list[list[int]] = []
-    monkeypatch.setattr(summary, "_of_features", lambda *args: seen.append(list(alive)) or {})
+    monkeypatch.setattr(rows, "_of_features", lambda *args: seen.append(list(alive)) or {})
     assert len(numbers(entries(), Reference(real.moments.gaussian(), real))) == 4
     assert seen == [[0], [0, 1], [0, 1, 2]]
 

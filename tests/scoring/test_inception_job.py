@@ -14,7 +14,7 @@ from inception_weights import weights
 from PIL import Image
 
 from pipeline import storage
-from pipeline.evaluation import plan, summary, timing
+from pipeline.evaluation import plan, rows, timing
 from pipeline.evaluation.artist import Artist
 from pipeline.recipe import Recipe
 from pipeline.scoring import inception, instruments
@@ -47,7 +47,7 @@ def test_a_rehearsal_ends_with_a_report_that_says_so(
     monkeypatch.setattr(inception, "formula", weights)
     monkeypatch.setattr(timing, "time_alone", lambda plan, *rest: timing.time_samplers(plan, *rest[:2], threads=1))
     seen: list[Any] = []  # instead of roots of 2048 x 2048, which take seconds
-    monkeypatch.setattr(summary, "frechet", lambda a, b: seen.append((a, b)) or 7.0)
+    monkeypatch.setattr(rows, "frechet", lambda a, b: seen.append((a, b)) or 7.0)
     text = evaluate.evaluate(recipe)
     assert "FD of a random Inception (not FID)" in text
     results = storage.read_json(storage.join(recipe.report_uri, "report.json"))
