@@ -78,7 +78,8 @@ def of_training(recipe: Recipe) -> Footprint:
         for _ in range(2):  # from the second on, the optimiser has its moments
             step(student, loss, state, batch, total=2)
 
-    found = footprint.trace(work, square=config.layout.length + 1 if recipe.cluster.runs_on == "cuda" else 0)
+    positions = config.layout.length + (caption[0] if caption else 1)
+    found = footprint.trace(work, square=positions if recipe.cluster.runs_on == "cuda" else 0)
     return _with_encoder(found, recipe)
 
 
