@@ -95,7 +95,7 @@ def train(
         ids = np.arange(step * plan.batch, (step + 1) * plan.batch)
         texts = captions.composed(properties.described(shown, labels[index]), plan.seed, ids)
         given = text_encoder.features(encoder, *read(texts))
-        null = cast(Captions, teacher.network.cls_embedding.null(given))  # type: ignore[operator]
+        null = cast(Captions, teacher.network.cls_embedding.null(given))  # type: ignore[operator, union-attr]
         dropped = torch.rand(len(index), generator=generator) < NULL
         codes = teacher.tokenizer.encode(shown)
         logits = teacher(with_null(given, null, dropped), codes)
