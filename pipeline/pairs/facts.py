@@ -69,7 +69,8 @@ class PairFacts:
     ) -> PairFacts:
         """The facts of the recipe's pair set.
 
-        ``checksums`` are ``checkpoints.checksums`` and ``captions`` ``PromptList.facts``, where the caller has them.
+        ``checksums`` are ``checkpoints.checksums`` and ``captions`` ``PromptList.facts``, where the caller has them; with
+        empty ``checksums`` no file is read, and the facts serve for the shapes of shards alone.
         Raises ValueError or FileNotFoundError for a teacher that is not there, and for one whose pairs cannot be stored
         or drawn.
         """
@@ -91,7 +92,7 @@ class PairFacts:
             noise_is_stored=settings.noise == "stored",
             shard_rows=settings.shard_rows,
             dtype=settings.dtype,
-            **_of_text(recipe, captions),
+            **_of_text(recipe, captions, hashed=checksums != {}),
         )
 
     @classmethod
@@ -211,8 +212,11 @@ def conditioning(recipe: Recipe) -> Conditioning:
     return partial(noise.labels, classes=checkpoints.config(recipe.teacher).layout.classes)
 
 
-def _of_text(recipe: Recipe, captions: dict[str, Any] | None) -> dict[str, Any]:
-    """The facts of prompts and encoder; {} for classes. Refused where teacher, captions and encoder do not belong."""
+def _of_text(recipe: Recipe, captions: dict[str, Any] | None, hashed: bool) -> dict[str, Any]:
+    """The facts of prompts and encoder; {} for classes. Refused where teacher, captions and encoder do not belong.
+
+    Without ``hashed``, what it takes to read gigabytes for is left out.
+    """
     caption = checkpoints.caption_shape(recipe.teacher)
     if caption is None:
         for name, value in (("captions.uri", recipe.captions.uri), ("text.encoder", recipe.text.encoder)):
@@ -228,6 +232,8 @@ def _of_text(recipe: Recipe, captions: dict[str, Any] | None) -> dict[str, Any]:
             " file of prompts."
         )
     length, width = caption
+    if not hashed:
+        return {"captions": {"rows": 0, "column": recipe.captions.column}, "encoder": None}
     captions = captions or PromptList.open(recipe.captions.uri, recipe.captions.column).facts()
     return {"captions": captions, "encoder": encoder.check(recipe.text, width, length) if width else None}
 

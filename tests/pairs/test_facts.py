@@ -75,3 +75,12 @@ def test_teacher_captions_and_encoder_must_belong_together(tmp_path: Path) -> No
     wider = tiny_text(tmp_path / "wider", caption_dim=24)
     with pytest.raises(Refused, match=r"text\.encoder .*16.*24"):
         PairFacts.of(wider)
+
+
+def test_shapes_of_shards_are_known_without_reading_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ``--status``, which may not take minutes over an encoder of gigabytes."""
+    recipe = tiny_text(tmp_path)
+    whole = PairFacts.of(recipe)
+    monkeypatch.setattr("pipeline.storage.sha256", lambda uri: pytest.fail(f"{uri} was read"))
+    facts = PairFacts.of(recipe, checksums={})
+    assert (facts.row_bytes, facts.shard_name(3, 16)) == (whole.row_bytes, whole.shard_name(3, 16))
