@@ -69,7 +69,7 @@ class PairFacts:
     ) -> PairFacts:
         """The facts of the recipe's pair set.
 
-        ``checksums`` are ``checkpoints.checksums`` and ``captions`` ``PromptList.facts``, where the caller has them; with
+        ``checksums`` are ``checkpoints.checksums``, ``captions`` ``PromptList.facts``, where the caller has them; with
         empty ``checksums`` no file is read, and the facts serve for the shapes of shards alone.
         Raises ValueError or FileNotFoundError for a teacher that is not there, and for one whose pairs cannot be stored
         or drawn.

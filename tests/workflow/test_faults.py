@@ -54,8 +54,12 @@ def address() -> str:
 def test_pairs_survive_kills_of_driver_and_replicas(
     ray_cluster: None, slow: Path, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
 ) -> None:
-    """A set is begun again whenever one is complete; who dies, dies at some moment after the first replica appeared."""
-    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=79, shard_rows=4, batch=4, actors=2)
+    """A set is begun again whenever one is complete; who dies, dies at some moment after the first replica appeared.
+
+    The short form is of prompts, the long one of classes.
+    """
+    small = tiny_text(tmp_path) if kills == SHORT else tiny(tmp_path, "llamagen")
+    recipe = with_pairs(small, count=79, shard_rows=4, batch=4, actors=2)
     recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
     generate(recipe)
     expected, chance = shards(recipe), random.Random(kills)
