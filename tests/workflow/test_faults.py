@@ -18,7 +18,7 @@ import ray
 import torch
 from faults import finish, kill, scores, shards, start, wait, workers
 from safetensors.torch import load_file
-from tiny import IMAGES, tiny, with_pairs
+from tiny import IMAGES, tiny, tiny_text, with_pairs
 
 from pipeline import storage
 from pipeline.pairs import shards as pairs
