@@ -12,7 +12,6 @@ import golden
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny
 from torch import Tensor
 
 from pipeline.models import checkpoints
@@ -22,7 +21,6 @@ from pipeline.models.llamagen import Config, Student, Teacher, Tokenizer
 from pipeline.models.llamagen.student import fit_embeddings
 from pipeline.models.llamagen.teacher import log_probabilities
 from pipeline.models.llamagen.transformer import LlamaNetwork, rotary
-from pipeline.pairs.facts import PairFacts
 from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.settings.train import TrainSettings
 
@@ -336,13 +334,6 @@ def test_the_null_caption_must_be_in_the_file(tmp_path: Path):
         net = LlamaNetwork(CAPTIONED)
     with pytest.raises(checkpoints.CheckpointError, match=r"lacks cls_embedding\.uncond_embedding \(1 in all\)"):
         checkpoints.load(net, str(tmp_path / "t2i.pt"))
-
-
-def test_pairs_of_captions_are_refused(tmp_path: Path):
-    recipe = tiny(tmp_path, "llamagen")
-    teacher = replace(recipe.teacher, config=recipe.teacher.config | {"caption_dim": 8})
-    with pytest.raises(ValueError, match="takes captions, and there is no reader of captions here yet"):
-        PairFacts.of(replace(recipe, teacher=teacher))
 
 
 @pytest.mark.parametrize("case", range(len(SAMPLING["outputs"]["llamagen"])))
