@@ -30,6 +30,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models, WithTeacher
+from pipeline.scoring import instruments
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.training import step as training_step
 
@@ -115,7 +116,8 @@ def test_every_process_sets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recipe = tiny(tmp_path)
     recipe = replace(recipe, evaluate=replace(recipe.evaluate, samplers=[{"name": "Autoregressive"}]))
     monkeypatch.setattr(plan.instruments, "check", lambda *args: {})
-    monkeypatch.setattr("pipeline.workflow.evaluate.instruments.features", lambda *args: None)
+    features = instruments.Features(4, 3, 0, False, lambda pixels: pytest.fail("nothing is scored"))
+    monkeypatch.setattr("pipeline.workflow.evaluate.instruments.features", lambda *args: features)
     for enter in (
         lambda: Replica(recipe, PairFacts.of(recipe)),
         lambda: training_step.device_of(recipe),

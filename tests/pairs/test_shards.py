@@ -24,7 +24,7 @@ from tiny import tiny, tiny_text, with_pairs
 
 from pipeline import noise, storage
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.models.conditions import Prompts
+from pipeline.models.conditions import Labels, Prompts
 from pipeline.pairs import dataset_card, manifest
 from pipeline.pairs import shards as pairs
 from pipeline.pairs import stream as pair_stream
@@ -619,7 +619,8 @@ def test_a_batch_carries_its_rows(recipe: Recipe, window: int) -> None:
     rows = some_rows(facts, 0, 40)
     assert rows.noise is not None
     for batch in PairStream.open(uri, window=window).batches(2, 5, 6, rank=1, world=2):
-        assert [column.dtype for column in batch] == [torch.int64, torch.int64, torch.float32, torch.int64]
+        assert [batch.ids.dtype, batch.noise.dtype, batch.tokens.dtype] == [torch.int64, torch.float32, torch.int64]
+        assert isinstance(batch.condition, Labels)
         assert batch.noise.shape == (3, 14, 4)
         at = batch.ids.numpy()
         assert np.array_equal(batch.condition.labels.numpy(), rows.conditions[at])
