@@ -215,6 +215,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     monkeypatch.setattr(completion, "commits", commits)
     monkeypatch.setattr(cluster, "session", lambda recipe, replicas: nullcontext())
+    monkeypatch.setattr(cluster, "on_one_machine", lambda recipe: True)  # which else asks Ray
     return stop
 
 
@@ -225,10 +226,10 @@ def test_what_was_recorded_is_not_read_again(
     read: list[str] = []
     inspect = pairs.inspect_shard
 
-    def noted(uri: str, facts: PairFacts, name: str, sha256: str | None = None) -> manifest.Shard:
+    def noted(uri: str, facts: PairFacts, name: str, sha256: str | None = None, *rest: Any) -> manifest.Shard:
         if sha256 is None:  # else it is verify's
             read.append(name)
-        return inspect(uri, facts, name, sha256)
+        return inspect(uri, facts, name, sha256, *rest)
 
     monkeypatch.setattr(pairs, "inspect_shard", noted)
     recipe = with_pairs(tiny(tmp_path), count=24, shard_rows=6)
