@@ -666,7 +666,7 @@ def test_a_student_draws_as_it_was_trained_and_departures_are_said(
         "DD 2 steps (1, 3) asks more of its student than that was trained for: jumps from step 3, trained from 1, 2."
     )
     results = {"rows": [{"name": "DD 2 steps (1, 3)", "sampler": {"name": "FewStep"}, "departs": ["split 2"]}]}
-    results["notes"] = list(made.notes)  # type: ignore[assignment]
+    results |= {"notes": list(made.notes), "made": {}}  # type: ignore[dict-item]
     assert tables.marked(results["rows"][0]) == "DD 2 steps (1, 3) †"
     assert ("†", "asks more of its student than that was trained for: DD 2 steps (1, 3): split 2.") in (
         legend.about_rows(results)
