@@ -106,16 +106,6 @@ def load(settings: TextSettings, device: torch.device | str) -> Encoder:
     return Encoder(network.eval().requires_grad_(False), tokenizer, settings).eval()
 
 
-def meta(settings: TextSettings) -> Encoder:
-    """The encoder with its tokenizer, and with weights that have shapes and no content: for tracing memory."""
-    uri = _uri(settings)
-    _check_packages(settings)
-    config = encoder_files.config(uri)
-    network = _network(config).to(DTYPES[settings.precision])
-    network.set_input_embeddings(network.shared)
-    return Encoder(network.eval().requires_grad_(False), _tokenizer(uri, config), settings).eval()
-
-
 def memory(settings: TextSettings) -> int:
     """Bytes of the encoder's weights in their precision, from config.json alone."""
     wanted = encoder_files.shapes(encoder_files.config(_uri(settings)))

@@ -17,6 +17,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
+from pipeline.text.prompts import PromptList, described
 from pipeline.workflow import costs, preflight, status
 
 
@@ -43,6 +44,8 @@ def generate(recipe: Recipe) -> str:
         manifest.tidy(uri, complete, files)
         return f"Nothing is missing: {manifest.describe(uri, complete)}."
     storage.check_writable(uri, needed=gap.rows_left * facts.row_bytes)
+    if recipe.captions.uri:
+        print(f"{described(PromptList.open(recipe.captions.uri, recipe.captions.column))}.", flush=True)
     if gap.names:
         print(f"{uri} holds {len(gap.names)} of {len(gap.present)} shards; making the others.", flush=True)
     with _at_work(recipe, gap), tracking.Run.start(recipe, "pairs") as run:

@@ -102,9 +102,12 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     assert one["made"][0]["rows"] < 119, "what the killed job had committed was not made again"
 
 
-def test_a_set_of_prompts_grows_is_mended_and_is_verified(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_set_of_prompts_grows_is_mended_and_is_verified(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = with_pairs(tiny_text(tmp_path), count=20, shard_rows=8, batch=4)
     assert "Made 20 pairs" in generate(recipe)
+    assert "60 prompts in " in capsys.readouterr().out
     small = contents(recipe.pairs_uri)
     lost = Path(recipe.pairs_uri, "shard-00001.parquet")
     lost.unlink()
