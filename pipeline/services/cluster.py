@@ -87,14 +87,14 @@ def on_worker(recipe: Recipe, function: Callable[..., Any], *args: Any, cpus: fl
     """Call a function in one Ray task that has a replica's resources, or another number of CPUs; its result."""
     alone = recipe if cpus is None else replace(recipe, cluster=replace(recipe.cluster, cpus=cpus))
     with session(alone, 1, "workers"):
-        return ray.get(ray.remote(function).options(**_resources(alone)).remote(*args))
+        return _result(ray.remote(function).options(**_resources(alone)).remote(*args))
 
 
 def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *more: Any) -> Any:
     """Call one method of ``cls(*args)`` in an actor that has a replica's resources; its result."""
     with session(recipe, 1, "workers"):
         actor: Any = ray.remote(cls).options(**_resources(recipe)).remote(*args)
-        return ray.get(getattr(actor, method).remote(*more))
+        return _result(getattr(actor, method).remote(*more))
 
 
 def on_one_machine(recipe: Recipe) -> bool:
@@ -110,11 +110,16 @@ def on_every_node(recipe: Recipe, function: Callable[..., Any], *args: Any) -> l
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     everywhere = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     calls = [task.options(num_cpus=0, scheduling_strategy=here).remote(*args) for here in everywhere]
-    out = [ray.get(task.options(**_resources(recipe)).remote(*args))]
+    out = [_result(task.options(**_resources(recipe)).remote(*args))]
     for call in calls:
         with suppress(RaySystemError, NodeDiedError, TaskUnschedulableError):
-            out.append(ray.get(call))
+            out.append(_result(call))
     return out
+
+
+def _result(call: Any) -> Any:
+    """What a call in a worker comes to; a signal ends the wait for it, as it would not end that of ``ray.get``."""
+    return signals.interruptible(lambda: ray.get(call))
 
 
 def pool(recipe: Recipe, size: int, retries: int) -> dict[str, Any]:

@@ -96,6 +96,31 @@ def test_a_student_on_workers(ray_cluster: None, tmp_path: Path, number: int) ->
     stop_run("distill", long_training(tmp_path, 1), tmp_path, number, "steps 1/")
 
 
+LINGERING = """
+import sys
+from lab import linger
+from tiny import tiny
+from pathlib import Path
+from pipeline.host import signals
+from pipeline.services import cluster
+signals.install()
+cluster.on_worker(tiny(Path(sys.argv[1])), linger, sys.argv[2])
+"""
+
+
+@pytest.mark.faults("signals: SIGTERM while a worker's answer is waited for")
+def test_a_call_on_a_worker_is_not_waited_for(ray_cluster: None, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", LINGERING, str(tmp_path), str(begun)]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as running:
+        wait(running, begun.exists, True)
+        running.send_signal(signal.SIGTERM)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 143, errors
+    assert errors.count("Stopped by SIGTERM") == 1
+
+
 @pytest.mark.faults("signals: SIGTERM during the imports")
 def test_the_imports(tmp_path: Path) -> None:
     """Torch is replaced by a package that waits: the signal comes while it is imported."""

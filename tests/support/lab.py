@@ -34,6 +34,12 @@ def fail(kind: str) -> None:
     raise KINDS[kind]
 
 
+def linger(place: str) -> None:
+    """Leave a file to say that the call has begun, and never end."""
+    Path(place).touch()
+    time.sleep(3600)
+
+
 class Falling:
     """An actor whose constructor fails, and if not that, its work."""
 
