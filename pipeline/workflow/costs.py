@@ -6,15 +6,17 @@ one batch of each kind of work, where a replica would do it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import yaml
+from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.evaluation import artist
 from pipeline.evaluation import plan as evaluation
-from pipeline.host.errors import Outage, Refused
+from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.host.progress import duration
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -76,9 +78,10 @@ def _timed(recipe: Recipe, cost: Cost) -> tuple[list[str], float | None]:
     """Lines of time and price, and the seconds of one replica: 0 where nothing is left, None where nobody can tell."""
     if cost.measure is None:
         return ["time         nothing is left to do"], 0.0
+    tqdm.write(f"Measuring the time of {cost.title}, from one batch of its work.", file=sys.stderr)  # may take minutes
     try:
         seconds, how = cost.measure()
-    except Refused as error:  # no GPU here, or no inputs
+    except (Refused, Unfinished) as error:  # no GPU here, no inputs, or no memory for a batch: all else is still said
         return [f"time         not measured: {error}"], None
     where = f"{cost.replicas} replica{'s' * (cost.replicas > 1)} ({recipe.cluster.runs_on})"
     return [

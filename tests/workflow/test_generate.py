@@ -426,6 +426,20 @@ def test_the_price_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "GPU-hours    0.50, $1.50 at $3 an hour" in text
 
 
+@pytest.mark.faults("dry run: a batch does not fit")
+def test_a_batch_that_cannot_be_timed_costs_nothing_else_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on_actor(*args: Any) -> float:
+        raise Unfinished("an actor died.")
+
+    monkeypatch.setattr(cluster, "on_actor", on_actor)
+    text = generate(replace(tiny(tmp_path), dry_run=True))
+    assert "40 in 3 shards are left" in text
+    assert "time         not measured: an actor died." in text
+    assert "Measuring the time of pairs (generate_pairs), from one batch of its work." in capsys.readouterr().err
+
+
 # ---- what is refused before any work
 
 
