@@ -41,8 +41,9 @@ full: setup
 ablate: setup
 	$(BIN)/python jobs/ablate.py --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/ablate-digits.yaml
 
+# A process for each core, to four; all tests that start Ray are in one of them.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'

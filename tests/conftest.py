@@ -65,10 +65,16 @@ def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have every test say which kinds of fault it is about, where its report is made."""
+    """Have every test say which kinds of fault it is about, and go where it belongs if several processes share them.
+
+    Files of tests stay whole, for what they make once; those that start Ray go to one process, one after the other.
+    """
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     for item in items:
         for mark in item.iter_markers("faults"):
             item.user_properties += [("fault", kind) for kind in mark.args]
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

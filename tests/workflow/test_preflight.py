@@ -21,6 +21,8 @@ from pipeline.workflow import footprints, preflight
 from pipeline.workflow.generate import generate
 from pipeline.workflow.preflight import Job, View
 
+pytestmark = pytest.mark.xdist_group("ray")  # starts one of its own
+
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Recipe:
