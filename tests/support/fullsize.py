@@ -10,7 +10,7 @@ real jobs make four pairs and train for three steps on a CPU (minutes, and less 
     python jobs/generate_pairs.py $RECIPE --pairs.count 9
     python jobs/distill.py $RECIPE --pairs.count 9
 
-Of nine pairs eight are held out. LPIPS is off: its trunk is a download too. Of llamagen-t2i-xl it writes the prompts and
+Of nine pairs eight are held out. LPIPS is off: its trunk is a download too. For llamagen-t2i-xl it writes prompts and
 an encoder of FLAN-T5-XL's size as well, and has the student trained by recomputation, one sample at a time.
 """
 
