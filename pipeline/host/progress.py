@@ -14,7 +14,8 @@ class Progress:
 
     In a log a line is written after the first update, at most every ``every`` seconds, and at the end. ``done`` of the
     ``total`` were there before and do not count towards the speed. Where units are made side by side, ``begin`` says
-    so, and time counts from the first one on: what a pool waits for before is no part of a unit's time.
+    so, and time counts from the first one on: what a pool waits for before is no part of a unit's time. Where nobody
+    says so, the time left is told from the second update on, by what came after the first.
     """
 
     def __init__(self, total: int, unit: str, every: float = 30.0, done: int = 0) -> None:
@@ -70,14 +71,17 @@ class Progress:
         return f"{self.unit} {self.done:,}/{self.total:,}"
 
     def _left(self) -> str:
-        """Time left, once as many are done as are made at once; then without these, which were slow to come."""
+        """Time left, once as many are done as are made at once; then without these, which were slow to come.
+
+        Without ``begin`` nobody knows when the first ones were begun, so that nothing is said by them.
+        """
         made, left, seconds = self.done - self._before, self.total - self.done, self.seconds
         if left <= 0 or not made:
             return f"{duration(seconds)} in all"
         first, cold = self._warm
-        if not first:
+        if not first or (made == first and not self._abreast):
             return ""
-        if made >= 2 * first and self._abreast:
+        if made >= 2 * first or not self._abreast:
             made, seconds = made - first, seconds - cold
         return f"{duration(seconds / made * left)} left"
 

@@ -133,7 +133,10 @@ def test_the_entries_of_free_mappings_are_checked_too() -> None:
     assert refusal("ablate.axes", {"train.lr": None})
 
 
-@pytest.mark.parametrize("section", [Recipe, *{kind.of for _, kind in fields.named(Recipe) if is_dataclass(kind.of)}])
+SECTIONS = dict.fromkeys(kind.of for _, kind in fields.named(Recipe) if is_dataclass(kind.of))
+
+
+@pytest.mark.parametrize("section", [Recipe, *SECTIONS])
 def test_python_is_checked_as_yaml_is(section: Any) -> None:
     """Every section checks itself, whoever makes it."""
     for key, kind in fields.kinds(section).items():

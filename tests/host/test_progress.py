@@ -18,7 +18,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
             clock[0] += 20
             progress.update(note="5 rows/s")
     assert capsys.readouterr().err.splitlines() == [
-        "shards 5/10, 5 rows/s, 2 min left",
+        "shards 5/10, 5 rows/s",
         "shards 7/10, 5 rows/s, 60 s left",
         "shards 9/10, 5 rows/s, 20 s left",
         "shards 10/10, 5 rows/s, 2 min in all",
@@ -47,6 +47,23 @@ def test_time_left_counts_from_the_first_unit_and_leaves_out_the_slow_first_ones
         "shards 4/20, fine, 3 min left",
     ]
     assert progress.seconds == 120
+
+
+def test_steps_that_waited_for_workers_promise_no_hours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers take a minute to come, and then ten steps a second."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Progress(1200, "steps", every=0) as progress:
+        for moment in (61, 62, 63):
+            clock[0] = moment
+            progress.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "steps 10/1,200",
+        "steps 20/1,200, 2 min left",
+        "steps 30/1,200, 2 min left",
+    ]
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
