@@ -64,6 +64,7 @@ def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have every test say which kinds of fault it is about, and go where it belongs if several processes share them.
 

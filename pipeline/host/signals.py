@@ -112,6 +112,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _raise(number: int) -> None:
     global _stopping
     _stopping = True
+    threading.excepthook = lambda failure: None  # threads of Ray's still ask it for something while it goes
     name = signal.Signals(number).name
     begin = "\n" if os.isatty(2) else ""  # there, the line may be begun: ^C
     os.write(2, f"{begin}Stopped by {name}; what is finished is kept, and the same command goes on.\n".encode())

@@ -167,6 +167,17 @@ def test_another_thread_holds_nothing() -> None:
     assert (done.returncode, done.stdout) == (143, "")
 
 
+def test_what_a_thread_raises_after_a_signal_is_not_said() -> None:
+    """One of Ray Data's asks for its objects when Ray is gone."""
+    done = run(
+        "import threading\ngone = threading.Event()\ndef ask():\n    gone.wait()\n    raise KeyError\n"
+        "asking = threading.Thread(target=ask)\nasking.start()\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\nfinally:\n    gone.set()\n    asking.join()"
+    )
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_first_signal_counts() -> None:
     done = run(
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\nfinally:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
