@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "pipeline").rglob("*.py"))
+PACKAGE = ROOT / "pipeline" / "__init__.py"
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {
@@ -21,10 +24,10 @@ HOMES = {  # package -> the modules that may import it
         "workflow.drawing",
     },
     "mlflow": {"services.mlflow_store", "services.tracking", "services.registry"},
-    "yaml": {"configuration.recipe_file", "services.tracking", "command_line", "workflow.costs"},
+    "yaml": {"configuration.recipe_file", "services.tracking", "command_line", "generator.sample", "workflow.costs"},
     "lpips": {"training.perceptual"},
     "torch_fidelity": {"scoring.inception"},
-    "PIL": {"scoring.real_images"},
+    "PIL": {"generator.generator", "generator.sample", "scoring.real_images"},
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
@@ -44,6 +47,7 @@ FLOORS = [
     {"command_line", "models", "services"},
     {"text"},
     {"digits", "models.llamagen", "models.var", "pairs", "sampling"},
+    {"generator"},
     {"scoring", "training"},
     {"evaluation"},
     {"workflow"},
@@ -71,6 +75,7 @@ def imports(path: Path) -> set[str]:
 
 
 GRAPH = {name_of(path): imports(path) for path in MODULES}
+GRAPH["pipeline"] = set()  # what a user imports from there, ``test_the_package_offers_the_generator_alone`` knows
 LEAVES = {name_of(path) for path in MODULES if path.name != "__init__.py"}
 
 
@@ -135,7 +140,22 @@ def test_a_room_hands_nothing_on() -> None:
         if path.name == "__init__.py":
             module = ast.parse(path.read_text())
             assert ast.get_docstring(module), path
-            assert len(module.body) == 1 or room_of(f"{name_of(path)}.x") in {"models.var", "models.llamagen"}, path
+            assert (
+                len(module.body) == 1
+                or path == PACKAGE
+                or room_of(f"{name_of(path)}.x") in {"models.var", "models.llamagen"}
+            ), path
+
+
+def test_the_package_offers_the_generator_alone() -> None:
+    """And imports it when somebody asks, for a job that imports one of the rooms imports the package first."""
+    assert {name for name in imports(PACKAGE) if name.startswith("pipeline")} == {
+        "pipeline.generator.generator",
+        "pipeline.generator.generator.Generator",
+    }
+    assert pipeline.__all__ == ["Generator"]
+    inside = [node for node in ast.parse(PACKAGE.read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert {node.module for node in inside} == {"__future__", "typing"}
 
 
 def test_nobody_imports_the_jobs() -> None:

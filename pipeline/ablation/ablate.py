@@ -15,6 +15,7 @@ from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report
 from pipeline.ablation.plan import TEACHER, AblationPlan, Trial
 from pipeline.ablation.results import AblationResults
+from pipeline.generator import folder
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -129,7 +130,7 @@ def _link(plan: AblationPlan, run: tracking.Run, lost: list[str]) -> None:
         for job in manifest.read(trial.recipe.pairs_uri)["made"]:
             run.adopt(job["mlflow_run"], variant=_names(trials, pairs=trial.pairs))
     for trial in {trial.student: trial for trial in trials}.values():
-        exported = checkpoints.metadata(storage.join(trial.recipe.student_uri, "student.safetensors"))
+        exported = checkpoints.metadata(folder.weights(trial.recipe.student_uri))
         run.adopt(exported["mlflow_run"], variant=_names(trials, student=trial.student))
     for trial in trials:
         fingerprint = storage.read_json(storage.join(trial.recipe.report_uri, "report.json"))["fingerprint"]

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from pipeline import storage
 from pipeline.command_line import with_settings
+from pipeline.generator import folder
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -325,7 +326,7 @@ def describe(plan: AblationPlan) -> str:
         state = f"{min(count, recipe.pairs.count):,} of {recipe.pairs.count:,} are in a complete set"
         lines.append(f"pairs     {key[:SHORT]} at {recipe.pairs_uri}; {state}")
     for key, trial in plan.students.items():
-        exists = storage.exists(storage.join(trial.recipe.student_uri, "student.safetensors"))
+        exists = storage.exists(folder.weights(trial.recipe.student_uri))
         lines.append(f"student   {key[:SHORT]} at {trial.recipe.student_uri}; {'there' if exists else 'to train'}")
     done = sum(storage.exists(storage.join(trial.recipe.report_uri, "report.json")) for trial in trials)
     lines.append(f"reports   {done} of {len(trials)} are there, as far as they are of these students")

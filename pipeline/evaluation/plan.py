@@ -18,6 +18,7 @@ import numpy as np
 from pipeline import noise, storage
 from pipeline.evaluation import equal_code, students, unseen
 from pipeline.evaluation.unseen import UnseenPrompts
+from pipeline.generator import folder
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.models.conditions import Conditioning
@@ -143,7 +144,7 @@ class EvaluationPlan:
 
     @property
     def student(self) -> str:
-        return self.recipe.evaluate.student or storage.join(self.recipe.student_uri, "student.safetensors")
+        return folder.weights_of(self.recipe.evaluate.student or self.recipe.student_uri)
 
     def table(self) -> list[Draw]:
         """One draw per row of the report."""

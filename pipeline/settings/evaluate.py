@@ -28,8 +28,8 @@ class EvaluateSettings:
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}. Figures that the paper prints for
             one may stand beside them, ``paper: {fid: 9.94, is: 193.6, precision: 0.8, recall: 0.37, parameters:
             327_000_000, seconds: 0.021, speedup: 6.3}``, and are shown beside ours.
-        student: URI of the student's weights, or models:/NAME@best or models:/NAME/3 out of MLflow's model registry;
-            default <run>/student/student.safetensors.
+        student: URI of a student's folder or of its weights, or models:/NAME@best or models:/NAME/3 out of MLflow's
+            model registry; default <run>/student.
         register: name in MLflow's model registry under which the student becomes a version once its report is written.
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
             that holds it, at the same count, features, reference and number of steps.

@@ -61,6 +61,8 @@ class TrainSettings:
         snapshots: EMA students exported along the way for the report's curve, evenly spaced, the last is the result.
         export: safetensors, or released: also student.pth, in the layout that the authors' scripts read. Set after
             training, a second run of distill adds that file.
+        tokenizer: copy: the student's folder holds the decoder's weights, so that it can be shared; link: config.json
+            names their URI and SHA-256.
     """
 
     uri: Uri | None = None
@@ -90,6 +92,7 @@ class TrainSettings:
     log_every: Count = 20
     snapshots: Pool = 5
     export: Literal["safetensors", "released"] = "safetensors"
+    tokenizer: Literal["copy", "link"] = "copy"
 
     @property
     def student_options(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
+from pipeline.generator import folder
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
@@ -21,7 +22,7 @@ from pipeline.training.perceptual import TRUNKS, trunk_file
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
 SPEED = ("workers", "micro_batch", "compile", "recompute")
-NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export")
+NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TrainingPlan:
 
     @property
     def result(self) -> str:
-        return self.at("student.safetensors")
+        return folder.weights(self.at())
 
     @property
     def released(self) -> str:
@@ -198,8 +199,8 @@ def claimed(plan: TrainingPlan) -> dict[str, Any] | None:
     if not storage.exists(place):
         if storage.exists(plan.result):
             raise Refused(
-                f"{plan.at()} holds a student.safetensors but no recipe.json to say whose; set train.uri (or run) to"
-                " another folder."
+                f"{plan.at()} holds {plan.result.rpartition('/')[2]} but no recipe.json to say whose; set train.uri (or"
+                " run) to another folder."
             )
         return None
     owner = storage.read_json(place)

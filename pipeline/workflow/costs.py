@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline import storage
 from pipeline.evaluation import artist
 from pipeline.evaluation import plan as evaluation
+from pipeline.generator import folder
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.host.progress import duration
 from pipeline.models import checkpoints
@@ -152,7 +153,7 @@ def of_training(recipe: Recipe) -> Cost:
 
 def of_evaluation(recipe: Recipe) -> Cost:
     """Images that are left to draw, those of students still to be exported among them, from a batch of each sampler."""
-    student = recipe.evaluate.student or storage.join(recipe.student_uri, "student.safetensors")
+    student = folder.weights_of(recipe.evaluate.student or recipe.student_uri)
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
     report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
     missing = [draw for draw in report.draws() if draw.sampler and not (begun and storage.exists(report.cache(draw)))]

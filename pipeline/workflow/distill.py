@@ -23,6 +23,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
+from pipeline.generator import card, folder
 from pipeline.host import signals
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress, duration
@@ -56,6 +57,7 @@ def distill(recipe: Recipe) -> str:
     plan = training_plan.check(recipe)
     if storage.exists(plan.result):
         tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
+        _describe(plan)
         if added := _release(plan):
             return added
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
@@ -71,6 +73,7 @@ def distill(recipe: Recipe) -> str:
         _log_origin(run, plan)
         fit(plan, run)
         _log(run, plan)
+        _describe(plan)
         _release(plan)
     took = duration(time.monotonic() - start)
     return f"The student is {plan.result}, after {plan.total:,} steps; this run took {took} (MLflow run {run.id})."
@@ -90,6 +93,14 @@ def _log(run: tracking.Run, plan: TrainingPlan) -> None:
     steps = ", ".join(map(str, plan.recipe.train.start_steps))
     text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
     run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
+
+
+def _describe(plan: TrainingPlan) -> None:
+    """Make a finished student's folder one that can be shared, unless it is; config.json comes last."""
+    if not storage.exists(plan.at(folder.CONFIG)):
+        content = folder.described(plan.recipe, plan.teacher)
+        storage.write_bytes(plan.at(folder.CARD), card.card(plan.recipe.name, content).encode())
+        storage.write_json(plan.at(folder.CONFIG), content)
 
 
 def _release(plan: TrainingPlan) -> str:

@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.evaluation import summary, timing
 from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.evaluation.timing import Times
+from pipeline.generator import card, folder
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
@@ -67,6 +68,7 @@ def evaluate(recipe: Recipe) -> str:
         outlines = {draw: statistics.outline(draw) for draw in statistics}
         results = summary.summarise(plan, statistics, times, outlines, others)
         files = write(plan, results, statistics)
+        _complete_card(plan, results, files)
         _log(run, plan, results, files)
         said = registry.register(run, recipe, results) if recipe.evaluate.register else ""
     sweep(plan)
@@ -162,8 +164,8 @@ def sweep(plan: EvaluationPlan) -> None:
     what is in it, nobody here knows.
     """
     samples = storage.join(plan.recipe.report_uri, "samples")
-    for folder in (plan.recipe.report_uri, plan.shelf, samples):
-        storage.sweep(folder)
+    for place in (plan.recipe.report_uri, plan.shelf, samples):
+        storage.sweep(place)
     for name in storage.listing(samples):
         if sample_files.PART in name:
             storage.remove(storage.join(samples, name))
@@ -186,6 +188,16 @@ def _write_reference(plan: EvaluationPlan, statistics: drawing.Shelf) -> list[st
     content = References(reference.gaussian, reference.spatial, settings.flavours[0], True, weights, plan.real)
     storage.write_bytes(storage.join(plan.recipe.report_uri, "reference.npz"), references.packed(content))
     return ["reference.npz"]
+
+
+def _complete_card(plan: EvaluationPlan, results: Results, files: Mapping[str, bytes]) -> None:
+    """Write the scores and the picture of the recipe's own student into its model card."""
+    uri, own = plan.recipe.student_uri, plan.recipe.evaluate.student is None
+    if own and plan.students and storage.exists(storage.join(uri, folder.CONFIG)):
+        content = storage.read_json(storage.join(uri, folder.CONFIG))
+        storage.write_bytes(storage.join(uri, card.PICTURE), files["samples.png"])
+        text = card.card(plan.recipe.name, content, results)
+        storage.write_bytes(storage.join(uri, folder.CARD), text.encode())
 
 
 def _frequencies(plan: EvaluationPlan) -> np.ndarray | None:

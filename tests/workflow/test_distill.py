@@ -138,7 +138,7 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     summary = distill(recipe)
     assert "80 steps" in summary
     folder = Path(recipe.student_uri)
-    exported = ["step-000040.safetensors", "step-000080.safetensors", "student.safetensors"]
+    exported = ["model.safetensors", "step-000040.safetensors", "step-000080.safetensors", "tokenizer.safetensors"]
     assert sorted(path.name for path in folder.glob("*.safetensors")) == exported
 
     loss = list(journal.curve().values())
@@ -156,10 +156,10 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert image.dtype == np.uint8
     assert image.ndim == 3
     assert journal.tags["pairs_run"] == "pairs-run"
-    assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/student.safetensors")[:12]
+    assert journal.tags["student"] == storage.sha256(f"{recipe.student_uri}/model.safetensors")[:12]
     assert journal.data[2:] == (journal.tags["pairs_fingerprint"], "training")
 
-    settings = checkpoints.metadata(f"{recipe.student_uri}/student.safetensors")
+    settings = checkpoints.metadata(f"{recipe.student_uri}/model.safetensors")
     assert settings["teacher"] == checkpoints.checksums(recipe.teacher)
     assert settings["pairs_fingerprint"] == manifest.read(recipe.pairs_uri)["fingerprint"]
     assert settings["family"] == recipe.teacher.family
@@ -169,9 +169,7 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert settings["mlflow_run"] == journal.id
     assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
     codebook = checkpoints.tokenizer(recipe.teacher).codebook
-    checkpoints.student(
-        recipe.teacher, f"{recipe.student_uri}/student.safetensors", codebook, {"mask": settings["mask"]}
-    )
+    checkpoints.student(recipe.teacher, f"{recipe.student_uri}/model.safetensors", codebook, {"mask": settings["mask"]})
 
 
 def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:
@@ -180,7 +178,7 @@ def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journa
     assert "student.pth" in distill(asked), "a finished student is not trained again"
     uri = f"{recipe.student_uri}/student.pth"
     content = torch.load(uri, weights_only=True)
-    own = weights(f"{recipe.student_uri}/student.safetensors")
+    own = weights(f"{recipe.student_uri}/model.safetensors")
     places = checkpoints.family(recipe.teacher).Student.released
     assert len(places) == 2
     for place in places:
@@ -214,7 +212,7 @@ def test_the_export_is_the_moving_average(recipe: Recipe, journal: Journal, monk
 
     monkeypatch.setattr(TrainingState, "advance", spied)
     distill(recipe)
-    found = weights(f"{recipe.student_uri}/student.safetensors")
+    found = weights(f"{recipe.student_uri}/model.safetensors")
     assert found.keys() == seen[0].keys()
     for name in found:
         average = seen[0][name].double()
@@ -250,13 +248,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     with pytest.raises(Stopped):
         distill(recipe)
     monkeypatch.setattr(Observer, "log", log)
-    assert not Path(recipe.student_uri, "student.safetensors").exists()
+    assert not Path(recipe.student_uri, "model.safetensors").exists()
     assert [path.name for path in Path(recipe.student_uri, "checkpoints").iterdir()] == ["step-00000003.pt"]
     distill(recipe)
     assert [step for step, values in journal.history if "loss" in values] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert journal.curve() == pytest.approx(expected, rel=1e-6)
     assert journal.resumed == [None, None, journal.id], "the MLflow run goes on too"
-    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (whole, recipe))
+    one, other = (weights(f"{r.student_uri}/model.safetensors") for r in (whole, recipe))
     assert all(torch.equal(one[name], other[name]) for name in one)
     kept = sorted(path.name for path in Path(recipe.student_uri, "checkpoints").iterdir())
     assert kept == ["step-00000006.pt", "step-00000008.pt"]
@@ -356,7 +354,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     distill(with_train(recipe, checkpoint_every=3, keep=1))
     assert "step-00000004.pt is damaged; looking for the checkpoint before it." in capsys.readouterr().out
     assert next(step for step, values in journal.history if "loss" in values) == 3
-    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (whole, recipe))
+    one, other = (weights(f"{r.student_uri}/model.safetensors") for r in (whole, recipe))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [path.name for path in folder.iterdir()] == ["step-00000008.pt"]
 
@@ -376,7 +374,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_seen_or_harmless(tmp_path: Path) -> 
 def test_a_checkpoint_is_read_once(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, that is; the driver and the worker ask a few bytes whether it has its end. Nor is the teacher read."""
     distill(recipe)
-    Path(recipe.student_uri, "student.safetensors").unlink()
+    Path(recipe.student_uri, "model.safetensors").unlink()
     read, content = [], training_state._content
     monkeypatch.setattr(training_state, "_content", lambda path: (read.append(path.name), content(path))[1])
     monkeypatch.setattr(checkpoints, "teacher", lambda settings: pytest.fail("the teacher was read"))
@@ -432,7 +430,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
         monkeypatch.setattr(training_state, "_write", full)
         with pytest.raises(Outage, match="the disk is full"):
             distill(place)
-        assert not Path(place.student_uri, "student.safetensors").exists()
+        assert not Path(place.student_uri, "model.safetensors").exists()
 
 
 @pytest.mark.faults("student: every checkpoint damaged")
@@ -447,11 +445,11 @@ def test_when_every_checkpoint_is_damaged_the_user_decides(recipe: Recipe, journ
 
 def test_a_finished_run_says_so(recipe: Recipe, journal: Journal) -> None:
     distill(recipe)
-    before = storage.sha256(f"{recipe.student_uri}/student.safetensors")
+    before = storage.sha256(f"{recipe.student_uri}/model.safetensors")
     journal.history.clear()
     assert distill(with_train(recipe, log_every=7, keep=1)).startswith("Nothing is missing")
     assert not journal.history
-    assert storage.sha256(f"{recipe.student_uri}/student.safetensors") == before
+    assert storage.sha256(f"{recipe.student_uri}/model.safetensors") == before
 
 
 def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
@@ -461,7 +459,7 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
     distill(with_train(recipe, epochs=1, precision="bf16"))
     assert journal.curve() == pytest.approx(exact, rel=0.02)
     assert journal.curve() != exact
-    stored = weights(f"{recipe.student_uri}/student.safetensors")
+    stored = weights(f"{recipe.student_uri}/model.safetensors")
     assert not any(value.dtype == torch.bfloat16 for value in stored.values())
 
 
@@ -526,7 +524,7 @@ def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> No
     distill(embeddings)
     teacher = checkpoints.teacher(recipe.teacher)
     start = checkpoints.family(recipe.teacher).Student.from_teacher(teacher, recipe.train.seed).state_dict()
-    trained = {r.student_uri: weights(f"{r.student_uri}/student.safetensors") for r in (logits, embeddings)}
+    trained = {r.student_uri: weights(f"{r.student_uri}/model.safetensors") for r in (logits, embeddings)}
     head, conti = "head.weight", "final_layer_conti.linear.weight"
     assert torch.allclose(trained[logits.student_uri][conti], start[conti], atol=1e-7)
     assert not torch.allclose(trained[logits.student_uri][head], start[head], atol=1e-4)
@@ -575,7 +573,7 @@ def test_two_workers_follow_the_curve_of_one(
     distill(together)
     assert journal.curve() == pytest.approx(expected, rel=1e-4)
     assert journal.images
-    one, other = (weights(f"{r.student_uri}/student.safetensors") for r in (alone, together))
+    one, other = (weights(f"{r.student_uri}/model.safetensors") for r in (alone, together))
     for name, value in one.items():
         assert torch.allclose(value.double(), other[name].double(), atol=1e-4), name
 
@@ -655,7 +653,7 @@ def test_a_folder_keeps_to_its_recipe(recipe: Recipe, journal: Journal) -> None:
     with pytest.raises(ValueError, match=r"other settings: train\.lr is 0\.003 there and 0\.001 here"):
         distill(with_train(recipe, epochs=1, lr=1e-3))
     foreign = with_train(recipe, uri=f"{recipe.run}/foreign")
-    storage.write_bytes(f"{foreign.student_uri}/student.safetensors", b"")
+    storage.write_bytes(f"{foreign.student_uri}/model.safetensors", b"")
     with pytest.raises(ValueError, match=r"no recipe\.json to say whose"):
         distill(foreign)
 

@@ -118,7 +118,7 @@ def test_a_student_survives_kills_of_its_driver(
     recipe = replace(recipe, train=settings)
     straight = replace(recipe, train=replace(settings, uri=str(tmp_path / "straight")))
     distill(straight)
-    expected, chance = load_file(f"{straight.student_uri}/student.safetensors"), random.Random(kills)
+    expected, chance = load_file(f"{straight.student_uri}/model.safetensors"), random.Random(kills)
     done, round_, total = 0, 0, 96
     while done < kills:
         round_ += 1
@@ -135,7 +135,7 @@ def test_a_student_survives_kills_of_its_driver(
                 break
             done += kill(job.pid)
             job.wait()
-        found = load_file(f"{again.student_uri}/student.safetensors")
+        found = load_file(f"{again.student_uri}/model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert [name for name in storage.listing(place) if name.startswith(storage.TEMPORARY)] == []

@@ -167,9 +167,7 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
     record_property("kills", lost.total() + 2)
     assert lost.total() == 3
     assert told.count("Resuming") >= 2, "each driver goes on; so do workers that are lost after the first checkpoint"
-    expected, found = (
-        load_file(f"{place}/student.safetensors") for place in (tmp_path / "straight", recipe.student_uri)
-    )
+    expected, found = (load_file(f"{place}/model.safetensors") for place in (tmp_path / "straight", recipe.student_uri))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 

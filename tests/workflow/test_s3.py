@@ -458,7 +458,7 @@ def test_an_outage_costs_no_finished_shard(
 
 def test_the_student_is_that_of_a_disk(journey: Journey) -> None:
     one, other = (
-        load_file(storage.local(f"{r.student_uri}/student.safetensors")) for r in (journey.recipe, journey.disk)
+        load_file(storage.local(f"{r.student_uri}/model.safetensors")) for r in (journey.recipe, journey.disk)
     )
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     assert "from step 2 of 6" in journey.said
@@ -525,7 +525,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     said = capsys.readouterr().out
     assert "step-00000006.pt is damaged; looking for the checkpoint before it." in said
     assert "from step 4 of 6" in said
-    one, other = (load_file(storage.local(f"{r.student_uri}/student.safetensors")) for r in (journey.recipe, recipe))
+    one, other = (load_file(storage.local(f"{r.student_uri}/model.safetensors")) for r in (journey.recipe, recipe))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

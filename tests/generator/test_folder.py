@@ -1,0 +1,86 @@
+"""What a student's folder says, and what is said of one that lacks something."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shared_student import shared
+from tiny import tiny, tiny_text
+
+from pipeline import storage
+from pipeline.generator import folder
+from pipeline.host.errors import Missing, Refused
+from pipeline.models import checkpoints
+from pipeline.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return shared(tiny(tmp_path, "var"))
+
+
+def edited(recipe: Recipe, **changes: Any) -> str:
+    """The folder with other values in its config.json."""
+    place = storage.join(recipe.student_uri, folder.CONFIG)
+    storage.write_json(place, storage.read_json(place) | changes)
+    return recipe.student_uri
+
+
+def test_the_folder_needs_neither_teacher_nor_recipe(recipe: Recipe) -> None:
+    """Its decoder is its own copy of the teacher's."""
+    tokenizer = checkpoints.tokenizer(recipe.teacher)
+    Path(recipe.teacher.tokenizer).unlink()
+    Path(recipe.teacher.checkpoint).unlink()
+    Path(recipe.student_uri, "recipe.json").unlink()
+    found = folder.read(recipe.student_uri)
+    assert found.recipe is None
+    assert found.text is None
+    assert (found.split, found.start_steps, found.options) == (1, (1, 2), {"mask": "released"})
+    own = checkpoints.tokenizer(found.settings)
+    assert all(torch.equal(own.state_dict()[name], value) for name, value in tokenizer.state_dict().items())
+
+
+def test_a_linked_decoder_is_the_one_that_it_was(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, "llamagen")
+    linked = shared(replace(recipe, train=replace(recipe.train, tokenizer="link")))
+    assert not Path(linked.student_uri, folder.TOKENIZER).exists()
+    assert folder.read(linked.student_uri).settings.tokenizer == recipe.teacher.tokenizer
+    tiny(tmp_path, "llamagen", seed=1)
+    with pytest.raises(Refused, match=r"is not the decoder that the student at .* was trained with"):
+        folder.read(linked.student_uri)
+
+
+def test_prompts_bring_their_encoder(tmp_path: Path) -> None:
+    recipe = shared(tiny_text(tmp_path))
+    assert folder.read(recipe.student_uri).text == recipe.text
+
+
+@pytest.mark.faults("student's folder: a part of it is missing")
+@pytest.mark.parametrize("name", [folder.WEIGHTS, folder.TOKENIZER, folder.CONFIG])
+def test_what_is_missing_is_named(recipe: Recipe, name: str) -> None:
+    Path(recipe.student_uri, name).unlink()
+    with pytest.raises(Missing, match=name):
+        folder.read(recipe.student_uri)
+
+
+def test_a_config_of_something_else_is_refused(recipe: Recipe) -> None:
+    storage.write_json(storage.join(recipe.student_uri, folder.CONFIG), {"model_type": "t5"})
+    with pytest.raises(Refused, match=r"does not describe a student of Distilled Decoding: it has no family"):
+        folder.read(recipe.student_uri)
+
+
+def test_a_folder_of_before_is_read(recipe: Recipe) -> None:
+    """With its weights under their name of then, and recipe.json for the rest."""
+    uri, before = recipe.student_uri, folder.read(recipe.student_uri)
+    Path(uri, folder.WEIGHTS).rename(Path(uri, folder.EARLIER))
+    for name in (folder.CONFIG, folder.TOKENIZER, folder.CARD):
+        Path(uri, name).unlink()
+    found = folder.read(uri)
+    assert found.settings.tokenizer == recipe.teacher.tokenizer
+    assert (found.split, found.start_steps, found.text) == (before.split, before.start_steps, None)
+    assert folder.weights(uri) == folder.weights_of(uri) == found.weights == storage.join(uri, folder.EARLIER)
+    assert folder.weights_of(f"{uri}/theirs.pth") == f"{uri}/theirs.pth"
