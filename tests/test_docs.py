@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.ablation.plan import titled
 from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_settings
+from pipeline.generator import sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
 
@@ -27,6 +28,7 @@ ELSEWHERE = (
     "gs://",
     "runs/",
 )  # what a snippet reads that a test has not; another test may, as tests/pairs does
+OF_SAMPLE = {flag for action in sample.parser(None)._actions for flag in action.option_strings}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 NOT_OURS = {"AWS_MAX_ATTEMPTS"}  # botocore reads it
 
@@ -181,7 +183,9 @@ def test_commands_of_jobs_parse(page: Path, tmp_path: Path) -> None:
             else word
             for word in arguments
         ]
-        if job != "train_digits":
+        if job == "sample":
+            sample.parser(None).parse_args(own)
+        elif job != "train_digits":
             check_parses(own, f"{job} {' '.join(arguments)}")
 
 
@@ -192,6 +196,8 @@ def test_flags_in_the_text_are_flags(page: Path) -> None:
         if first in (CONFIG, PRINT, "--help"):
             continue
         if first.startswith("--"):
+            if first in OF_SAMPLE:
+                continue
             assert first.removeprefix("--") in FIELDS, code
             if rest:
                 check_parses(shlex.split(code), code)

@@ -38,16 +38,17 @@ def main(doc: str | None, args: Sequence[str] | None = None) -> None:
     """The body of jobs/sample.py."""
     signals.install()
     with redirect_stdout(Output(sys.stdout)):
-        asked = _parser(doc).parse_args(args)
+        asked = parser(doc).parse_args(args)
         try:
             print(sample(asked), flush=True)
         except (Refused, Unfinished) as error:
             stop(error, error.status)
 
 
-def _parser(doc: str | None) -> Parser:
-    parser = Parser(description=doc, allow_abbrev=False)
-    add = parser.add_argument
+def parser(doc: str | None) -> Parser:
+    """What jobs/sample.py takes."""
+    out = Parser(description=doc, allow_abbrev=False)
+    add = out.add_argument
     add("--student", required=True, metavar="URI", help="folder of a student: a path, hf://, s3:// or gs://")
     add("--labels", metavar="3,7", help="classes, in turn; by default all of them")
     add("--prompts", metavar="FILE", help="a text file with a prompt a line, in turn")
@@ -60,7 +61,7 @@ def _parser(doc: str | None) -> Parser:
         help="also the teacher's images of the same noise: below, or in a second .npz or folder")  # fmt: skip
     add("--device", metavar="cpu|cuda", help="by default a GPU if there is one")
     add("--out", required=True, metavar="PLACE", help="a grid (.png), an .npz in ADM's form, or a folder of pictures")
-    return parser
+    return out
 
 
 def _whole(text: str) -> int:

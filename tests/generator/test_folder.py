@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,14 @@ def test_a_folder_of_before_is_read(recipe: Recipe) -> None:
     assert (found.split, found.start_steps, found.text) == (before.split, before.start_steps, None)
     assert folder.weights(uri) == folder.weights_of(uri) == found.weights == storage.join(uri, folder.EARLIER)
     assert folder.weights_of(f"{uri}/theirs.pth") == f"{uri}/theirs.pth"
+
+
+def test_a_folder_in_a_bucket_is_read(recipe: Recipe) -> None:
+    """All that is asked of a place is that it holds files."""
+    place = f"memory://bucket-{uuid.uuid4().hex}/student"
+    for name in (folder.CONFIG, folder.WEIGHTS, folder.TOKENIZER):
+        storage.write_bytes(f"{place}/{name}", Path(recipe.student_uri, name).read_bytes())
+    found = folder.read(place)
+    assert found.weights == f"{place}/{folder.WEIGHTS}"
+    assert found.settings.tokenizer == f"{place}/{folder.TOKENIZER}"
+    assert found.settings.config == recipe.teacher.config

@@ -20,6 +20,7 @@ from pipeline import noise, storage
 from pipeline.digits import networks
 from pipeline.evaluation import plan, students, summary, timing
 from pipeline.evaluation.artist import Artist
+from pipeline.generator import card, folder
 from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
@@ -99,6 +100,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
         ("student.safetensors", 2),
     ]:
         export_student(made, name, seed)
+    about = folder.described(made, checkpoints.checksums(made.teacher))
+    about |= {"config": made.teacher.config, "split": 1, "start_steps": [1, 2], "step": 20}
+    storage.write_json(storage.join(made.student_uri, folder.CONFIG), about)
     return made
 
 
@@ -187,6 +191,15 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         assert row["kid"] > 0
         assert row["score_std"] is None, "of fewer images than twice the features"
     assert results["rows"][0]["accuracy"] > 0.97
+
+
+def test_the_card_of_the_student_has_the_scores(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    text = Path(recipe.student_uri, folder.CARD).read_text()
+    for row in results_of(recipe)["rows"]:
+        assert row["name"] in text
+    picture = Path(recipe.student_uri, card.PICTURE).read_bytes()
+    assert picture == Path(recipe.report_uri, "samples.png").read_bytes()
 
 
 def test_scores_equal_those_of_a_single_slow_pass(finished: tuple[Recipe, str]) -> None:
@@ -632,6 +645,11 @@ def test_a_student_of_another_recipe_is_refused(
     other = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, uri=str(tmp_path)))
     export_student(other, "student.safetensors", 3, **settings)
     failing(changed(other, samplers=[{"name": "FewStep"}]), sentence)
+
+
+def test_a_students_folder_stands_for_its_weights(recipe: Recipe) -> None:
+    found = plan.prepare(changed(recipe, student=recipe.student_uri))
+    assert found.student == plan.prepare(recipe).student == folder.weights(recipe.student_uri)
 
 
 def test_teachers_alone_need_no_student(recipe: Recipe, tmp_path: Path) -> None:
