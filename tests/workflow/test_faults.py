@@ -1,4 +1,4 @@
-"""Random kills: one of each here; `make test-faults` has the long form, fifty and more.
+"""Random kills, which `make test-faults` does: fifty and more.
 
 Whatever dies and whenever, the same command run again ends with the bytes of a run that nothing disturbed.
 """
@@ -27,8 +27,7 @@ from pipeline.workflow.distill import distill
 from pipeline.workflow.evaluate import evaluate
 from pipeline.workflow.generate import generate
 
-SHORT = 1  # kills of a run in the suite
-LONG = pytest.param(37, marks=pytest.mark.slow)  # and of one by itself
+OF_PROMPTS, LONG = 6, 37  # kills
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +48,17 @@ def address() -> str:
 
 
 @pytest.mark.faults("pairs: driver killed", "pairs: replica killed")
-@pytest.mark.parametrize("kills", [SHORT, LONG])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [OF_PROMPTS, LONG])
 @pytest.mark.timeout(3000)
 def test_pairs_survive_kills_of_driver_and_replicas(
     ray_cluster: None, slow: Path, tmp_path: Path, kills: int, record_property: Callable[[str, int], None]
 ) -> None:
     """A set is begun again whenever one is complete; who dies, dies at some moment after the first replica appeared.
 
-    The short form is of prompts, the long one of classes.
+    With few kills the pairs are of prompts, with many of classes.
     """
-    small = tiny_text(tmp_path) if kills == SHORT else tiny(tmp_path, "llamagen")
+    small = tiny_text(tmp_path) if kills == OF_PROMPTS else tiny(tmp_path, "llamagen")
     recipe = with_pairs(small, count=79, shard_rows=4, batch=4, actors=2)
     recipe = replace(recipe, teacher=replace(recipe.teacher, family="faulty"))
     generate(recipe)
@@ -106,6 +106,7 @@ def test_two_drivers_in_one_folder_do_no_harm(ray_cluster: None, tmp_path: Path)
 
 
 @pytest.mark.faults("student: driver killed")
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [LONG])
 @pytest.mark.timeout(3000)
 def test_a_student_survives_kills_of_its_driver(

@@ -72,8 +72,11 @@ def start_job(recipe: Recipe, folder: Path, *flags: str, **environment: str) -> 
 
 @pytest.mark.faults("pairs: driver killed")
 def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tmp_path: Path) -> None:
-    """SIGKILL for the driver half-way; also one replica against two, and a folder per run against each other."""
-    recipe = with_pairs(tiny(tmp_path), count=119, shard_rows=4, batch=4)
+    """SIGKILL for the driver half-way; also one replica against two, and a folder per run against each other.
+
+    The pairs are of prompts, whose encoder every replica holds.
+    """
+    recipe = with_pairs(tiny_text(tmp_path), count=119, shard_rows=4, batch=4)
     address = ray.get_runtime_context().gcs_address
     job = start_job(recipe, tmp_path, RAY_ADDRESS=address)
     deadline = time.monotonic() + 400
@@ -102,9 +105,8 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(ray_cluster: None, tm
     assert one["made"][0]["rows"] < 119, "what the killed job had committed was not made again"
 
 
-def test_a_set_of_prompts_grows_is_mended_and_is_verified(
-    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("one_process", "in_process")
+def test_a_set_of_prompts_grows_is_mended_and_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = with_pairs(tiny_text(tmp_path), count=20, shard_rows=8, batch=4)
     assert "Made 20 pairs" in generate(recipe)
     assert "60 prompts in " in capsys.readouterr().out
@@ -127,7 +129,8 @@ def test_a_set_of_prompts_grows_is_mended_and_is_verified(
     assert "Verified" in generate(with_pairs(grown, verify=True))
 
 
-def test_a_set_grows_is_verified_and_has_a_run(ray_cluster: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_process", "in_process")
+def test_a_set_grows_is_verified_and_has_a_run(tmp_path: Path) -> None:
     recipe = with_pairs(tiny(tmp_path, "llamagen"), count=20, noise="derived")
     assert "Made 20 pairs" in generate(recipe)
     small = contents(recipe.pairs_uri)
