@@ -63,6 +63,13 @@ def weights_of(uri: str) -> str:
     return uri if uri.endswith(FILES) else weights(uri)
 
 
+def beside(file: str) -> list[str]:
+    """URIs of what a student's folder holds for sharing beside its weights ``file``; nothing where it is no folder."""
+    uri = file.rpartition("/")[0]
+    names = storage.listing(uri) if storage.exists(storage.join(uri, CONFIG)) else []
+    return [storage.join(uri, name) for name in (CONFIG, TOKENIZER, CARD) if name in names]
+
+
 def described(recipe: Recipe, checksums: Mapping[str, str]) -> dict[str, Any]:
     """The content of config.json of a recipe's finished student; the decoder's weights are written if it wants them.
 

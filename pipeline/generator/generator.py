@@ -68,13 +68,15 @@ class Generator:
     def from_pretrained(
         cls, uri: str, device: torch.device | str | None = None, precision: Precision = "fp32", teacher: bool = False
     ) -> Generator:
-        """The student whose folder is at ``uri``: a path, hf://owner/name, s3:// or gs://.
+        """The student whose folder is at ``uri``: a path, hf://owner/name, s3://, gs:// or models:/NAME@best.
 
+        The last is one of MLflow's registry, in the store that MLFLOW_TRACKING_URI names.
         ``device`` is by default a GPU where there is one. ``teacher`` loads its teacher, too, for samplers that ask it.
         Raises Missing or Refused, one sentence, for a folder that holds no student, or only a part of one.
         """
         found = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder.read(str(uri)), device or found, precision, teacher)
+        place = _registered(uri) if str(uri).startswith("models:/") else str(uri)
+        return cls(folder.read(place), device or found, precision, teacher)
 
     def __call__(
         self,
@@ -155,6 +157,13 @@ class _Decoder(Teacher):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.tokenizer, self.layout = tokenizer, tokenizer.layout
+
+
+def _registered(address: str) -> str:
+    """The folder of a student out of MLflow's registry; MLflow is imported for those alone."""
+    from pipeline.services import registry
+
+    return registry.folder_of(address)
 
 
 def _teacher(recipe: dict[str, Any]) -> Teacher:

@@ -90,7 +90,7 @@ def of(recipe: Recipe) -> Store:
     """
     chosen = os.environ.get("MLFLOW_TRACKING_URI")
     if chosen:
-        return _named(chosen)
+        return named(chosen)
     check(recipe)
     folder, note = storage.resolve(recipe.run), ""
     if storage.is_remote(folder):
@@ -102,7 +102,7 @@ def of(recipe: Recipe) -> Store:
     return _in_file(f"sqlite:///{folder}/mlflow.db", Path(folder, "mlflow.db"))._replace(note=note)
 
 
-def _named(uri: str) -> Store:
+def named(uri: str) -> Store:
     """The store at a tracking URI. Left to itself, MLflow would put a database's files into the working directory."""
     if not uri.startswith("sqlite"):
         return Store(uri)

@@ -7,9 +7,11 @@ artifact is the weight file that was scored.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,31 +45,56 @@ def fetch(recipe: Recipe) -> tuple[Recipe, str]:
     address = recipe.evaluate.student or ""
     if not address.startswith("models:/"):
         return recipe, ""
-    match = ADDRESS.fullmatch(address)
-    if not match:
-        raise Refused(
-            f"evaluate.student is {address}; write models:/NAME/3 for a version, models:/NAME@best for an alias."
-        )
     store = mlflow_store.of(recipe)
     client = mlflow_store.opened(store)
-    with mlflow_store.usable(store):
-        version, why = _version(client, match)
-    if version is None:
-        raise Refused(
-            f"evaluate.student is {address}, which the registry of {without_credentials(store.uri)} does not have"
-            f" ({why}); register a student with evaluate.register, or give the file of one."
-        )
+    version = _found(client, store, address, "evaluate.student")
     name = f"models:/{version.name}/{version.version}"
-    if not {"student_sha256", "file"} <= version.tags.keys():
-        raise Refused(
-            f"evaluate.student is {address}, and {name} does not say which student it is, so it was not registered by"
-            " evaluate.register; give the student's file."
-        )
     sha256 = version.tags["student_sha256"]
     place = storage.join(recipe.report_uri, "cache", sha256[:24] + Path(version.tags["file"]).suffix)
     if not storage.exists(place) or storage.sha256(place) != sha256:
         _download(client, version, store.uri, place)
     return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), name
+
+
+def folder_of(address: str) -> str:
+    """The folder of a registered student on this machine, out of the store that MLFLOW_TRACKING_URI names.
+
+    Raises Refused, one sentence, as ``fetch`` does, and where that variable is not set.
+    """
+    chosen = os.environ.get("MLFLOW_TRACKING_URI")
+    if not chosen:
+        raise Refused(
+            f"the student is {address}, and nothing says in which registry; set MLFLOW_TRACKING_URI to its store, e.g."
+            " sqlite:///runs/demo/mlflow.db."
+        )
+    store = mlflow_store.named(chosen)
+    client = mlflow_store.opened(store)
+    version = _found(client, store, address, "the student")
+    from mlflow.artifacts import download_artifacts
+
+    with mlflow_store.usable(store):
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        return str(download_artifacts(artifact_uri=source, tracking_uri=store.uri))
+
+
+def _found(client: Any, store: mlflow_store.Store, address: str, what: str) -> Any:
+    """The version at ``address``, which is ``what``; Refused for one that is not there or not of ours."""
+    match = ADDRESS.fullmatch(address)
+    if not match:
+        raise Refused(f"{what} is {address}; write models:/NAME/3 for a version, models:/NAME@best for an alias.")
+    with mlflow_store.usable(store):
+        version, why = _version(client, match)
+    if version is None:
+        raise Refused(
+            f"{what} is {address}, which the registry of {without_credentials(store.uri)} does not have"
+            f" ({why}); register a student with evaluate.register, or give the file of one."
+        )
+    if not {"student_sha256", "file"} <= version.tags.keys():
+        raise Refused(
+            f"{what} is {address}, and models:/{version.name}/{version.version} does not say which student it is, so it"
+            " was not registered by evaluate.register; give the student's file."
+        )
+    return version
 
 
 def _version(client: Any, wanted: re.Match[str]) -> tuple[Any, str]:
@@ -139,9 +166,10 @@ def version_of(recipe: Recipe, results: Results) -> str | None:
         )
 
 
-def register(run: tracking.Run, recipe: Recipe, results: Results) -> str:
+def register(run: tracking.Run, recipe: Recipe, results: Results, beside: Sequence[str] = ()) -> str:
     """Register the student of a written report, unless it is; move the alias if it is the best; returns what was done.
 
+    ``beside`` are URIs of files that a version has beside the weights: what makes it a folder to draw from.
     Raises RuntimeError where the registry fails: the report is there, and the same command registers its student.
     """
     name, student = recipe.evaluate.register or "", _student(results)["uri"]
@@ -149,7 +177,7 @@ def register(run: tracking.Run, recipe: Recipe, results: Results) -> str:
     try:
         version = _same(run.client, name, tags)
         if version is None:
-            version = _create(run, name, storage.local(student), tags)
+            version = _create(run, name, [storage.local(uri) for uri in (student, *beside)], tags)
         return f"The student is models:/{name}/{version.version}; {_promote(run.client, name, version)}."
     except Exception as error:  # whatever the registry's client raises
         raise Unfinished(
@@ -199,11 +227,12 @@ def _same(client: Any, name: str, tags: dict[str, str]) -> Any:
     return next((one for one in versions if all(one.tags.get(key) == tags[key] for key in keys)), None)
 
 
-def _create(run: tracking.Run, name: str, student: Path, tags: dict[str, str]) -> Any:
-    """A new version, its file among the artifacts of ``run``."""
+def _create(run: tracking.Run, name: str, files: Sequence[Path], tags: dict[str, str]) -> Any:
+    """A new version, its files among the artifacts of ``run``."""
     from mlflow.exceptions import MlflowException
 
-    run.client.log_artifact(run.id, str(student), FOLDER)
+    for file in files:
+        run.client.log_artifact(run.id, str(file), FOLDER)
     try:
         run.client.create_registered_model(name, description="Few-step students of Distilled Decoding.")
     except MlflowException as error:

@@ -70,7 +70,7 @@ def evaluate(recipe: Recipe) -> str:
         files = write(plan, results, statistics)
         _complete_card(plan, results, files)
         _log(run, plan, results, files)
-        said = registry.register(run, recipe, results) if recipe.evaluate.register else ""
+        said = _registered(run, plan, results) if recipe.evaluate.register else ""
     sweep(plan)
     place = storage.join(recipe.report_uri, "report.html")
     return f"{markdown.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
@@ -135,7 +135,12 @@ def _nothing_missing(plan: EvaluationPlan, results: Results) -> str:
         return f"{said} {version}"
     with tracking.Run.start(plan.recipe, "evaluate") as run:
         _log(run, plan, results, {})
-        return f"{said} {registry.register(run, plan.recipe, results)}"
+        return f"{said} {_registered(run, plan, results)}"
+
+
+def _registered(run: tracking.Run, plan: EvaluationPlan, results: Results) -> str:
+    """Register the student with what lies beside its weights, which is all that drawing needs."""
+    return registry.register(run, plan.recipe, results, folder.beside(plan.student))
 
 
 def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> dict[str, bytes]:

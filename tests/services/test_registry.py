@@ -12,8 +12,10 @@ import pytest
 import tiny
 import torch
 
-from pipeline import storage
+from pipeline import Generator, storage
+from pipeline.generator import folder
 from pipeline.models import checkpoints
+from pipeline.models.convnet import to_uint8
 from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling.samplers import FewStep, Models
@@ -38,7 +40,10 @@ def export_student(recipe: Recipe, seed: int) -> str:
     facts = {"family": recipe.teacher.family, "teacher": checkpoints.checksums(recipe.teacher), "step": 7}
     facts |= {"pairs_fingerprint": PairFacts.of(recipe).fingerprint, "mask": "released", "mlflow_run": "a-run"}
     uri = storage.join(recipe.student_uri, "student.safetensors")
+    facts |= {"config": recipe.teacher.config, "split": 1, "start_steps": [1, 2], "pairs_count": 40}
     checkpoints.save(student, uri, facts)
+    about = folder.described(recipe, checkpoints.checksums(recipe.teacher))
+    storage.write_json(storage.join(recipe.student_uri, folder.CONFIG), about)
     return uri
 
 
@@ -214,7 +219,7 @@ def evaluated(recipe: Recipe, ray_cluster: None) -> tuple[Recipe, str]:
 
 
 def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_the_same(
-    evaluated: tuple[Recipe, str], tmp_path: Path
+    evaluated: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, said = evaluated
     assert "The student is models:/digits/1; it is best now (FD " in said
@@ -240,6 +245,13 @@ def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_t
         models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed)
         images.append(teacher.decode(FewStep(split=1, steps=(1, 2)).draw(models, range(6))))
     assert torch.equal(*images)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recipe.run}/mlflow.db")
+    generator = Generator.from_pretrained("models:/digits@best", "cpu")
+    drawn = generator.draw([i % 10 for i in range(6)], recipe.evaluate.seed, (1, 2))
+    assert torch.equal(drawn, to_uint8(images[0]))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(ValueError, match=r"nothing says in which registry; set MLFLOW_TRACKING_URI"):
+        Generator.from_pretrained("models:/digits@best", "cpu")
     Path(recipe.student_uri, "student.safetensors").unlink()
     same = evaluate.evaluate(moved)
     theirs = storage.read_json(f"{moved.report_uri}/report.json")
