@@ -86,6 +86,11 @@ class Progress:
         return f"{duration(seconds / made * left)} left"
 
 
+def pace(rate: float) -> str:
+    """A rate to two digits where it is below 10, so that a slow one is not 0: 1,520, 8.4, 0.017."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def duration(seconds: float) -> str:
     """1.4 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if seconds < 90:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.host.progress import Progress
+from pipeline.host.progress import Progress, pace
 from pipeline.pairs import manifest, shards
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
@@ -94,7 +94,7 @@ def _make(recipe: Recipe, gap: Gap, new: list[Shard], record: Callable[[], None]
             new.append(outcome.shard)
             rows, size = rows + outcome.shard.rows, size + outcome.shard.bytes
             speed, rate = rows / progress.seconds, size / 1e6 / progress.seconds
-            progress.update(note=f"{speed:,.0f} rows/s, {rate:,.1f} MB/s")
+            progress.update(note=f"{pace(speed)} rows/s, {pace(rate)} MB/s")
             values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
             run.metrics(values, step=progress.done)
             if time.monotonic() - last > LEDGER:

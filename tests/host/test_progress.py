@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.host.progress import Progress, duration
+from pipeline.host.progress import Progress, duration, pace
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +76,10 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "shards 2/2 |" in printed
     assert "8 rows/s" in printed
     assert "shard 1 failed\n" in printed
+
+
+def test_a_slow_pace_is_not_zero() -> None:
+    assert [pace(rate) for rate in (1520.4, 10, 8.44, 0.0171, 0)] == ["1,520", "10", "8.4", "0.017", "0"]
 
 
 def test_durations_are_readable() -> None:
