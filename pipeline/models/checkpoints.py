@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from pipeline import storage
@@ -102,11 +101,12 @@ def save(
 ) -> None:
     """Write safetensors atomically, with ``settings`` as JSON in the file's metadata; ``dtype`` casts floats."""
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    tensors = {
-        key: value.detach().to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+    cast = {
+        key: value.detach().to(dtype if dtype and value.is_floating_point() else value.dtype)
         for key, value in state.items()
     }
-    storage.write_bytes(uri, to_safetensors(tensors, {"settings": json.dumps(settings, sort_keys=True)}))
+    with storage.replacing(uri) as file:
+        weight_files.write_safetensors(file, cast, {"settings": json.dumps(settings, sort_keys=True)})
 
 
 def release(settings: TeacherSettings, source: str, target: str) -> None:

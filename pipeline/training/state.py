@@ -24,6 +24,7 @@ from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
 
 SUFFIX = ".pt"
+LARGE = 256 << 20  # bytes of a student's weights, of whose state a checkpoint holds four times as many
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
@@ -79,15 +80,20 @@ class TrainingState:
                 f" lower{instead} and train.uri to a new folder, where training begins again."
             )
 
-    def on_host(self) -> dict[str, Any]:
-        """What a checkpoint holds, as copies in the host's memory that no later step changes."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds: the state itself, which the next step changes."""
+        return {
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        return _copied(content)
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether a copy on the host would be large and lie beside the state itself, as on a CPU."""
+        weights = list(self.student.parameters())
+        return weights[0].device.type == "cpu" and sum(weight.nbytes for weight in weights) > LARGE
 
     def restore(self, folder: str, names: list[str], say: Callable[[str], None]) -> str:
         """Continue from the last of the checkpoints ``names`` whose checksums fit, and return its name.
@@ -153,9 +159,16 @@ class Writer:
             self._wait()
 
     def write(self, state: TrainingState) -> None:
-        """Write the checkpoint of this step, then remove all but the newest ``keep``."""
+        """Write the checkpoint of this step, then remove all but the newest ``keep``.
+
+        What is written is a copy on the host, which no later step changes. Where that ``needs_room``, training waits
+        for the writing instead.
+        """
         self._wait()
-        self._last = self._pool.submit(_write, state.on_host(), self.folder, self.keep)
+        if state.needs_room:
+            _write(state.content(), self.folder, self.keep)
+        else:
+            self._last = self._pool.submit(_write, _copied(state.content()), self.folder, self.keep)
 
     def _wait(self) -> None:
         last, self._last = self._last, None

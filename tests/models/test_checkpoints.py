@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import json
 import pickle
 import tarfile
 from argparse import Namespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -297,3 +299,24 @@ def test_recipes_that_name_no_model_are_refused() -> None:
         checkpoints.config(TeacherSettings(config={"dept": 3}))
     with pytest.raises(ValueError, match=r"teacher\.tokenizer is not set"):
         checkpoints.checksums(TeacherSettings())
+
+
+def test_what_is_written_is_what_safetensors_writes() -> None:
+    """Every dtype, scalars, empty tensors, views, names and settings beyond ASCII."""
+    tensors = {
+        "b.weight": torch.randn(3, 4).T,
+        "a.weight": torch.randn(2, 3, dtype=torch.float64),
+        "half": torch.randn(5).half(),
+        "brain": torch.randn(5).bfloat16()[1:],
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "count": torch.arange(3),
+        "small": torch.arange(3, dtype=torch.uint8),
+        "truth": torch.tensor([True, False]),
+        "naïve": torch.arange(2, dtype=torch.int32),
+    }
+    settings = {"settings": json.dumps({"prompt": 'a "seven"\n of ünïcode'}, ensure_ascii=False)}
+    file = io.BytesIO()
+    weight_files.write_safetensors(file, tensors, settings)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert file.getvalue() == safetensors.torch.save(whole, settings)

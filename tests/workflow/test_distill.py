@@ -415,6 +415,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert torch.equal(moments["exp_avg"], two["optimizer"]["state"][index]["exp_avg"])
 
 
+def test_a_large_state_on_a_cpu_is_written_without_a_copy(
+    recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training waits for it, and goes on from it all the same."""
+    recipe = with_train(recipe, epochs=2, checkpoint_every=3)
+    distill(recipe)
+    large = with_train(recipe, uri=f"{recipe.run}/large")
+    monkeypatch.setattr(training_state, "LARGE", 0)
+    monkeypatch.setattr(training_state, "_copied", lambda value: pytest.fail("the state was copied"))
+    distill(large)
+    one, other = (weights(f"{r.student_uri}/model.safetensors") for r in (recipe, large))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    names, others = (training_state.saved(f"{r.student_uri}/checkpoints") for r in (recipe, large))
+    assert names == others
+    for name in names:
+        one, other = (
+            torch.load(f"{r.student_uri}/checkpoints/{name}", weights_only=True)["student"] for r in (recipe, large)
+        )
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
 @pytest.mark.faults("student: the disk is full when a checkpoint is written")
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch
