@@ -62,3 +62,10 @@ def test_a_name_is_lent_to_a_user_without_one(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     startup.lend_name()
     assert os.environ["USER"] == f"uid-{os.getuid()}"
+
+
+def test_ray_data_has_no_thread_that_outlives_ray() -> None:
+    """It reads what ``begin`` sets when it is imported, as in every job; conftest sets it for the tests."""
+    from ray.data._internal.execution import metadata_fetcher
+
+    assert isinstance(metadata_fetcher.make_metadata_fetcher(), metadata_fetcher.InlineMetadataFetcher)
