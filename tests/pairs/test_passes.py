@@ -48,6 +48,7 @@ def run(recipe: Recipe, progress: Progress, **more: Any) -> list[Outcome]:
 
 
 @pytest.mark.faults("pairs: a device that is lost for ever", "pairs: no CPU beside the replicas")
+@pytest.mark.slow
 def test_one_ill_replica_costs_no_shard(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
