@@ -10,7 +10,6 @@ from pipeline.report.names import metric_name
 from pipeline.report.results import Results, Row
 
 PICTURE = "samples.png"
-WEIGHTS_OF = "Its licence follows the teacher's weights, from which it was trained, and the data behind them."
 
 
 def card(name: str, config: dict[str, Any], results: Results | None = None) -> str:
@@ -109,10 +108,10 @@ def _training(config: dict[str, Any]) -> str:
 * The first {config["split"]} AR steps take their tokens from the logits head, later ones from the embedding head."""
 
 
-_LIMITS = f"""## Limits
+_LIMITS = """## Limits
 
-One step has fewer details and less variety than the teacher; the table says how much. {WEIGHTS_OF} Nothing here judges
-what is safe to draw."""
+One step has fewer details and less variety than the teacher; the table says how much. Its licence follows the teacher's
+weights, from which it was trained, and the data behind them. Nothing here judges what is safe to draw."""
 
 _CITATION = """## Citation
 

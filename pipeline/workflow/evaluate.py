@@ -68,7 +68,7 @@ def evaluate(recipe: Recipe) -> str:
         outlines = {draw: statistics.outline(draw) for draw in statistics}
         results = summary.summarise(plan, statistics, times, outlines, others)
         files = write(plan, results, statistics)
-        _complete_card(plan, results, files)
+        _complete_card(plan, results)
         _log(run, plan, results, files)
         said = _registered(run, plan, results) if recipe.evaluate.register else ""
     sweep(plan)
@@ -128,6 +128,7 @@ def _nothing_missing(plan: EvaluationPlan, results: Results) -> str:
     names = [name for name in storage.listing(plan.recipe.report_uri) if name.endswith(ENDINGS)]
     files = {name: partial(storage.read_bytes, storage.join(plan.recipe.report_uri, name)) for name in names}
     tracking.complete(plan.recipe, "evaluate", plan.recipe.report_uri, lambda run: _log(run, plan, results, files))
+    _complete_card(plan, results)  # a student of before may have got its card since
     said = f"Nothing is missing: {uri} holds this report; delete timing.json beside it to measure speed again."
     if not plan.recipe.evaluate.register:
         return said
@@ -195,12 +196,13 @@ def _write_reference(plan: EvaluationPlan, statistics: drawing.Shelf) -> list[st
     return ["reference.npz"]
 
 
-def _complete_card(plan: EvaluationPlan, results: Results, files: Mapping[str, bytes]) -> None:
-    """Write the scores and the picture of the recipe's own student into its model card."""
+def _complete_card(plan: EvaluationPlan, results: Results) -> None:
+    """Write the scores and the picture of the recipe's own student into its model card, once the report is there."""
     uri, own = plan.recipe.student_uri, plan.recipe.evaluate.student is None
     if own and plan.students and storage.exists(storage.join(uri, folder.CONFIG)):
         content = storage.read_json(storage.join(uri, folder.CONFIG))
-        storage.write_bytes(storage.join(uri, card.PICTURE), files["samples.png"])
+        picture = storage.read_bytes(storage.join(plan.recipe.report_uri, "samples.png"))
+        storage.write_bytes(storage.join(uri, card.PICTURE), picture)
         text = card.card(plan.recipe.name, content, results)
         storage.write_bytes(storage.join(uri, folder.CARD), text.encode())
 

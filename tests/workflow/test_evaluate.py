@@ -200,6 +200,9 @@ def test_the_card_of_the_student_has_the_scores(finished: tuple[Recipe, str]) ->
         assert row["name"] in text
     picture = Path(recipe.student_uri, card.PICTURE).read_bytes()
     assert picture == Path(recipe.report_uri, "samples.png").read_bytes()
+    Path(recipe.student_uri, folder.CARD).write_text("written by distill, after the report")
+    assert "Nothing is missing" in evaluate.evaluate(recipe)
+    assert Path(recipe.student_uri, folder.CARD).read_text() == text
 
 
 def test_scores_equal_those_of_a_single_slow_pass(finished: tuple[Recipe, str]) -> None:
