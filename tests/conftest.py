@@ -71,14 +71,16 @@ def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have every test say which kinds of fault it is about, and go where it belongs if several processes share them.
 
-    Files of tests stay whole, for what they make once; those that start Ray go to one process, one after the other.
+    Files of tests stay whole, for what they make once. Those that start Ray go to two processes, the jobs' own to one
+    and all others to another: they wait for Ray's processes more than they compute, but many Rays at once would not.
     """
     on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    clusters = {path: "jobs on Ray" if path.parent.name == "workflow" else "others on Ray" for path in on_ray}
     for item in items:
         for mark in item.iter_markers("faults"):
             item.user_properties += [("fault", kind) for kind in mark.args]
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(clusters.get(item.path, str(item.path))))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,7 +21,7 @@ from pipeline.workflow import footprints, preflight
 from pipeline.workflow.generate import generate
 from pipeline.workflow.preflight import Job, View
 
-pytestmark = pytest.mark.xdist_group("ray")  # starts one of its own
+pytestmark = pytest.mark.xdist_group("jobs on Ray")  # starts one of its own
 
 
 @pytest.fixture
