@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from pipeline import storage
@@ -71,6 +72,7 @@ def export(asked: argparse.Namespace) -> str:
     description = folder.read(student)
     if asked.reader and description.text:
         raise Refused(f"--for {READER} draws from noise alone, and this student takes prompts; leave it out.")
+    storage.check_writable(_around(asked.out))
     interface = interface_of(description, asked.reader)
     about = metadata(student, description, interface)
     with TemporaryDirectory(dir=storage.scratch()) as place:
@@ -165,25 +167,25 @@ def _translated(captured: ExportedProgram, interface: Interface) -> Any:
         )
 
 
-def run(interface: Interface, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and images that the file draws of the interface's examples, on the CPU."""
+def run(file: Path, given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and images that the file draws of its inputs by name, in their order, on the CPU."""
     if file.suffix == ".pt2":
         with torch.no_grad():
-            pixels, images = torch.export.load(file).module()(*interface.examples)
+            pixels, images = torch.export.load(file).module()(*given.values())
         return pixels.numpy(), images.numpy()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    given = {name: one.example.numpy() for name, one in interface.inputs.items()}
-    pixels, images = session.run(list(graph.OUTPUTS), given)
+    pixels, images = session.run(list(graph.OUTPUTS), {name: value.numpy() for name, value in given.items()})
     return pixels, images
 
 
 def _compared(interface: Interface, file: Path) -> str:
-    """How far the file's images are from the student's own, in words."""
-    pixels, images = run(interface, file)
+    """How far the file's images are from the student's own, in words; in another batch than the captured one."""
+    given = {name: torch.cat([one.example, one.example[:1]]) for name, one in interface.inputs.items()}
+    pixels, images = run(file, given)
     with torch.no_grad():
-        own_pixels, own_images = (tensor.numpy() for tensor in interface.graph(*interface.examples))
+        own_pixels, own_images = (tensor.numpy() for tensor in interface.graph(*given.values()))
     furthest, others = np.abs(images - own_images).max(), int((pixels != own_pixels).sum())
     return (
         f"of {len(images)} images that it drew, values in [0, 1] differ from the student's by at most {furthest:.1e},"
@@ -193,8 +195,12 @@ def _compared(interface: Interface, file: Path) -> str:
 
 def _deliver(place: Path, out: str) -> None:
     """Every file of the folder to where ``out`` lies, itself last: who sees it has all of it."""
-    beside, _, name = out.rpartition("/")
-    for part in sorted(place.iterdir(), key=lambda part: part.name == name):
-        target = storage.join(beside, part.name) if beside else part.name
-        with part.open("rb") as source, storage.replacing(target) as file:
+    for part in sorted(place.iterdir(), key=lambda part: part.name == Path(out).name):
+        with part.open("rb") as source, storage.replacing(storage.join(_around(out), part.name)) as file:
             shutil.copyfileobj(source, file, MEGABYTE)
+
+
+def _around(out: str) -> str:
+    """The folder of a file."""
+    folder_uri, slash, _ = out.rpartition("/")
+    return folder_uri or slash or "."

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,29 +47,42 @@ EXACT = 1e-5  # of images in [0, 1]
 ROUNDED = 1e-3  # the share of bytes that rounding may move by one
 
 
-class Case(NamedTuple):
-    """A tiny student with its captured graph."""
+@dataclass
+class Case:
+    """A tiny student whose graph was captured once, for both kinds of file."""
 
     recipe: Recipe
     interface: Interface
     captured: ExportedProgram
+    place: Path
+
+    def file(self, ending: str) -> Path:
+        """The file of a kind, written when it is asked for the first time."""
+        file = self.place / f"student{ending}"
+        if not file.exists():
+            uri = self.recipe.student_uri
+            about = export.metadata(uri, folder.read(uri), self.interface)
+            export.write(self.captured, self.interface, about, file)
+        return file
 
 
-def captured(recipe: Recipe, reader: str | None = None) -> Case:
-    interface = export.interface_of(folder.read(shared(recipe).student_uri), reader)
-    return Case(recipe, interface, export.program(interface))
+KINDS: dict[str, Callable[[Path], Recipe]] = {
+    "llamagen": lambda place: tiny(place, "llamagen"),
+    "var": lambda place: tiny(place, "var"),
+    "prompts": tiny_text,
+}
 
 
-@pytest.fixture(scope="module", params=["llamagen", "var", "prompts"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    place = tmp_path_factory.mktemp(request.param)
-    return captured(tiny_text(place) if request.param == "prompts" else tiny(place, request.param))
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    @cache
+    def case(kind: str) -> Case:
+        place = tmp_path_factory.mktemp(kind)
+        recipe = shared(KINDS[kind](place))
+        interface = export.interface_of(folder.read(recipe.student_uri), None)
+        return Case(recipe, interface, export.program(interface), place)
 
-
-def written(case: Case, file: Path) -> Path:
-    """The case as a file of the kind that its name says."""
-    export.write(case.captured, case.interface, {"format": export.FORMAT}, file)
-    return file
+    return case
 
 
 def drawn(recipe: Recipe, count: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -97,11 +112,15 @@ def right_padded(captions: Any) -> dict[str, Tensor]:
     return {"features": torch.stack(rows), "lengths": lengths}
 
 
-def check(run: Callable[[dict[str, Tensor]], tuple[Any, Any]], recipe: Recipe) -> None:
-    """The files' images are the evaluation's, in small and large batches."""
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_draws_the_images_of_the_evaluation(cases: Callable[[str], Case], kind: str, ending: str) -> None:
+    """In small and large batches."""
+    case = cases(kind)
+    file = case.file(ending)
     for count in BATCHES:
-        given, pixels, images = drawn(recipe, count)
-        found_pixels, found_images = map(torch.as_tensor, run(given))
+        given, pixels, images = drawn(case.recipe, count)
+        found_pixels, found_images = map(torch.as_tensor, export.run(file, given))
         assert (found_pixels.dtype, found_images.dtype) == (torch.uint8, torch.float32)
         assert found_images.shape == images.shape
         assert (found_images - images).abs().max() <= EXACT
@@ -111,39 +130,20 @@ def check(run: Callable[[dict[str, Tensor]], tuple[Any, Any]], recipe: Recipe) -
     assert images.std() > 0.05, "pictures that differ"
 
 
-def session(file: Path) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-
-
-def in_onnxruntime(file: Path) -> Callable[[dict[str, Tensor]], tuple[Any, Any]]:
-    opened = session(file)
-    return lambda given: opened.run(None, {name: value.numpy() for name, value in given.items()})
-
-
-def test_an_archive_draws_the_images_of_the_evaluation(case: Case, tmp_path: Path) -> None:
-    loaded = torch.export.load(written(case, tmp_path / "student.pt2")).module()
-    with torch.no_grad():
-        check(lambda given: loaded(*given.values()), case.recipe)
-
-
-def test_an_onnx_file_draws_the_images_of_the_evaluation(case: Case, tmp_path: Path) -> None:
-    check(in_onnxruntime(written(case, tmp_path / "student.onnx")), case.recipe)
-
-
-def test_fewer_positions_of_a_prompt_draw_the_same(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_fewer_positions_of_a_prompt_draw_the_same(cases: Callable[[str], Case], ending: str) -> None:
     """Padding is seen by nobody, so features may end with the longest prompt of the batch."""
-    if "features" not in case.interface.inputs:
-        pytest.skip("a student of classes")
-    given, _, images = drawn(case.recipe, 3)
+    file = cases("prompts").file(ending)
+    given, _, images = drawn(cases("prompts").recipe, 3)
     longest = int(given["lengths"].max())
     assert 1 < longest < given["features"].shape[1]
-    run = in_onnxruntime(written(case, tmp_path / "student.onnx"))
-    alone = torch.as_tensor(run(given | {"features": given["features"][:, :longest]})[1])
-    assert (alone - images).abs().max() <= EXACT
+
+    def images_of(given: dict[str, Tensor], positions: int) -> Tensor:
+        return torch.as_tensor(export.run(file, given | {"features": given["features"][:, :positions]})[1])
+
+    assert (images_of(given, longest) - images).abs().max() <= EXACT
     one = {name: value[:1] for name, value in given.items()} | {"lengths": torch.tensor([1])}
-    whole, cut = (torch.as_tensor(run(one | {"features": one["features"][:, :end]})[1]) for end in (longest, 1))
+    whole, cut = (images_of(one, positions) for positions in (longest, 1))
     assert (whole - cut).abs().max() <= EXACT
     assert (whole - images[:1]).abs().max() > EXACT, "the rest of a prompt says something"
 
@@ -157,31 +157,32 @@ def run(*args: object) -> None:
 
 @pytest.fixture(scope="module")
 def llamagen(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    return shared(tiny(tmp_path_factory.mktemp("llamagen"), "llamagen"))
+    """A student that no test captures just for being there."""
+    return shared(tiny(tmp_path_factory.mktemp("student"), "llamagen"))
 
 
-@pytest.fixture(scope="module")
-def onnx(llamagen: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that the command line wrote."""
-    place = tmp_path_factory.mktemp("onnx") / "student.onnx"
-    run("--student", llamagen.student_uri, "--out", place)
-    return place
+def session(file: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
 def test_both_files_say_what_they_are(
-    llamagen: Recipe, onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cases: Callable[[str], Case], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("--student", llamagen.student_uri, "--out", tmp_path / "new" / "student.pt2")
+    """The .pt2 as the command line writes it."""
+    recipe, onnx = cases("llamagen").recipe, cases("llamagen").file(".onnx")
+    run("--student", recipe.student_uri, "--out", tmp_path / "new" / "student.pt2")
     said = capsys.readouterr().out
-    assert "student.pt2 (1.9 MB) draws in one step from noise float32 [batch, 9, 4], labels int64 [batch]; of 2" in said
+    assert "student.pt2 (1.9 MB) draws in one step from noise float32 [batch, 9, 4], labels int64 [batch]; of 3" in said
     extra = {export.METADATA: ""}
     torch.export.load(tmp_path / "new" / "student.pt2", extra_files=extra)
     about = json.loads(extra[export.METADATA])
     opened = session(onnx)
     assert opened.get_modelmeta().custom_metadata_map == about
     assert (about["format"], about["steps"]) == (export.FORMAT, "1")
-    assert json.loads(about["student"]) == storage.read_json(storage.join(llamagen.student_uri, folder.CONFIG))
-    assert json.loads(about["weights"])["sha256"] == storage.sha256(folder.weights(llamagen.student_uri))
+    assert json.loads(about["student"]) == storage.read_json(storage.join(recipe.student_uri, folder.CONFIG))
+    assert json.loads(about["weights"])["sha256"] == storage.sha256(folder.weights(recipe.student_uri))
     for group, found in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
         described = json.loads(about[group])
         assert [one.name for one in found] == list(described)
@@ -191,16 +192,18 @@ def test_both_files_say_what_they_are(
     assert "pipeline.noise.gaussian" in json.loads(about["inputs"])["noise"]["meaning"]
 
 
-def test_the_noise_of_a_seed_draws_the_generators_pictures(llamagen: Recipe, onnx: Path) -> None:
+def test_the_noise_of_a_seed_draws_the_generators_pictures(cases: Callable[[str], Case]) -> None:
     """As the metadata says of noise."""
-    layout = checkpoints.config(llamagen.teacher).layout
+    recipe, onnx = cases("llamagen").recipe, cases("llamagen").file(".onnx")
+    layout = checkpoints.config(recipe.teacher).layout
     given = noise.gaussian(7, [4, 9], layout.length, layout.code_dim).astype(np.float32)
     (pixels,) = session(onnx).run(["pixels"], {"noise": given, "labels": np.array([2, 0])})
-    expected = Generator.from_pretrained(llamagen.student_uri, "cpu").draw([2, 0], 7, ids=[4, 9])
+    expected = Generator.from_pretrained(recipe.student_uri, "cpu").draw([2, 0], 7, ids=[4, 9])
     assert np.abs(pixels.astype(int) - expected.numpy()).sum() <= 2
 
 
-def test_the_example_of_the_page_runs(onnx: Path) -> None:
+def test_the_example_of_the_page_runs(cases: Callable[[str], Case]) -> None:
+    onnx = cases("llamagen").file(".onnx")
     (snippet,) = [code for code in PAGE.read_text().split("```python\n")[1:] if "onnxruntime" in code]
     names: dict[str, Any] = {}
     exec(snippet.partition("```")[0].replace("runs/demo/student.onnx", str(onnx)).replace("3, 7", "1, 2"), names)
