@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -374,18 +375,19 @@ def test_torch_fidelity_scores_the_file_as_the_report_does(
 
 @pytest.mark.slow
 def test_torch_fidelitys_command_scores_the_file_with_inception(flat: Flat, tmp_path: Path) -> None:
-    """In a process that knows nothing of this package."""
+    """In a process that has of this package no more than what lets torchvision be imported beside any torch."""
     from inception_weights import weights
 
     count = 24
     torch.save({name: torch.from_numpy(array) for name, array in weights().items()}, tmp_path / "inception.pth")
-    command = flat.command(count, "--feature-extractor-weights-path", str(tmp_path / "inception.pth"))
-    for path in sorted(flat.real.iterdir())[count:]:
-        path.unlink()
-    program = Path(sys.executable).with_name(command[0])
-    done = subprocess.run(
-        [program, *command[1:]], capture_output=True, text=True, timeout=280, check=True, cwd=tmp_path
-    )
-    settings = EvaluateSettings(features="inception", inception="formula", reference=str(flat.real))
-    ours = flat._replace(real_images=flat.real_images[:count]).scored(settings, count, weights())
+    few = flat._replace(real=tmp_path / "real", real_images=flat.real_images[:count])
+    few.real.mkdir()
+    for path in sorted(flat.real.iterdir())[:count]:
+        shutil.copy(path, few.real)
+    command = few.command(count, "--feature-extractor-weights-path", str(tmp_path / "inception.pth"))
+    program = "from pipeline.numerics import torchvision_ops\nfrom torch_fidelity.fidelity import main\nmain()"
+    process = [sys.executable, "-c", program, *command[1:]]
+    done = subprocess.run(process, capture_output=True, text=True, timeout=280, check=True)
+    settings = EvaluateSettings(features="inception", inception="formula", reference=str(few.real))
+    ours = few.scored(settings, count, weights())
     assert json.loads(done.stdout)["frechet_inception_distance"] == pytest.approx(ours, rel=1e-4)
