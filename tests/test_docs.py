@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.ablation.plan import titled
 from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_settings
-from pipeline.generator import sample
+from pipeline.generator import export, sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
 
@@ -28,7 +28,8 @@ ELSEWHERE = (
     "gs://",
     "runs/",
 )  # what a snippet reads that a test has not; another test may, as tests/pairs does
-OF_SAMPLE = {flag for action in sample.parser(None)._actions for flag in action.option_strings}
+OWN = {"sample": sample.parser(None), "export": export.parser(None)}  # of the jobs that take no recipe
+OF_OWN = {flag for parser in OWN.values() for action in parser._actions for flag in action.option_strings}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 NOT_OURS = {"AWS_MAX_ATTEMPTS"}  # botocore reads it
 
@@ -183,8 +184,8 @@ def test_commands_of_jobs_parse(page: Path, tmp_path: Path) -> None:
             else word
             for word in arguments
         ]
-        if job == "sample":
-            sample.parser(None).parse_args(own)
+        if job in OWN:
+            OWN[job].parse_args(own)
         elif job != "train_digits":
             check_parses(own, f"{job} {' '.join(arguments)}")
 
@@ -196,7 +197,7 @@ def test_flags_in_the_text_are_flags(page: Path) -> None:
         if first in (CONFIG, PRINT, "--help"):
             continue
         if first.startswith("--"):
-            if first in OF_SAMPLE:
+            if first in OF_OWN:
                 continue
             assert first.removeprefix("--") in FIELDS, code
             if rest:

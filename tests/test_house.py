@@ -35,6 +35,8 @@ HOMES = {  # package -> the modules that may import it
     "tokenizers": {"digits.text_encoder"},
     "ftfy": {"text.cleaning"},
     "bs4": {"text.cleaning"},
+    "onnxscript": {"generator.export"},
+    "onnxruntime": {"generator.export"},
 }
 # The floors from the ground up. A room imports from the floors below its own and from itself, never from its neighbours
 # and never upward. The modules of the root stand among them under their own names.

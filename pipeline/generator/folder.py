@@ -97,12 +97,8 @@ def described(recipe: Recipe, checksums: Mapping[str, str]) -> dict[str, Any]:
 
 def read(uri: str) -> Description:
     """What the folder at ``uri`` says; Missing or Refused, one sentence, for one that holds no student."""
-    place = storage.join(uri, CONFIG)
-    content = storage.read_json(place) if storage.exists(place) else _of_before(uri)
-    lacking = [key for key in NEEDED if key not in content] if isinstance(content, dict) else [*NEEDED]
-    if lacking:
-        raise Refused(f"{place} does not describe a student of Distilled Decoding: it has no {lacking[0]}.")
-    found, tokenizer = weights(uri), content["tokenizer"]
+    about = content(uri)
+    found, tokenizer = weights(uri), about["tokenizer"]
     decoder = storage.join(uri, tokenizer["file"]) if "file" in tokenizer else tokenizer["uri"]
     for what, file in (("weights", found), ("decoder", decoder)):
         if not storage.exists(file):
@@ -110,14 +106,24 @@ def read(uri: str) -> Description:
     if "sha256" in tokenizer and storage.sha256(decoder) != tokenizer["sha256"]:
         raise Refused(f"{decoder} is not the decoder that the student at {uri} was trained with; its SHA-256 differs.")
     return Description(
-        TeacherSettings(family=content["family"], config=content["config"], tokenizer=decoder),
+        TeacherSettings(family=about["family"], config=about["config"], tokenizer=decoder),
         found,
-        {name: content.get(name, value) for name, value in STUDENT.items()},
-        content["split"],
-        tuple(content["start_steps"]),
-        TextSettings(**content["text"]) if content.get("text") else None,
+        {name: about.get(name, value) for name, value in STUDENT.items()},
+        about["split"],
+        tuple(about["start_steps"]),
+        TextSettings(**about["text"]) if about.get("text") else None,
         storage.read_json(owner)["recipe"] if storage.exists(owner := storage.join(uri, RECIPE)) else None,
     )
+
+
+def content(uri: str) -> dict[str, Any]:
+    """What config.json of the folder at ``uri`` says, or would say in one of before; raises as ``read`` does."""
+    place = storage.join(uri, CONFIG)
+    found = storage.read_json(place) if storage.exists(place) else _of_before(uri)
+    lacking = [key for key in NEEDED if key not in found] if isinstance(found, dict) else [*NEEDED]
+    if lacking:
+        raise Refused(f"{place} does not describe a student of Distilled Decoding: it has no {lacking[0]}.")
+    return found
 
 
 def _of_before(uri: str) -> dict[str, Any]:

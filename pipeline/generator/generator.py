@@ -75,8 +75,7 @@ class Generator:
         Raises Missing or Refused, one sentence, for a folder that holds no student, or only a part of one.
         """
         found = "cuda" if torch.cuda.is_available() else "cpu"
-        place = _registered(uri) if str(uri).startswith("models:/") else str(uri)
-        return cls(folder.read(place), device or found, precision, teacher)
+        return cls(folder.read(folder_of(uri)), device or found, precision, teacher)
 
     def __call__(
         self,
@@ -159,11 +158,16 @@ class _Decoder(Teacher):
         self.tokenizer, self.layout = tokenizer, tokenizer.layout
 
 
-def _registered(address: str) -> str:
-    """The folder of a student out of MLflow's registry; MLflow is imported for those alone."""
+def folder_of(uri: str) -> str:
+    """Where the folder is that ``uri`` names: of a models:/ address what MLflow's registry says of it.
+
+    MLflow is imported for those alone.
+    """
+    if not str(uri).startswith("models:/"):
+        return str(uri)
     from pipeline.services import registry
 
-    return registry.folder_of(address)
+    return registry.folder_of(uri)
 
 
 def _teacher(recipe: dict[str, Any]) -> Teacher:
