@@ -311,12 +311,12 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(name)  # another job was faster
-    for key, value in KIND.items():
-        if key not in experiment.tags:  # of before, or of a job that was faster
-            client.set_experiment_tag(experiment.experiment_id, key, value)
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
         print(f"The MLflow experiment {name} had been deleted; it and its runs are restored.", file=sys.stderr)
+    for key, value in KIND.items():
+        if key not in experiment.tags:  # of an earlier version; a user's own choice stays
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return experiment.experiment_id
 
 

@@ -129,7 +129,7 @@ def test_system_metrics_are_those_of_one_run_over_its_seconds(recipe: Recipe, mo
     with Run.start(recipe, "pairs") as first, first.watching_this_machine():
         pass
     begun = stored(first).info.start_time / 1000
-    monkeypatch.setattr(tracking.time, "time", lambda: begun + 3600)
+    monkeypatch.setattr(tracking.time, "time", lambda: begun + 3600.5)
     with Run.start(recipe, "pairs", first.id) as again, again.watching_this_machine():
         pass
     assert told.is_set()
@@ -163,9 +163,20 @@ def test_an_experiment_that_was_deleted_is_restored(recipe: Recipe, capsys: pyte
     first.client.delete_experiment(stored(first).info.experiment_id)
     with Run.start(recipe, "distill", first.id) as run:
         assert run.id == first.id, "it is restored with its experiment"
-        assert run.client.get_experiment(stored(run).info.experiment_id).tags.items() >= tracking.KIND.items()
     assert "The MLflow experiment tracked had been deleted; it and its runs are restored." in capsys.readouterr().err
     assert stored(run).info.status == "FINISHED"
+
+
+def test_an_experiment_of_before_opens_on_its_runs_too(recipe: Recipe) -> None:
+    """Deleted or not; what a user chose there stays."""
+    client = mlflow_store.opened(mlflow_store.of(recipe))
+    for name, tags in [("plain", {}), ("deleted", {}), ("chosen", {"mlflow.experimentKind": "genai_development"})]:
+        before = client.create_experiment(name, tags=tags)
+        if name == "deleted":
+            client.delete_experiment(before)
+        with Run.start(replace(recipe, name=name), "pairs") as run:
+            assert stored(run).info.experiment_id == before
+        assert client.get_experiment(before).tags.items() >= (tracking.KIND | tags).items()
 
 
 @pytest.mark.faults("MLflow: job killed")

@@ -454,7 +454,15 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     rows = {row["name"]: row for row in results_of(recipe)["rows"]}
     assert run.info.status == "FINISHED"
     assert run.data.metrics["DD_1_step/FD"] == pytest.approx(rows["DD 1 step"]["score"])
-    assert len(run.data.metrics) <= 12, "each of them is a chart"
+    own = [name for name in run.data.metrics if not name.startswith("system/")]  # MLflow shows those on another page
+    assert len(own) <= 12, "each of them is a chart"
+    result = f"FD {rows['DD 1 step']['score']:.1f} at 1 step"
+    assert run.info.run_name == f"evaluate: {result}"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(f"**{result}.** ")
+    assert f"Folder: `{recipe.report_uri}`" in note
+    assert f"jobs/sample.py --student {recipe.student_uri} " in note
+    assert markdown.table(results_of(recipe)) in note
     contexts = {one.dataset.name: one.tags[0].value for one in run.inputs.dataset_inputs}
     assert contexts == {"pairs": "training", "reference": "evaluation"}
     assert run.data.tags["distill_run"] == "a-run"
