@@ -35,7 +35,6 @@ from pipeline.services.run_note import Note
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
 MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow shows its page for language models
 VARIANT = 60  # characters of a variant's name that still fit before a run's
 METRIC_BYTES = 300  # that a metric takes while it waits
 
@@ -188,7 +187,7 @@ class Run:
             if other := run_id or self._newest(job, tags):
                 self._set_tag(self.id, f"{job}_run", other)
                 mine = self._client.get_run(self.id).info.experiment_id
-                self._origins[job] = f"#/experiments/{mine}/runs/{other}"
+                self._origins[job] = mlflow_store.PAGE.format(place=f"{mine}/runs/{other}")
 
         self._outbox.put(send)
 
@@ -306,7 +305,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=artifacts, tags=KIND)
+            return client.create_experiment(name, artifact_location=artifacts)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -314,9 +313,6 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
         print(f"The MLflow experiment {name} had been deleted; it and its runs are restored.", file=sys.stderr)
-    for key, value in KIND.items():
-        if key not in experiment.tags:  # of an earlier version; a user's own choice stays
-            client.set_experiment_tag(experiment.experiment_id, key, value)
     return experiment.experiment_id
 
 

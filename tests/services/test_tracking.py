@@ -74,11 +74,10 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
     assert not {"evaluate_run", "distill_run"} & found.data.tags.keys()
     note = found.data.tags["mlflow.note.content"].split("\n\n")
     assert note[:2] == [f"**455 steps.** {ABOUT['distill']}", f"Folder: `{recipe.student_uri}`"]
-    assert note[2] == f"Goes on from: [generate_pairs](#/experiments/{found.info.experiment_id}/runs/{pairs.id})"
+    place = f"#/experiments/{found.info.experiment_id}/runs/{pairs.id}?workflowType=machine_learning"
+    assert note[2] == f"Goes on from: [generate_pairs]({place})"
     assert note[-2] == "```\npython jobs/sample.py --student '/runs/a b/student' --out samples.png\n```"
     assert note[-1] == "| a | table |"
-    experiment = run.client.get_experiment(found.info.experiment_id)
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert found.data.params["train.lr"] == "0.0001"
     assert found.data.params["train.start_steps"] == "[1, 6]"
     assert found.data.params["teacher.checkpoint"] == "s3://bucket/var.pth"
@@ -165,18 +164,6 @@ def test_an_experiment_that_was_deleted_is_restored(recipe: Recipe, capsys: pyte
         assert run.id == first.id, "it is restored with its experiment"
     assert "The MLflow experiment tracked had been deleted; it and its runs are restored." in capsys.readouterr().err
     assert stored(run).info.status == "FINISHED"
-
-
-def test_an_experiment_of_before_opens_on_its_runs_too(recipe: Recipe) -> None:
-    """Deleted or not; what a user chose there stays."""
-    client = mlflow_store.opened(mlflow_store.of(recipe))
-    for name, tags in [("plain", {}), ("deleted", {}), ("chosen", {"mlflow.experimentKind": "genai_development"})]:
-        before = client.create_experiment(name, tags=tags)
-        if name == "deleted":
-            client.delete_experiment(before)
-        with Run.start(replace(recipe, name=name), "pairs") as run:
-            assert stored(run).info.experiment_id == before
-        assert client.get_experiment(before).tags.items() >= (tracking.KIND | tags).items()
 
 
 @pytest.mark.faults("MLflow: job killed")
