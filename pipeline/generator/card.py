@@ -33,7 +33,8 @@ def description(config: dict[str, Any] | None, results: Results, address: str, r
     ``config`` is None for a student whose folder has no config.json, ``address`` what ``Generator.from_pretrained``
     takes. Its parts come whole or, from the first one that has no room left, not at all.
     """
-    parts = [f"**{markdown.headline(results)}**" + (f" {_introduction(config)}" if config else "")]
+    said = f"{markdown.headline(results)}."  # plain: tables of versions show the first words as they are
+    parts = [f"{said} {_introduction(config)}" if config else said]
     parts += [_drawing(config, address)] if config else []
     parts += [f"## Scores\n\n{_table(results)}"]
     parts += [_training(config), _LIMITS] if config else []

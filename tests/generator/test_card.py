@@ -43,7 +43,7 @@ def test_a_description_has_the_parts_that_there_is_room_for(tmp_path: Path) -> N
     content = storage.read_json(storage.join(recipe.student_uri, folder.CONFIG))
     results = json.loads((GOLDEN / "report.json").read_text())
     whole = card.description(content, results, "models:/mine/3", 10**6)
-    assert whole.startswith(f"**{markdown.headline(results)}** A one-step generator of ")
+    assert whole.startswith(f"{markdown.headline(results)}. A one-step generator of ")
     assert 'from_pretrained("models:/mine/3")' in whole
     assert markdown.table(results) in whole
     assert whole.index("## How to draw") < whole.index("## Scores") < whole.index("## How it was made")
@@ -55,7 +55,7 @@ def test_a_description_has_the_parts_that_there_is_room_for(tmp_path: Path) -> N
     assert "## Limits" not in short
     assert card.description(content, results, "models:/mine/3", 10) == ""
     other = card.description(None, results, "models:/mine/3", 10**6)
-    assert other.startswith(f"**{markdown.headline(results)}**\n\n## Scores")
+    assert other.startswith(f"{markdown.headline(results)}.\n\n## Scores")
 
 
 def test_a_card_with_scores(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_samples_come_until_the_body_ends(no_gpu: None) -> None:
     assert told[0].keys() == system_metrics.now().keys()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nothing_that_goes_wrong_there_reaches_the_work(
     no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

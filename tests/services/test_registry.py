@@ -229,7 +229,7 @@ def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_t
     recipe, said = evaluated
     assert "The student is models:/digits/1; it is best now (FD " in said
     version = client_of(recipe).get_model_version("digits", "1")
-    assert version.description.startswith("**FD ")
+    assert version.description.startswith("FD ")
     assert 'from_pretrained("models:/digits/1")' in version.description
     assert "## Scores\n\n| sampler " in version.description
     run = client_of(recipe).get_run(version.run_id)
