@@ -98,6 +98,22 @@ class Recipe:
         return self.evaluate.uri or f"{self.run}/report"
 
     @property
+    def cache_uri(self) -> str:
+        """Folder of what an evaluation keeps for the next, unless evaluate.cache says where: not the report's, which is
+        small enough to mail.
+        """
+        return self._beside_report("cache")
+
+    @property
+    def samples_uri(self) -> str:
+        """Folder of the samplers' images, where evaluate.npz wants them."""
+        return self._beside_report("samples")
+
+    def _beside_report(self, name: str) -> str:
+        """In the run's folder, or inside a report at a place of its own: what lies around that may not be ours."""
+        return f"{self.evaluate.uri or self.run}/{name}"
+
+    @property
     def ablation_uri(self) -> str:
         """Folder of the ablation."""
         return self.ablate.uri or f"{self.run}/ablation"

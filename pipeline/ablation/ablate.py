@@ -120,7 +120,7 @@ def _write(plan: AblationPlan, results: AblationResults, run: tracking.Run) -> N
         run.artifact(name, data)
     run.metrics(report.scalars(results))
     variants = f"{len(plan.trials)} variants, {len(plan.recipe.ablate.seeds)} seeds"
-    run.conclude(f"{plan.recipe.name}, {variants}", report.table(results))
+    run.conclude(variants, report.table(results))
 
 
 def _link(plan: AblationPlan, run: tracking.Run, lost: list[str]) -> None:

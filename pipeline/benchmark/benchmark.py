@@ -71,7 +71,7 @@ def benchmark(recipe: Recipe) -> str:
         run.metrics({claim.key: claim.value for claim in claims})
         run.tag("device", bench.device_name)
         kept = f"{sum(claim.met for claim in claims)} of {len(claims)} claims hold"
-        run.conclude(f"{recipe.name}, {kept}", f"On {bench.device_name}, {kept}; benchmark.md has the tables.")
+        run.conclude(kept, f"On {bench.device_name}, {kept}; benchmark.md has the tables.")
     return files["benchmark.md"].decode()
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -242,13 +242,25 @@ class EvaluationPlan:
         if not self.recipe.evaluate.npz:
             return {}
         names = map(sample_files.file_name, selection.names(self.samplers))
-        folder = storage.join(self.recipe.report_uri, "samples")
-        return {draw: storage.join(folder, name) for draw, name in zip(self.table(), names, strict=True)}
+        return {draw: storage.join(self.images, name) for draw, name in zip(self.table(), names, strict=True)}
 
-    @property
+    @cached_property
+    def images(self) -> str:
+        """The folder of the samplers' images."""
+        return self._as_it_was("samples") or self.recipe.samples_uri
+
+    @cached_property
     def shelf(self) -> str:
         """The folder of the statistics."""
-        return self.recipe.evaluate.cache or storage.join(self.recipe.report_uri, "cache")
+        return self.recipe.evaluate.cache or self._as_it_was("cache") or self.recipe.cache_uri
+
+    def _as_it_was(self, name: str) -> str:
+        """<report>/NAME, where earlier versions put what lies beside the report now, as long as it holds any; else "".
+
+        Nothing is moved or drawn again for it; who moves the folder to the new place finds it used there.
+        """
+        earlier = storage.join(self.recipe.report_uri, name)
+        return earlier if any(".npz" in one for one in storage.listing(earlier)) else ""
 
     def cache(self, draw: Draw) -> str:
         """The file of a draw's statistics, named by what was asked for and by which code made it."""
@@ -314,7 +326,10 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
         facts |= unseen.facts(recipe, prompts)
         facts["reference"] |= unseen.reference(recipe, prompts)
     pixels = settings.count * 3 * side**2  # of a sampler, in parts and again in one file
-    storage.check_writable(recipe.report_uri, (len(listed) + 1) * pixels if settings.npz else 0)
+    for place in (recipe.report_uri, settings.cache or recipe.cache_uri):
+        storage.check_writable(place)
+    if settings.npz:
+        storage.check_writable(recipe.samples_uri, (len(listed) + 1) * pixels)
     real, notes = facts["reference"]["images"], _notes(facts, prompts)
     return EvaluationPlan(recipe, layout, listed, real, facts, prompts=prompts, notes=notes)
 

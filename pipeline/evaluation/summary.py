@@ -17,7 +17,7 @@ from pipeline.host import provenance
 from pipeline.models import checkpoints
 from pipeline.recipe import fingerprint
 from pipeline.report import comparison
-from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin
+from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOrigin, StudentOrigin, Timing
 from pipeline.report.results import Agreement, CurvePoint, OtherReport, Results, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
@@ -193,14 +193,19 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         + ("images" if plan.prompts else "whole rounds of classes"),
         "sampling": {"seconds of all actors": round(sum(one.seconds for one in outlines.values()), 1)}
         | sampling({draw.name: one.origin for draw, one in outlines.items()}),
-        "timing": {
-            **times.measurement,
-            "compiled teacher": recipe.teacher.compile,
-            "compiled student": settings.compile,
-            "CUDA graphs of the teacher": recipe.teacher.graphs,
-        },
+        "timing": _timing(plan, times),
         "report": _report(),
         "fingerprint": plan.fingerprint(),
+    }
+
+
+def _timing(plan: EvaluationPlan, times: Times) -> Timing:
+    return {
+        **times.measurement,
+        "compiled teacher": plan.recipe.teacher.compile,
+        "compiled student": plan.recipe.evaluate.compile,
+        "CUDA graphs of the teacher": plan.recipe.teacher.graphs,
+        "runs on": plan.device,
     }
 
 

@@ -18,13 +18,28 @@ def card(name: str, config: dict[str, Any], results: Results | None = None) -> s
         _front_matter(name, config, results),
         f"# {name}",
         _introduction(config),
-        _drawing(config),
+        _drawing(config, "path or hf:// address of this folder"),
         _scores(results) if results else "No report of it has been made yet: `jobs/evaluate.py` completes this card.",
         _training(config),
         _LIMITS,
         _CITATION,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def description(config: dict[str, Any] | None, results: Results, address: str, room: int) -> str:
+    """The card for a page that knows neither front matter nor pictures and has ``room`` for so many characters.
+
+    ``config`` is None for a student whose folder has no config.json, ``address`` what ``Generator.from_pretrained``
+    takes. Its parts come whole or, from the first one that has no room left, not at all.
+    """
+    said = f"{markdown.headline(results)}."  # plain: tables of versions show the first words as they are
+    parts = [f"{said} {_introduction(config)}" if config else said]
+    parts += [_drawing(config, address)] if config else []
+    parts += [f"## Scores\n\n{_table(results)}"]
+    parts += [_training(config), _LIMITS] if config else []
+    kept = next(n for n in range(len(parts), -1, -1) if len("\n\n".join(parts[:n])) <= room)
+    return "\n\n".join(parts[:kept])
 
 
 def _front_matter(name: str, config: dict[str, Any], results: Results | None) -> str:
@@ -67,15 +82,16 @@ def _introduction(config: dict[str, Any]) -> str:
     )
 
 
-def _drawing(config: dict[str, Any]) -> str:
-    wanted = '["a bold seven"]' if config["text"] else "[3, 7]"
+def _drawing(config: dict[str, Any], address: str) -> str:
+    classes = config["conditions"].get("classes", 0)
+    wanted = '["a bold seven"]' if config["text"] else str([label for label in (3, 7) if label < classes] or [0])
     steps = f"({', '.join(map(str, config['start_steps']))}{',' * (len(config['start_steps']) == 1)})"
     return f"""## How to draw
 
 ```python
 from pipeline import Generator
 
-generator = Generator.from_pretrained("path or hf:// address of this folder")
+generator = Generator.from_pretrained("{address}")
 images = generator({wanted}, seeds=0)                  # one step
 better = generator({wanted}, seeds=0, steps={steps})
 images[0].save("image.png")
@@ -85,15 +101,14 @@ The same seed and sample id give the same image; labels and prompts are free."""
 
 
 def _scores(results: Results) -> str:
+    return f"## Scores\n\n![one column per noise, one row per sampler]({PICTURE})\n\n{_table(results)}"
+
+
+def _table(results: Results) -> str:
     """The report's table, and what it was measured with."""
     count, reference = results["rows"][-1]["count"], results["made"]["reference"]["uri"]
-    return f"""## Scores
-
-![one column per noise, one row per sampler]({PICTURE})
-
-{markdown.table(results)}
-
-{results["title"]}, {count:,} images a row, reference `{reference}`; report `{results["fingerprint"][:12]}`."""
+    said = f"{results['title']}, {count:,} images a row, reference `{reference}`"
+    return f"{markdown.table(results)}\n\n{said}; report `{results['fingerprint'][:12]}`."
 
 
 def _training(config: dict[str, Any]) -> str:

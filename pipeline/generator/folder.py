@@ -78,10 +78,9 @@ def described(recipe: Recipe, checksums: Mapping[str, str]) -> dict[str, Any]:
     uri, settings = recipe.student_uri, recipe.teacher
     about = checkpoints.metadata(weights(uri))
     config = checkpoints.config(settings)
-    tokenizer: dict[str, Any] = {"uri": settings.tokenizer, "sha256": checksums["tokenizer"]}
-    if recipe.train.tokenizer == "copy":
-        checkpoints.save(checkpoints.tokenizer(settings), storage.join(uri, TOKENIZER), {"of": tokenizer})
-        tokenizer = {"file": TOKENIZER, "made of": tokenizer["sha256"]}
+    tokenizer = _decoder(recipe, checksums)
+    if "file" in tokenizer:
+        _copy_decoder(recipe, checksums)
     caption = checkpoints.caption_shape(settings)
     return {
         "format": FORMAT,
@@ -93,6 +92,39 @@ def described(recipe: Recipe, checksums: Mapping[str, str]) -> dict[str, Any]:
         "pairs_seed": recipe.pairs.seed,
         "image_size": config.layout.image_size,
     }
+
+
+def with_decoder_as_asked(recipe: Recipe, checksums: Mapping[str, str]) -> str:
+    """Have the folder of a described student hold its decoder's weights, or name them, as ``train.tokenizer`` says now.
+
+    Returns what was changed as a sentence, "" where nothing had to be. Nothing else of the folder is written, and at
+    every moment config.json leads to a decoder that is there.
+    """
+    uri, place = recipe.student_uri, storage.join(recipe.student_uri, CONFIG)
+    content, wanted = storage.read_json(place), _decoder(recipe, checksums)
+    own, there = "file" in wanted, storage.exists(storage.join(uri, TOKENIZER))
+    if content["tokenizer"] == wanted and own == there:
+        return ""
+    if own:
+        _copy_decoder(recipe, checksums)
+    storage.write_json(place, content | {"tokenizer": wanted})
+    if own:
+        return f"{storage.join(uri, TOKENIZER)} holds the decoder's weights now."
+    if there:
+        storage.remove(storage.join(uri, TOKENIZER))
+    return f"{place} names the decoder's weights at {wanted['uri']} now, and the folder holds no copy of them."
+
+
+def _decoder(recipe: Recipe, checksums: Mapping[str, str]) -> dict[str, Any]:
+    """What config.json says of the decoder's weights: the file in the folder, or their URI and SHA-256."""
+    if recipe.train.tokenizer == "copy":
+        return {"file": TOKENIZER, "made of": checksums["tokenizer"]}
+    return {"uri": recipe.teacher.tokenizer, "sha256": checksums["tokenizer"]}
+
+
+def _copy_decoder(recipe: Recipe, checksums: Mapping[str, str]) -> None:
+    of = {"uri": recipe.teacher.tokenizer, "sha256": checksums["tokenizer"]}
+    checkpoints.save(checkpoints.tokenizer(recipe.teacher), storage.join(recipe.student_uri, TOKENIZER), {"of": of})
 
 
 def read(uri: str) -> Description:

@@ -113,7 +113,8 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " their ids, a shorter last one weighing less; behind ± the standard error of that mean, from five blocks on.",
         "FD, pixel PCA": "Fréchet distance of 50 principal components of grey thumbnails; it sees the blur that a"
         " classifier forgives.",
-        "class accuracy": "share of images that the scoring network takes for what they were asked to be.",
+        "class accuracy": "share of images that the scoring network takes for what they were asked to be. "
+        + ABOUT_CEILING,
         PROMPT_AGREEMENT: _about_prompt_agreement(results),
         **_about_clip(origin),
         "variance / teacher's": f"pixel variance {_about_variance(results)}; below 1 the sampler is less diverse than"
@@ -160,6 +161,11 @@ def _about_few(results: Results) -> list[tuple[str, str]]:
         out.append((warning, why))
     return out
 
+
+ABOUT_CEILING = (
+    "The row of real images is of the plain images, not of what the tokenizer makes of them; every sampler's images"
+    " come out of the tokenizer, so it is not exactly the ceiling of the other rows."
+)
 
 ABOUT_PAPER = (
     "printed in arXiv 2412.17153, Tables 1 and 2, as the recipe lists it: 50,000 images of ImageNet at 256 px. FID of"
@@ -212,7 +218,7 @@ def _about_prompt_agreement(results: Results) -> str:
     ]
     return (
         "share of images that are all that their prompts name (digit, weight, slant, place), by the scoring network and"
-        " by measuring ink; near a border between two words either counts. Real images show how much can be reached."
+        f" by measuring ink; near a border between two words either counts. {ABOUT_CEILING}"
         f" Given other images' prompts, from half a part of 1,000 further on: {', '.join(by_chance)}."
     )
 
@@ -225,8 +231,9 @@ def _about_time(results: Results) -> str:
     return (
         f"time of one image, decoding included, on {at['device']}, {at['threads']} torch thread(s)"
         + "".join(f", {text}" for text in precisions(origin))
-        + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call, the GPU waited for."
-        f" {about_load(at['load'], at['cores'])}."
+        + f": in steady state, the median of {at['calls']}, the samplers taking turns call by call"
+        + (", each call as long as the GPU worked on it." if at.get("runs on") == "cuda" else ".")
+        + f" {about_load(at['load'], at['cores'])}."
     )
 
 

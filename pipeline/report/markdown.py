@@ -35,10 +35,13 @@ def headlines(results: Results) -> dict[str, float]:
 
 
 def headline(results: Results) -> str:
-    """A report in a few words: "demo, DD 1 step FD 27.10", by its first few-step sampler."""
+    """A report in a few words: "FD 27.1 at 1 step", by its first few-step sampler; of another "FD 6.72 of skip-1"."""
     rows = [row for row in results["rows"] if "sampler" in row]
     first = next((row for row in rows if row["sampler"]["name"] == "FewStep"), rows[0])
-    return f"{results['name']}, {first['name']} {results['title']} {first['score']:.2f}"
+    found = f"{results['title']} {first['score']:.{1 if first['score'] >= 10 else 2}f}"
+    if first["sampler"]["name"] != "FewStep":
+        return f"{found} of {first['name']}"
+    return f"{found} at {first['steps']} step{'s' * (first['steps'] > 1)}"
 
 
 def scores(results: Results) -> tuple[list[str], list[list[Any]]]:

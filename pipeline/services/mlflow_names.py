@@ -19,7 +19,8 @@ PARAMETERS: dict[Job, tuple[str, ...]] = {  # fields and sections of the recipe;
     "benchmark": ("name", "teacher", "benchmark"),
 }
 OF_PROMPTS = ("captions", "text")  # beside these, where the recipe names prompts
-LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500}  # texts that MLflow takes
+# Characters that MLflow takes; the description is a version's in the model registry.
+LONGEST = {"key": 250, "parameter": 6000, "tag": 5000, "experiment": 500, "description": 5000}
 
 
 def flattened(tree: dict[str, Any]) -> dict[str, str]:

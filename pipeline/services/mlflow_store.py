@@ -39,6 +39,7 @@ ARTIFACTS = "mlartifacts"  # the folder beside a database
 JOURNALS = ("-journal", "-wal", "-shm")  # what SQLite keeps beside a database that is in use or was killed
 PATIENCE = 20.0  # seconds to wait for another process to let go of the database
 FILLED = ("alembic_version", "workspaces")  # tables that MLflow's migrations put rows into
+PAGE = "#/experiments/{place}?workflowType=machine_learning"  # else MLflow shows its pages for language models
 PLACES = (  # where the database holds places of artifacts
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -282,8 +283,7 @@ def addresses(run: str, port: int = 5000) -> str:
     client = opened(_in_file(f"sqlite:///{database}", database))
     found = [experiment for experiment in client.search_experiments() if experiment.name != "Default"]
     return "\n".join(
-        f"{experiment.name}: http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs"
-        "?workflowType=machine_learning"
+        f"{experiment.name}: http://127.0.0.1:{port}/{PAGE.format(place=f'{experiment.experiment_id}/runs')}"
         for experiment in found
     )
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,20 @@ from pipeline.report.names import metric_name
 from pipeline.report.origin import StudentOrigin
 from pipeline.report.results import Results
 from pipeline.services import mlflow_store, tracking
+from pipeline.services.mlflow_names import LONGEST
 from pipeline.services.mlflow_store import first_line, without_credentials
 
 BEST = "best"  # the alias
 FOLDER = "student"  # of the run's artifacts
+ABOUT = """Few-step students of Distilled Decoding. The best one draws with
+
+```python
+from pipeline import Generator
+
+generator = Generator.from_pretrained("models:/{name}@{best}")
+```
+
+where MLFLOW_TRACKING_URI names this store."""
 ADDRESS = re.compile(r"models:/(?P<name>[^/:@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/:@]+))")
 COMPARABLE = ("title", "features", "reference", "count", "steps")  # tags of versions whose scores may be compared
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes of MLflow for what is not there
@@ -38,9 +48,9 @@ ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes o
 def fetch(recipe: Recipe) -> tuple[Recipe, str]:
     """The recipe with a file in the place of evaluate.student models:/..., and which version that is.
 
-    The file is put into the report's cache, where every node finds it, once. A recipe that names a file, or nothing,
-    comes back as it is, with "". Raises ValueError, one sentence, for a version that is not there or not ours, and for
-    a registry that cannot be reached.
+    The file is put beside the report's statistics, where every node finds it, once. A recipe that names a file, or
+    nothing, comes back as it is, with "". Raises ValueError, one sentence, for a version that is not there or not ours,
+    and for a registry that cannot be reached.
     """
     address = recipe.evaluate.student or ""
     if not address.startswith("models:/"):
@@ -50,7 +60,7 @@ def fetch(recipe: Recipe) -> tuple[Recipe, str]:
     version = _found(client, store, address, "evaluate.student")
     name = f"models:/{version.name}/{version.version}"
     sha256 = version.tags["student_sha256"]
-    place = storage.join(recipe.report_uri, "cache", sha256[:24] + Path(version.tags["file"]).suffix)
+    place = storage.join(recipe.cache_uri, sha256[:24] + Path(version.tags["file"]).suffix)
     if not storage.exists(place) or storage.sha256(place) != sha256:
         _download(client, version, store.uri, place)
     return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), name
@@ -166,10 +176,13 @@ def version_of(recipe: Recipe, results: Results) -> str | None:
         )
 
 
-def register(run: tracking.Run, recipe: Recipe, results: Results, beside: Sequence[str] = ()) -> str:
+def register(
+    run: tracking.Run, recipe: Recipe, results: Results, beside: Sequence[str], describe: Callable[[str, int], str]
+) -> str:
     """Register the student of a written report, unless it is; move the alias if it is the best; returns what was done.
 
     ``beside`` are URIs of files that a version has beside the weights: what makes it a folder to draw from.
+    ``describe`` makes its description, Markdown, of its address and the characters that there is room for.
     Raises RuntimeError where the registry fails: the report is there, and the same command registers its student.
     """
     name, student = recipe.evaluate.register or "", _student(results)["uri"]
@@ -178,6 +191,9 @@ def register(run: tracking.Run, recipe: Recipe, results: Results, beside: Sequen
         version = _same(run.client, name, tags)
         if version is None:
             version = _create(run, name, [storage.local(uri) for uri in (student, *beside)], tags)
+        if not version.description:
+            said = describe(f"models:/{name}/{version.version}", LONGEST["description"])
+            run.client.update_model_version(name, str(version.version), said)
         return f"The student is models:/{name}/{version.version}; {_promote(run.client, name, version)}."
     except Exception as error:  # whatever the registry's client raises
         raise Unfinished(
@@ -234,7 +250,7 @@ def _create(run: tracking.Run, name: str, files: Sequence[Path], tags: dict[str,
     for file in files:
         run.client.log_artifact(run.id, str(file), FOLDER)
     try:
-        run.client.create_registered_model(name, description="Few-step students of Distilled Decoding.")
+        run.client.create_registered_model(name, description=ABOUT.format(name=name, best=BEST))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

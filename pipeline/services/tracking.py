@@ -8,12 +8,11 @@ As long as a run is not complete, MARKER lies beside the job's result, and the s
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ import numpy as np
 import yaml
 
 from pipeline import storage
+from pipeline.host import system_metrics
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.signals import Stopped, held
 from pipeline.recipe import Recipe
@@ -30,14 +30,8 @@ from pipeline.services import mlflow_store
 from pipeline.services.mlflow_names import LONGEST, Job, fitted, parameters
 from pipeline.services.mlflow_store import Store, first_line, without_credentials
 from pipeline.services.outbox import JOINED, Outbox
+from pipeline.services.run_note import Note
 
-ABOUT: dict[Job, str] = {
-    "pairs": "Noise-token pairs (Alg. 1): what the teacher makes of numbered noise.",
-    "distill": "A few-step student, distilled from noise-token pairs (Alg. 2).",
-    "evaluate": "Images of every sampler that the recipe lists, scored against a reference and timed.",
-    "ablate": "One setting at a time around a recipe; the runs below this one made its variants.",
-    "benchmark": "The speed of everything, as ratios measured in one run.",
-}
 PATIENCE = 60.0  # seconds that the end of a job waits for MLflow to take one entry more
 HASTE = 10.0  # the same, of a job that failed or was stopped
 MARKER = "_mlflow-run.json"  # in a result's folder: the run that is not complete
@@ -51,10 +45,11 @@ class Run:
     Its methods put down what there is to log and return at once; the end of the job waits for it, within bounds.
     """
 
-    def __init__(self, store: Store, run_id: str, client: Any, note: list[str]) -> None:
+    def __init__(self, store: Store, run_id: str, client: Any, note: Note) -> None:
         self.uri, self.id, self._client = store.uri, run_id, client
         self._folder: str | None = None  # with MARKER in it
-        self._note, self._links = note, dict[str, str]()
+        self._note, self._origins = note, dict[Job, str]()
+        self._since = time.time()  # the run's beginning, once MLflow has said it
         self._outbox = Outbox(self._warn, self._warn_of_room)
 
     @classmethod
@@ -67,14 +62,14 @@ class Run:
         """
         store = mlflow_store.of(recipe)
         client = mlflow_store.opened(store)
-        note = [ABOUT[job], f"`{without_credentials(shlex.join(['python', *sys.argv]))}`"]
-        run = None
+        note, run = Note.of(recipe, job), None
         try:
             with mlflow_store.usable(store), held():
                 experiment = _experiment(client, recipe.name, store.artifacts)
                 run_id = _reopened(client, resume_id) if resume_id else None
-                run_id = run_id or _created(client, experiment, recipe.name, job, note)
+                run_id = run_id or _created(client, experiment, note)
                 run = cls(store, run_id, client, note)
+                run._since = client.get_run(run_id).info.start_time / 1000
         except Stopped as stopped:
             if run:
                 run.__exit__(Stopped, stopped, None)
@@ -133,6 +128,16 @@ class Run:
             some = rows[begin : begin + JOINED]
             self._outbox.put(self._send_metrics, some, METRIC_BYTES * len(some), lossy=True)
 
+    def system_metrics(self, values: dict[str, float]) -> None:
+        """Log how busy a machine is now; MLflow shows it on a page of its own, over the seconds since the run began."""
+        self.metrics({f"system/{name}": value for name, value in values.items()}, int(time.time() - self._since))
+
+    @contextmanager
+    def watching_this_machine(self) -> Iterator[None]:
+        """Log how busy the driver's machine is while the body runs."""
+        with system_metrics.sampled(self.system_metrics):
+            yield
+
     def image(self, key: str, image: np.ndarray, step: int = 0) -> None:
         """Log a uint8 [H, W, 3] image; images of one key at several steps form a series."""
         send = lambda _: self._client.log_image(self.id, image, key=key, step=step)  # noqa: E731
@@ -181,7 +186,8 @@ class Run:
         def send(_: list[Any]) -> None:
             if other := run_id or self._newest(job, tags):
                 self._set_tag(self.id, f"{job}_run", other)
-                self._links[job] = other
+                mine = self._client.get_run(self.id).info.experiment_id
+                self._origins[job] = mlflow_store.PAGE.format(place=f"{mine}/runs/{other}")
 
         self._outbox.put(send)
 
@@ -201,15 +207,13 @@ class Run:
 
         self._outbox.put(send)
 
-    def conclude(self, title: str, text: str = "") -> None:
-        """Name the run after its result and have the note on top of its page show ``text``, Markdown."""
+    def conclude(self, result: str, text: str = "", draw_with: str = "") -> None:
+        """Name the run after its result and have the note on top of its page say it, as ``Note.finished`` does."""
 
         def send(_: list[Any]) -> None:
-            mine = self._client.get_run(self.id).info.experiment_id
-            links = [f"[{job}](#/experiments/{mine}/runs/{run_id})" for job, run_id in self._links.items()]
-            parts = [*self._note, *(["Goes on from " + ", ".join(links) + "."] if links else []), text]
-            self._set_tag(self.id, "mlflow.note.content", "\n\n".join(filter(None, parts)))
-            self._set_tag(self.id, "mlflow.runName", title)
+            note = self._note.finished(result, text, self._origins, draw_with)
+            self._set_tag(self.id, "mlflow.note.content", note)
+            self._set_tag(self.id, "mlflow.runName", self._note.titled(result))
 
         self._outbox.put(send)
 
@@ -312,13 +316,13 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     return experiment.experiment_id
 
 
-def _created(client: Any, experiment: str, name: str, job: Job, note: list[str]) -> str:
+def _created(client: Any, experiment: str, note: Note) -> str:
     from mlflow.tracking.context.registry import resolve_tags
 
     # Provenance: user, script, the repository's commit, and MLFLOW_RUN_CONTEXT where code runs without its repository.
-    tags = resolve_tags({"job": job, "mlflow.note.content": "\n\n".join(note)})
+    tags = resolve_tags({"job": note.job, "mlflow.note.content": note.unfinished()})
     tags = {key: value[: LONGEST["tag"]] for key, value in tags.items()}
-    return client.create_run(experiment, run_name=f"{name}, {job}", tags=tags).info.run_id
+    return client.create_run(experiment, run_name=note.title, tags=tags).info.run_id
 
 
 def _active(client: Any, run_id: str) -> Any:

@@ -22,7 +22,7 @@ class EvaluateSettings:
     Attributes:
         uri: folder of the report; default <run>/report.
         cache: folder in which the statistics of finished samplers are kept, under fingerprints of all that shaped them;
-            reports may share one. Default <report>/cache.
+            reports may share one. Default <run>/cache, or <report>/cache of a report with a uri of its own.
         count: samples per sampler.
         seed: of the evaluation's noise; never the pairs'.
         samplers: rows of the report, each {name: FewStep, ...fields of that sampler}. Figures that the paper prints for
@@ -49,7 +49,8 @@ class EvaluateSettings:
         reference_flavour: the flavour of statistics that do not say it themselves.
         captions: prompts that are drawn, of which no pair was made.
         clip: URI of a folder in Hugging Face's layout with a CLIP model, for a CLIP score of images and prompts.
-        npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
+        npz: also write each sampler's images to <run>/samples/<name>.npz, for OpenAI's evaluator; to <report>/samples
+            of a report with a uri of its own.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
         compile: torch.compile the student's blocks. Changes float rounding only.

@@ -62,7 +62,7 @@ class TrainSettings:
         export: safetensors, or released: also student.pth, in the layout that the authors' scripts read. Set after
             training, a second run of distill adds that file.
         tokenizer: copy: the student's folder holds the decoder's weights, so that it can be shared; link: config.json
-            names their URI and SHA-256.
+            names their URI and SHA-256. Changed after training, a second run of distill changes the folder.
     """
 
     uri: Uri | None = None

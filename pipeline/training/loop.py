@@ -6,6 +6,8 @@ so neither the number of workers nor an interruption changes it beyond float rou
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ray.train
@@ -14,6 +16,7 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 from torch import nn
 
+from pipeline.host import system_metrics
 from pipeline.host.ahead import timed
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
@@ -56,7 +59,8 @@ def train(config: dict[str, Any]) -> None:
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     pairs = batches.stream(plan)
     window = Window(settings, device)
-    with training_state.Writer(folder, settings.keep) as writer:
+    watched = system_metrics.sampled(_of_machine(state, config["report"])) if observer else nullcontext()
+    with watched, training_state.Writer(folder, settings.keep) as writer:
         for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
             window.waited += waited
             batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook, encode)
@@ -78,6 +82,11 @@ def train(config: dict[str, Any]) -> None:
     # 6. The result comes last: whoever finds it knows that nothing is missing.
     if observer:
         observer.export(plan.result)
+
+
+def _of_machine(state: TrainingState, report: Report) -> Callable[[dict[str, float]], None]:
+    """What tells the driver how busy this machine is: its own may be another one."""
+    return lambda values: report(Message(state.step, {}, [], machine=values))
 
 
 def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report) -> None:

@@ -26,7 +26,8 @@ GRID = 8  # noises of a sample grid
 class Message(NamedTuple):
     """What the driver is told: metrics at a step, the rows of a sample grid, uint8 [columns, 3, H, W] each, a line.
 
-    ``conditions`` [columns] are the labels or the prompts of the grid.
+    ``conditions`` [columns] are the labels or the prompts of the grid, ``machine`` what ``system_metrics.now`` says of
+    rank 0's machine.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Message(NamedTuple):
     grid: list[np.ndarray]
     line: str = ""  # to print
     conditions: np.ndarray | None = None
+    machine: dict[str, float] | None = None
 
 
 Report = Callable[[Message], None]

@@ -57,9 +57,9 @@ def distill(recipe: Recipe) -> str:
     plan = training_plan.check(recipe)
     if storage.exists(plan.result):
         tracking.complete(plan.recipe, "distill", plan.at(), lambda run: _log(run, plan))
-        _describe(plan)
-        if added := _release(plan):
-            return added
+        changed = [*filter(None, (_describe(plan), _release(plan)))]
+        if changed:
+            return " ".join(changed)
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
     storage.check_writable(plan.at())
     if workers := plan.recipe.train.workers:
@@ -71,8 +71,7 @@ def distill(recipe: Recipe) -> str:
         training_plan.claim(plan, run.id)
         run.mark(plan.at())
         _log_origin(run, plan)
-        fit(plan, run)
-        _log(run, plan)
+        _log(run, plan, fit(plan, run))
         _describe(plan)
         _release(plan)
     took = duration(time.monotonic() - start)
@@ -86,21 +85,27 @@ def _log_origin(run: tracking.Run, plan: TrainingPlan) -> None:
     run.dataset("pairs", plan.recipe.pairs_uri, plan.pairs_fingerprint, "training")
 
 
-def _log(run: tracking.Run, plan: TrainingPlan) -> None:
-    """Tell MLflow of a finished student."""
+def _log(run: tracking.Run, plan: TrainingPlan, loss: float | None = None) -> None:
+    """Tell MLflow of a finished student, and its ``loss`` on the held-out pairs where this process saw it."""
     _log_origin(run, plan)
     run.tag("student", storage.sha256(plan.result)[:12])
     steps = ", ".join(map(str, plan.recipe.train.start_steps))
-    text = f"The student is {plan.result}, after {plan.total:,} steps; its start steps are {steps}."
-    run.conclude(f"{plan.recipe.name}, student of {plan.total:,} steps", text)
+    text = f"The student is `{plan.result}`, of {plan.recipe.pairs.count:,} pairs; its start steps are {steps}."
+    result = f"{plan.total:,} steps" + ("" if loss is None else f", held-out loss {loss:.3g}")
+    run.conclude(result, text, draw_with=storage.resolve(plan.at()))
 
 
-def _describe(plan: TrainingPlan) -> None:
-    """Make a finished student's folder one that can be shared, unless it is; config.json comes last."""
-    if not storage.exists(plan.at(folder.CONFIG)):
-        content = folder.described(plan.recipe, plan.teacher)
-        storage.write_bytes(plan.at(folder.CARD), card.card(plan.recipe.name, content).encode())
-        storage.write_json(plan.at(folder.CONFIG), content)
+def _describe(plan: TrainingPlan) -> str:
+    """Make a finished student's folder one that can be shared, unless it is; config.json comes last.
+
+    Of a folder that is, only ``train.tokenizer`` may ask for something else now; returns what that changed.
+    """
+    if storage.exists(plan.at(folder.CONFIG)):
+        return folder.with_decoder_as_asked(plan.recipe, plan.teacher)
+    content = folder.described(plan.recipe, plan.teacher)
+    storage.write_bytes(plan.at(folder.CARD), card.card(plan.recipe.name, content).encode())
+    storage.write_json(plan.at(folder.CONFIG), content)
+    return ""
 
 
 def _release(plan: TrainingPlan) -> str:
@@ -111,17 +116,25 @@ def _release(plan: TrainingPlan) -> str:
     return f"{plan.released} holds the student as the authors' scripts read it."
 
 
-def fit(plan: TrainingPlan, run: tracking.Run) -> None:
-    """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries."""
-    recipe = plan.recipe
+def fit(plan: TrainingPlan, run: tracking.Run) -> float | None:
+    """Run ``train`` here or on Ray's workers, whose messages the driver turns into progress and MLflow entries.
+
+    Returns the last loss on the held-out pairs, None where none was measured any more.
+    """
+    recipe, loss = plan.recipe, None
     done = training_state.steps_done(plan.at("checkpoints"), say=lambda sentence: print(sentence, flush=True))
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
             """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            nonlocal loss
             if message.line:
                 print(message.line, flush=True)
                 return
+            if message.machine:
+                run.system_metrics(message.machine)
+                return
+            loss = message.metrics.get("held_out/loss", loss)
             progress.update(message.step - progress.done, noteworthy(message.metrics))
             run.metrics(message.metrics, message.step)
             if message.grid and message.conditions is not None:
@@ -132,9 +145,10 @@ def fit(plan: TrainingPlan, run: tracking.Run) -> None:
         config = {"plan": plan, "mlflow_run": run.id}
         if not recipe.train.workers:
             _fit(recipe, config | {"report": receive})
-            return
+            return loss
         with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
             _fit(recipe, config | {"report": report})
+    return loss
 
 
 def noteworthy(metrics: dict[str, float]) -> str:

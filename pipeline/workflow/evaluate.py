@@ -32,6 +32,7 @@ from pipeline.scoring.references import References
 from pipeline.services import cluster, registry, tracking
 from pipeline.workflow import costs, drawing, other_reports, preflight, status
 
+ABOUT_FILES = "report.html is the whole report; it is among the artifacts, where scores.json has every number of it."
 ENDINGS = (".html", ".md", "report.json", ".png")  # of the names of the files that MLflow gets
 
 
@@ -63,7 +64,8 @@ def evaluate(recipe: Recipe) -> str:
     with tracking.Run.start(recipe, "evaluate") as run:
         run.mark(recipe.report_uri)
         frequencies = _frequencies(plan)
-        statistics = drawing.collect(plan, frequencies)
+        with run.watching_this_machine():  # and not while speed is measured
+            statistics = drawing.collect(plan, frequencies)
         times = times or _timed(plan, frequencies)
         outlines = {draw: statistics.outline(draw) for draw in statistics}
         results = summary.summarise(plan, statistics, times, outlines, others)
@@ -73,7 +75,8 @@ def evaluate(recipe: Recipe) -> str:
         said = _registered(run, plan, results) if recipe.evaluate.register else ""
     sweep(plan)
     place = storage.join(recipe.report_uri, "report.html")
-    return f"{markdown.table(results)}\n\nThe report is {place}, and report.md. {said}".rstrip()
+    images = f"Each sampler's images are in {plan.images}. " if plan.samples() else ""
+    return f"{markdown.table(results)}\n\nThe report is {place}, and report.md. {images}{said}".rstrip()
 
 
 def said_of(plan: EvaluationPlan) -> list[str]:
@@ -140,8 +143,11 @@ def _nothing_missing(plan: EvaluationPlan, results: Results) -> str:
 
 
 def _registered(run: tracking.Run, plan: EvaluationPlan, results: Results) -> str:
-    """Register the student with what lies beside its weights, which is all that drawing needs."""
-    return registry.register(run, plan.recipe, results, folder.beside(plan.student))
+    """Register the student with what lies beside its weights, which is all that drawing needs, and its card's words."""
+    beside = folder.beside(plan.student)
+    content = next((storage.read_json(uri) for uri in beside if uri.endswith(folder.CONFIG)), None)
+    describe = partial(card.description, content, results)
+    return registry.register(run, plan.recipe, results, beside, describe)
 
 
 def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> dict[str, bytes]:
@@ -166,15 +172,14 @@ def sweep(plan: EvaluationPlan) -> None:
     """Delete what no report needs any more, once this one is written.
 
     Killed writers' temporary files, everywhere; parts of images whose draw is another one; and in the report's own
-    cache statistics of draws that this report does not have. A cache that reports share is left alone: who else uses
-    what is in it, nobody here knows.
+    cache, which no recipe names, statistics of draws that this report does not have. A cache that reports share is left
+    alone: who else uses what is in it, nobody here knows.
     """
-    samples = storage.join(plan.recipe.report_uri, "samples")
-    for place in (plan.recipe.report_uri, plan.shelf, samples):
+    for place in (plan.recipe.report_uri, plan.shelf, plan.images):
         storage.sweep(place)
-    for name in storage.listing(samples):
+    for name in storage.listing(plan.images):
         if sample_files.PART in name:
-            storage.remove(storage.join(samples, name))
+            storage.remove(storage.join(plan.images, name))
     if plan.recipe.evaluate.cache is None:
         wanted = {plan.cache(draw).rpartition("/")[2] for draw in plan.draws()}
         for name in storage.listing(plan.shelf):
@@ -240,4 +245,6 @@ def _log(
         run.dataset("pairs", plan.recipe.pairs_uri, pairs, "training")
     reference = results["made"]["reference"]
     run.dataset("reference", str(reference["uri"]), fingerprint(dict(reference)), "evaluation")
-    run.conclude(markdown.headline(results), markdown.table(results))
+    own = plan.students and plan.recipe.evaluate.student is None
+    text = f"{markdown.table(results)}\n\n{ABOUT_FILES}"
+    run.conclude(markdown.headline(results), text, storage.resolve(plan.recipe.student_uri) if own else "")

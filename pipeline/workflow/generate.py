@@ -51,7 +51,8 @@ def generate(recipe: Recipe) -> str:
     with _at_work(recipe, gap), tracking.Run.start(recipe, "pairs") as run:
         manifest.claim(uri, facts, recipe)
         run.mark(uri)
-        inventory = completion.fill(recipe, gap, manifest.records(uri, facts, sizes), run)
+        with run.watching_this_machine():
+            inventory = completion.fill(recipe, gap, manifest.records(uri, facts, sizes), run)
         _log(run, recipe, inventory)
     last = inventory["made"][-1]
     return f"Made {last['rows']:,} pairs in {duration(last['seconds'])}; {manifest.describe(uri, inventory)}."
@@ -77,4 +78,4 @@ def _log(run: tracking.Run, recipe: Recipe, inventory: dict[str, Any]) -> None:
         run.tag("prompts", f"{captions['rows']:,} rows")
         run.dataset("prompts", str(recipe.captions.uri), captions["sha256"], "input")
     run.artifact("manifest.json", partial(storage.read_bytes, storage.join(uri, manifest.MANIFEST)))
-    run.conclude(f"{recipe.name}, {inventory['count']:,} pairs", f"{manifest.describe(uri, inventory)}.")
+    run.conclude(f"{inventory['count']:,} pairs", f"{manifest.describe(uri, inventory)}.")

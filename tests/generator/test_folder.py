@@ -55,6 +55,38 @@ def test_a_linked_decoder_is_the_one_that_it_was(tmp_path: Path) -> None:
         folder.read(linked.student_uri)
 
 
+def test_a_finished_folder_changes_between_copy_and_link(tmp_path: Path) -> None:
+    """Nothing but config.json and the copy is written, and either way the student draws with the same decoder."""
+    recipe = shared(tiny(tmp_path, "llamagen"))
+    checksums, uri = checkpoints.checksums(recipe.teacher), Path(recipe.student_uri)
+    linked = replace(recipe, train=replace(recipe.train, tokenizer="link"))
+    before = {path.name: path.read_bytes() for path in uri.iterdir()}
+    decoder = checkpoints.tokenizer(folder.read(recipe.student_uri).settings).state_dict()
+
+    assert folder.with_decoder_as_asked(recipe, checksums) == ""
+    assert "names the decoder's weights at" in folder.with_decoder_as_asked(linked, checksums)
+    assert not (uri / folder.TOKENIZER).exists()
+    assert folder.read(recipe.student_uri).settings.tokenizer == recipe.teacher.tokenizer
+    assert folder.with_decoder_as_asked(linked, checksums) == ""
+
+    assert folder.with_decoder_as_asked(recipe, checksums).endswith("holds the decoder's weights now.")
+    own = checkpoints.tokenizer(folder.read(recipe.student_uri).settings).state_dict()
+    assert all(torch.equal(own[name], value) for name, value in decoder.items())
+    assert {path.name: path.read_bytes() for path in uri.iterdir()} == before
+    (uri / folder.TOKENIZER).unlink()
+    assert folder.with_decoder_as_asked(recipe, checksums), "a copy that was lost is made again"
+    assert {path.name: path.read_bytes() for path in uri.iterdir()} == before
+
+
+def test_a_copy_that_a_killed_job_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, "llamagen")
+    linked = shared(replace(recipe, train=replace(recipe.train, tokenizer="link")))
+    left = Path(linked.student_uri, folder.TOKENIZER)
+    left.write_bytes(b"half done")
+    assert folder.with_decoder_as_asked(linked, checkpoints.checksums(recipe.teacher))
+    assert not left.exists()
+
+
 def test_prompts_bring_their_encoder(tmp_path: Path) -> None:
     recipe = shared(tiny_text(tmp_path))
     assert folder.read(recipe.student_uri).text == recipe.text

@@ -329,6 +329,23 @@ def test_of_classes_every_sentence_is_as_it_was() -> None:
     assert "prompt agreement" not in tables.main(RESULTS).headings
 
 
+@pytest.mark.parametrize(("place", "said"), [("cuda", True), ("cpu", False), (None, False)])
+def test_only_times_of_a_gpu_waited_for_one(place: str | None, said: bool) -> None:
+    """None stands for a report of before, which does not say."""
+    timing = RESULTS["made"]["timing"] | ({"runs on": place} if place else {})
+    made = RESULTS["made"] | {"timing": timing}
+    explained = dict(legend.about_columns(RESULTS | {"made": made}))["ms/image, batch 1"]
+    assert ("GPU" in explained) is said
+    assert "the samplers taking turns call by call" in explained
+
+
+def test_the_share_of_real_images_is_said_to_be_of_plain_ones() -> None:
+    rows = [row | {"accuracy": 0.9, "prompt_agreement": 0.8} for row in RESULTS["rows"]]
+    explained = dict(legend.about_columns(RESULTS | {"rows": rows}))
+    for heading in ("class accuracy", "prompt agreement"):
+        assert "of the plain images, not of what the tokenizer makes of them" in explained[heading]
+
+
 def test_every_kind_of_sampler_has_a_sentence() -> None:
     assert legend.ROWS.keys() == {kind.__name__ for kind in SAMPLERS}
 
@@ -369,7 +386,12 @@ def test_mlflow_gets_a_few_numbers_and_a_table_of_all() -> None:
     assert found["DD_2_steps_1_6/FD"] == 6.75
     assert found["DD_2_steps_1_6/speed-up_at_batch_1"] == 40.0 / 5.0
     assert {name.partition("/")[0] for name in found} == {"teacher_AR", "DD_2_steps_1_6"}
-    assert markdown.headline(RESULTS) == f"{RESULTS['name']}, DD 2 steps (1, 6) FD 6.75"
+    assert markdown.headline(RESULTS) == "FD 6.75 at 2 steps"
+    real, teacher, student = RESULTS["rows"]
+    assert markdown.headline(RESULTS | {"rows": [real, teacher, student | {"score": 27.02, "steps": 1}]}) == (
+        "FD 27.0 at 1 step"
+    )
+    assert markdown.headline(RESULTS | {"rows": [real, teacher]}) == "FD 3.00 of teacher, AR"
     columns, rows = markdown.scores(RESULTS)
     assert [row[0] for row in rows] == [row["name"] for row in RESULTS["rows"]]
     assert {len(row) for row in rows} == {len(columns)}

@@ -172,6 +172,14 @@ def test_a_run_folder_that_was_moved_keeps_its_artifacts(
     assert not Path(recipe.run).exists(), "nothing is written where the folder was"
     usable(elsewhere)
     assert "was elsewhere" not in capsys.readouterr().err
+    last = replace(recipe, run=f"{recipe.run} of 2 May")
+    shutil.move(elsewhere.run, last.run)
+    remembered._artifact_repos_cache.clear()
+    assert mlflow_store.addresses(last.run).startswith("stored: http://127.0.0.1:5000/"), "what `make ui` asks"
+    assert "was elsewhere before" in capsys.readouterr().err
+    shown = mlflow_store.loaded().MlflowClient(f"sqlite:///{last.run}/mlflow.db")
+    assert Path(shown.download_artifacts(run.id, "card.md")).read_bytes() == b"hello"
+    elsewhere = last
     copy = replace(recipe, run=f"{recipe.run}-copy")
     shutil.copytree(elsewhere.run, copy.run)
     remembered._artifact_repos_cache.clear()  # as in another process

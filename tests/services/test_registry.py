@@ -83,7 +83,7 @@ def results_of(recipe: Recipe, score: float, **other: Any) -> dict[str, Any]:
 
 def register(recipe: Recipe, score: float, **other: Any) -> str:
     with tracking.Run.start(recipe, "evaluate") as run:
-        return registry.register(run, recipe, results_of(recipe, score, **other))
+        return registry.register(run, recipe, results_of(recipe, score, **other), [], "{0} in {1} characters".format)
 
 
 def client_of(recipe: Recipe) -> Any:
@@ -115,11 +115,13 @@ def test_a_version_says_what_it_is_and_brings_its_file(recipe: Recipe, tmp_path:
         "file": "student.safetensors",
         "report": recipe.report_uri,
     }
+    assert version.description == "models:/digits/1 in 5000 characters"
+    assert 'from_pretrained("models:/digits@best")' in client_of(recipe).get_registered_model("digits").description
     assert client_of(recipe).get_run(version.run_id).data.tags["job"] == "evaluate"
     Path(student).unlink()
     got, name = registry.fetch(changed(recipe, student="models:/digits@best"))
     assert name == "models:/digits/1"
-    assert got.evaluate.student == f"{recipe.report_uri}/cache/{version.tags['student_sha256'][:24]}.safetensors"
+    assert got.evaluate.student == f"{recipe.run}/cache/{version.tags['student_sha256'][:24]}.safetensors"
     assert storage.sha256(got.evaluate.student) == version.tags["student_sha256"]
 
 
@@ -147,6 +149,9 @@ def test_a_score_within_the_standard_error_moves_no_alias(recipe: Recipe) -> Non
 def test_the_same_student_with_the_same_report_is_one_version(recipe: Recipe) -> None:
     register(recipe, 5.0)
     assert "models:/digits/1; it is best (FD 5.00 of DD 1 step)" in register(recipe, 5.0)
+    client_of(recipe).update_model_version("digits", "1", "")  # as versions of before are
+    register(recipe, 5.0)
+    assert client_of(recipe).get_model_version("digits", "1").description
     known = registry.version_of(recipe, results_of(recipe, 5.0))
     assert known == "The student is models:/digits/1 already; it is best (FD 5.00 of DD 1 step)."
     assert registry.version_of(recipe, results_of(recipe, 4.0)) is None
@@ -209,7 +214,7 @@ def test_a_registry_that_fails_leaves_work(recipe: Recipe, monkeypatch: pytest.M
     with tracking.Run.start(recipe, "evaluate") as run, monkeypatch.context() as patch:
         patch.setattr(run.client, "create_model_version", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(RuntimeError, match=r"could not be registered as digits \(division by zero\)"):
-            registry.register(run, recipe, results_of(recipe, 5.0))
+            registry.register(run, recipe, results_of(recipe, 5.0), [], str)
     assert "models:/digits/1" in register(recipe, 5.0)
 
 
@@ -224,6 +229,9 @@ def test_an_evaluation_registers_its_student_and_one_of_the_version_is_bitwise_t
     recipe, said = evaluated
     assert "The student is models:/digits/1; it is best now (FD " in said
     version = client_of(recipe).get_model_version("digits", "1")
+    assert version.description.startswith("FD ")
+    assert 'from_pretrained("models:/digits/1")' in version.description
+    assert "## Scores\n\n| sampler " in version.description
     run = client_of(recipe).get_run(version.run_id)
     report = storage.read_json(f"{recipe.report_uri}/report.json")
     assert float(version.tags["score"]) == report["rows"][1]["score"] == run.data.metrics["DD_1_step/FD"]

@@ -6,7 +6,8 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.host.errors import Refused
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.services import mlflow_store, tracking
 from pipeline.services.mlflow_names import PARAMETERS, fitted, flattened, parameters
+from pipeline.services.run_note import ABOUT
 from pipeline.services.tracking import MARKER, Run
 from pipeline.settings.studies import AblationSettings
 from pipeline.settings.teacher import TeacherSettings
@@ -52,7 +54,8 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
     with Run.start(recipe, "distill") as run:
         assert stored(run).info.status == "RUNNING"
         assert stored(run).info.experiment_id == stored(pairs).info.experiment_id
-        assert stored(run).info.run_name == "tracked, distill"
+        assert stored(run).info.run_name == "distill"
+        assert "There is no result yet" in stored(run).data.tags["mlflow.note.content"]
         run.link("pairs", pairs_fingerprint=digest)
         run.link("evaluate", pairs_fingerprint="other")
         run.link("distill")  # a run must not find itself
@@ -62,16 +65,19 @@ def test_one_run_from_start_to_end(recipe: Recipe) -> None:
         run.image("samples", np.full((8, 8, 3), 255, np.uint8), step=20)
         run.artifact("card.md", lambda: b"hello")
         run.table("scores.json", ["name", "score"], [["a", 1.5]])
-        run.conclude("tracked, FD 27.1", "| a | table |")
+        run.conclude("455 steps", "| a | table |", draw_with="/runs/a b/student")
 
     found = stored(run)
-    assert found.info.run_name == "tracked, FD 27.1"
+    assert found.info.run_name == "distill: 455 steps"
     assert found.data.tags["job"] == "distill"
     assert found.data.tags["pairs_run"] == pairs.id
     assert not {"evaluate_run", "distill_run"} & found.data.tags.keys()
     note = found.data.tags["mlflow.note.content"].split("\n\n")
-    assert (note[0], note[-1]) == (tracking.ABOUT["distill"], "| a | table |")
-    assert note[2] == f"Goes on from [pairs](#/experiments/{found.info.experiment_id}/runs/{pairs.id})."
+    assert note[:2] == [f"**455 steps.** {ABOUT['distill']}", f"Folder: `{recipe.student_uri}`"]
+    place = f"#/experiments/{found.info.experiment_id}/runs/{pairs.id}?workflowType=machine_learning"
+    assert note[2] == f"Goes on from: [generate_pairs]({place})"
+    assert note[-2] == "```\npython jobs/sample.py --student '/runs/a b/student' --out samples.png\n```"
+    assert note[-1] == "| a | table |"
     assert found.data.params["train.lr"] == "0.0001"
     assert found.data.params["train.start_steps"] == "[1, 6]"
     assert found.data.params["teacher.checkpoint"] == "s3://bucket/var.pth"
@@ -94,7 +100,7 @@ def test_a_run_carries_the_provenance_of_a_submitted_job(recipe: Recipe, monkeyp
         tags = stored(run).data.tags
     assert (tags["mlflow.source.git.commit"], tags["job"]) == ("abc", "pairs")
     assert tags["mlflow.user"]
-    assert tags["mlflow.note.content"].endswith("\n\n`python jobs/distill.py --run 's3://bucket/a b'`")
+    assert "\npython jobs/distill.py --run 's3://bucket/a b'\n" in tags["mlflow.note.content"]
 
 
 def test_a_run_resumes_under_its_id_and_shows_how_it_ended(recipe: Recipe) -> None:
@@ -106,6 +112,30 @@ def test_a_run_resumes_under_its_id_and_shows_how_it_ended(recipe: Recipe) -> No
         assert stored(second).info.status == "RUNNING"
         raise KeyboardInterrupt
     assert stored(second).info.status == "KILLED"
+
+
+def test_system_metrics_are_those_of_one_run_over_its_seconds(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a run that goes on, the later ones come after the earlier ones."""
+    told = threading.Event()
+
+    @contextmanager
+    def sampled(report: Callable[[dict[str, float]], object]) -> Iterator[None]:
+        report({"cpu_utilization_percentage": 12.5, "gpu_0_power_usage_watts": 700.0})
+        told.set()
+        yield
+
+    monkeypatch.setattr(tracking.system_metrics, "sampled", sampled)
+    with Run.start(recipe, "pairs") as first, first.watching_this_machine():
+        pass
+    begun = stored(first).info.start_time / 1000
+    monkeypatch.setattr(tracking.time, "time", lambda: begun + 3600.5)
+    with Run.start(recipe, "pairs", first.id) as again, again.watching_this_machine():
+        pass
+    assert told.is_set()
+    assert stored(first).data.metrics.keys() == {"system/cpu_utilization_percentage", "system/gpu_0_power_usage_watts"}
+    history = first.client.get_metric_history(first.id, "system/gpu_0_power_usage_watts")
+    assert [(one.step < 60, one.step == 3600) for one in history] == [(True, False), (False, True)]
+    assert len(first.client.search_runs([stored(first).info.experiment_id])) == 1
 
 
 @pytest.mark.faults("MLflow: run deleted")
@@ -307,7 +337,7 @@ def test_a_run_adopts_others_and_lists_below_it_those_that_began_later(recipe: R
     tags = [stored(other).data.tags for other in (before, after)]
     assert [(one["ablate"], one["variant"]) for one in tags] == [(run.id, "base")] * 2
     assert tags[0]["kept"] == "yes"
-    assert [stored(one).info.run_name for one in (before, after)] == ["base: tracked, pairs", "base: tracked, distill"]
+    assert [stored(one).info.run_name for one in (before, after)] == ["base: generate_pairs", "base: distill"]
     started = [stored(one).info.start_time for one in (before, run, after)]
     assert ("mlflow.parentRunId" in tags[0]) == (started[0] >= started[1])
     assert tags[1]["mlflow.parentRunId"] == run.id

@@ -72,8 +72,11 @@ class Journal:
     def mark(self, folder: str) -> None:
         pass
 
-    def conclude(self, title: str, text: str) -> None:
-        self.title = title
+    def conclude(self, result: str, text: str = "", draw_with: str = "") -> None:
+        self.result = result
+
+    def system_metrics(self, values: dict[str, float]) -> None:
+        self.machine = values
 
     def curve(self, name: str = "loss") -> dict[int, float]:
         return {step: values[name] for step, values in self.history if name in values}
@@ -173,7 +176,12 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
 
 
 def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:
+    """And a decoder that was copied is linked by option: either way without training again."""
     distill(recipe)
+    assert "tokenizer.safetensors" in storage.listing(recipe.student_uri)
+    assert "names the decoder's weights at" in distill(with_train(recipe, tokenizer="link"))
+    assert "tokenizer.safetensors" not in storage.listing(recipe.student_uri)
+    assert "holds the decoder's weights now" in distill(recipe)
     asked = with_train(recipe, export="released")
     assert "student.pth" in distill(asked), "a finished student is not trained again"
     uri = f"{recipe.student_uri}/student.pth"

@@ -112,6 +112,12 @@ def finished(recipe: Recipe, ray_cluster: None) -> tuple[Recipe, str]:
     return recipe, evaluate.evaluate(recipe)
 
 
+def copy_report(recipe: Recipe, place: Path) -> None:
+    """The report and its statistics as those of a report at a place of its own."""
+    shutil.copytree(recipe.report_uri, place)
+    shutil.copytree(f"{recipe.run}/cache", place / "cache")
+
+
 def results_of(recipe: Recipe) -> dict[str, Any]:
     return storage.read_json(storage.join(recipe.report_uri, "report.json"))
 
@@ -145,8 +151,8 @@ def slow_score(recipe: Recipe, sampler: samplers.Sampler, student: str, ids: ran
 def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> None:
     recipe, text = finished
     results = results_of(recipe)
+    assert len(storage.listing(f"{recipe.run}/cache")) == len(plan.prepare(recipe).draws())
     assert storage.listing(recipe.report_uri) == [
-        "cache",
         "curve.png",
         "report.html",
         "report.json",
@@ -248,7 +254,7 @@ def test_a_rerun_draws_nothing_that_is_in_the_cache(
     statistics = drawing.collect(made, None)
     assert drawn == []
     assert set(statistics) == set(made.draws())
-    beside = plan.prepare(changed(recipe, uri=f"{recipe.run}/beside", cache=f"{recipe.report_uri}/cache"))
+    beside = plan.prepare(changed(recipe, uri=f"{recipe.run}/beside", cache=f"{recipe.run}/cache"))
     assert set(drawing.collect(beside, None)) == set(made.draws())
     assert drawn == [], "two reports may share a cache"
     other = plan.prepare(changed(recipe, seed=99))
@@ -262,7 +268,7 @@ def test_a_report_that_is_to_show_something_else_is_written_again_from_what_is_t
 ) -> None:
     recipe, _ = finished
     before = results_of(recipe)
-    shutil.copytree(recipe.report_uri, tmp_path / "report")
+    copy_report(recipe, tmp_path / "report")
     other = tmp_path / "other.json"  # of a run on half as many pairs
     half = before | {"made": before["made"] | {"student": before["made"]["student"] | {"pairs_count": 20}}}
     other.write_text(json.dumps(half))
@@ -287,7 +293,7 @@ def test_times_that_are_not_of_this_setting_are_measured_again_and_nothing_is_dr
     finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More actors (so threads), another batch, another machine, times lost, a report of the commit before."""
-    cache, few = f"{finished[0].report_uri}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
+    cache, few = f"{finished[0].run}/cache", [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), cache=cache, samplers=few, curve_count=0)
     monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -383,7 +389,7 @@ def test_a_report_of_which_a_file_is_gone_is_written_again(
 ) -> None:
     """From the statistics and times that are there; and what killed evaluations left is swept."""
     recipe = changed(finished[0], uri=str(tmp_path / "report"))
-    shutil.copytree(finished[0].report_uri, recipe.report_uri)
+    copy_report(finished[0], Path(recipe.report_uri))
     monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
     monkeypatch.setattr(timing, "time_alone", lambda *args: pytest.fail("it measures speed again"))
     before = storage.listing(recipe.report_uri)
@@ -398,6 +404,36 @@ def test_a_report_of_which_a_file_is_gone_is_written_again(
         assert not [name for name in left if storage.exists(storage.join(recipe.report_uri, name))]
     assert "Nothing is missing" in evaluate.evaluate(recipe)
     assert len(storage.listing(f"{recipe.report_uri}/cache")) == len(plan.prepare(recipe).draws())
+
+
+def test_a_report_of_before_keeps_its_cache_where_it_is_or_wherever_it_is_moved_to(
+    finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions had the statistics and the samplers' images inside the report's folder."""
+    recipe = dataclasses.replace(finished[0], run=str(tmp_path / "run"))
+    shutil.copytree(finished[0].run, recipe.run)
+    report, here, there = Path(recipe.report_uri), Path(recipe.report_uri, "cache"), Path(recipe.run, "cache")
+    there.rename(here)
+    monkeypatch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
+    monkeypatch.setattr(timing, "time_alone", lambda *args: pytest.fail("it measures speed again"))
+    for place in (here, there):
+        assert plan.prepare(recipe).shelf == str(place)
+        assert "Nothing is missing" in evaluate.evaluate(recipe)
+        (report / "report.md").unlink()
+        (place / f"{'0' * 24}-{'1' * 12}.npz").write_bytes(b"of no draw")
+        assert "The report is" in evaluate.evaluate(recipe)
+        assert len(storage.listing(str(place))) == len(plan.prepare(recipe).draws())
+        if place == here:
+            assert not there.exists()
+            here.rename(there)
+    assert storage.listing(recipe.report_uri) == storage.listing(finished[0].report_uri)
+    named = changed(recipe, cache=str(tmp_path / "own"))
+    assert plan.prepare(named).shelf == str(tmp_path / "own")
+    images = plan.prepare(changed(recipe, npz=True))
+    assert set(images.samples().values()) == {f"{recipe.run}/samples/{Path(p).name}" for p in images.samples().values()}
+    (report / "samples").mkdir()
+    (report / "samples" / "DD_1_step.npz").write_bytes(b"images")
+    assert plan.prepare(changed(recipe, npz=True)).images == f"{recipe.report_uri}/samples"
 
 
 def test_a_shared_cache_keeps_what_others_need(finished: tuple[Recipe, str], tmp_path: Path) -> None:
@@ -418,7 +454,15 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
     rows = {row["name"]: row for row in results_of(recipe)["rows"]}
     assert run.info.status == "FINISHED"
     assert run.data.metrics["DD_1_step/FD"] == pytest.approx(rows["DD 1 step"]["score"])
-    assert len(run.data.metrics) <= 12, "each of them is a chart"
+    own = [name for name in run.data.metrics if not name.startswith("system/")]  # MLflow shows those on another page
+    assert len(own) <= 12, "each of them is a chart"
+    result = f"FD {rows['DD 1 step']['score']:.1f} at 1 step"
+    assert run.info.run_name == f"evaluate: {result}"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(f"**{result}.** ")
+    assert f"Folder: `{recipe.report_uri}`" in note
+    assert f"jobs/sample.py --student {recipe.student_uri} " in note
+    assert markdown.table(results_of(recipe)) in note
     contexts = {one.dataset.name: one.tags[0].value for one in run.inputs.dataset_inputs}
     assert contexts == {"pairs": "training", "reference": "evaluation"}
     assert run.data.tags["distill_run"] == "a-run"
@@ -552,7 +596,7 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     finished: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finished report whose images are wanted afterwards, then one of them lost."""
-    shutil.copytree(finished[0].report_uri, tmp_path / "report")
+    copy_report(finished[0], tmp_path / "report")
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), npz=True, samplers=listed, curve_count=0)
     monkeypatch.setattr(plan, "PART_IMAGES", 10)

@@ -181,7 +181,7 @@ def test_a_report_survives_the_loss_of_a_node(full: Nodes, tmp_path: Path) -> No
     straight = replace(recipe, evaluate=replace(settings, uri=str(tmp_path / "straight")))
     finish(start("evaluate", straight, tmp_path, full.address))
     job = start("evaluate", recipe, tmp_path, full.address)
-    wait(job, lambda: len(storage.listing(f"{recipe.report_uri}/cache")), 1)
+    wait(job, lambda: len(storage.listing(f"{recipe.run}/cache")), 1)
     full.lose("node", random.Random(3))
     full.fill()
     finish(job)
