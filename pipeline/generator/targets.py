@@ -130,10 +130,8 @@ class FolderTarget:
         storage.sweep(self.place)
 
     def _write(self, ids: range, images: np.ndarray) -> None:
-        for number, image in zip(ids, images, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
-            storage.write_bytes(storage.join(self.place, self._name(number)), buffer.getvalue())
+        files = {self._name(number): _png(image) for number, image in zip(ids, images, strict=True)}
+        storage.write_files(self.place, files)
 
     @property
     def _about(self) -> str:
@@ -141,6 +139,13 @@ class FolderTarget:
 
     def _name(self, number: int) -> str:
         return f"{number:0{self._digits}d}.png"
+
+
+def _png(image: np.ndarray) -> bytes:
+    """Of uint8 [3, H, W]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _name(uri: str) -> str:
