@@ -130,6 +130,7 @@ def below(uri: str) -> dict[str, str]:
 
 
 def read_bytes(uri: str) -> bytes:
+    """The content of a file, all of it in memory."""
     if uri.startswith("hf://"):  # through the cache, which serves where the Hub cannot be asked
         return local(uri).read_bytes()
     with _sentences(uri, "read"):
