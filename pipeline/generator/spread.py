@@ -18,7 +18,7 @@ from pipeline.generator.generator import Generator
 from pipeline.generator.request import Request
 from pipeline.generator.targets import Target
 from pipeline.host.behind import Behind
-from pipeline.host.errors import Refused
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.services.ray_address import LOCAL, address
@@ -44,7 +44,7 @@ def missing(places: list[Target]) -> list[tuple[int, int]]:
 def make(
     request: Request, places: list[Target], units: list[tuple[int, int]], generator: Generator | None, actors: int
 ) -> None:
-    """Make ``units``, all that is missing of a request, and finish its files.
+    """Make ``units``, all that is missing of a request, and finish its files; Unfinished where they do not come.
 
     ``generator`` draws, or that of each of ``actors``, where it is None.
     """
@@ -58,6 +58,11 @@ def make(
         with Progress(total, "images", done=total - left) as progress:
             for _, item in made:
                 progress.update(len(request.ids(item)))
+        if lost := missing(places):
+            raise Unfinished(
+                f"{len(lost)} of {len(units)} parts were made and are not at --out as this process sees it; give --out"
+                " a folder that every node shares, or an s3:// or gs:// URI."
+            )
     for place in places:
         place.finish()
 

@@ -12,7 +12,7 @@ from tiny import tiny, tiny_text
 
 from pipeline import Generator
 from pipeline.generator import grid, spread
-from pipeline.generator.sample import main
+from pipeline.generator.sample import main, parser
 from pipeline.sampling.samplers import FlowMatched
 
 
@@ -140,6 +140,11 @@ def test_many_images_go_to_actors(student: str, tmp_path: Path, monkeypatch: pyt
     assert (generator, actors) == (None, 3)
     assert isinstance(alone, Generator)
     assert none == 0
+
+
+def test_the_rule_of_actors_is_in_the_help() -> None:
+    said = " ".join(parser("Draws.").format_help().split())
+    assert "by default 0, which is this process without Ray, below 10,000 images" in said
 
 
 def test_labels_outside_write_nothing_into_a_folder(

@@ -18,7 +18,7 @@ from pipeline.generator import spread
 from pipeline.generator.generator import BATCH
 from pipeline.generator.request import Request
 from pipeline.generator.targets import targets
-from pipeline.host.errors import Refused
+from pipeline.host.errors import Refused, Unfinished
 from pipeline.sampling.samplers import FewStep, FlowMatched
 
 COUNT = 2 * BATCH + 10
@@ -119,6 +119,13 @@ def test_one_missing_picture_is_drawn_again(request_: Request) -> None:
     places = targets(request_)
     assert spread.missing(places) == [(1, 1)]
     assert images(made(request_)) == expected
+
+
+@pytest.mark.faults("images: actors that write to another disk")
+def test_parts_that_do_not_arrive_are_missed(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "_by_actors", lambda request, places, units, actors: iter(units[:-1]))
+    with pytest.raises(Unfinished, match=r"6 of 6 parts were made and are not at --out as this process sees it"):
+        made(request_, actors=2)
 
 
 def test_another_draw_is_not_mixed_in(request_: Request) -> None:
