@@ -12,6 +12,7 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
@@ -221,8 +222,10 @@ def images(recipe: Recipe, teacher: Teacher, place: str, student: str, seconds: 
         with redirect_stderr(io.StringIO()):  # progress, in which nobody is interested
             spread.make(asked, [target], [(0, item) for item in range(asked.parts)], generator, 0)
 
-    calls = {"thrown away": bare, "into an .npz": partial(kept, "images.npz", NpzTarget)}
-    times = turns(calls | {"into a folder": partial(kept, "pictures", FolderTarget)}, device, seconds)
+    calls: dict[str, Callable[[], None]] = {"thrown away": bare}
+    calls["into an .npz"] = partial(kept, "images.npz", NpzTarget)
+    calls["into a folder"] = partial(kept, "pictures", FolderTarget)
+    times = turns(calls, device, seconds)
     section = Section(
         "Many images",
         f"{IMAGES:,} images of {sampler.name} at batch {BATCH} in this process, in turns: *thrown away* is the bare"
