@@ -5,6 +5,7 @@ No pixel is mixed with another: small images are enlarged by a whole factor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def picture(names: Sequence[str], rows: Sequence[np.ndarray], wanted: Sequence[A
     """
     count, _, height, width = rows[0].shape
     factor = max(1, round(LEAST_CELL / max(height, width)))
-    columns = min(count, max(1, round((count * len(rows)) ** 0.5)))
+    columns = min(count, math.ceil((count * len(rows)) ** 0.5))
     heads, letters = [_head(one, width * factor) for one in wanted], _line()
     left = max(map(_across, names)) + 3 * GAP if len(names) > 1 else 0
     lines = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
@@ -55,7 +56,7 @@ def picture(names: Sequence[str], rows: Sequence[np.ndarray], wanted: Sequence[A
 def _head(wanted: Any, width: int) -> list[str]:
     """What stands above an image: its class, or the beginning of its prompt in short lines."""
     lines = lettering.wrapped(lettering.shown(str(wanted)), width, POINTS)
-    return lines if len(lines) <= LINES else [*lines[: LINES - 1], lines[LINES - 1][:-1] + lettering.ELLIPSIS]
+    return lines if len(lines) <= LINES else [*lines[: LINES - 1], lines[LINES - 1][:-2].rstrip() + lettering.ELLIPSIS]
 
 
 def _font() -> ImageFont.FreeTypeFont:
