@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
@@ -34,6 +34,7 @@ from pipeline.host.errors import Missing, Outage, Refused
 
 SILENCE = 86_400  # seconds after which a temporary file of another machine counts as left behind
 BLOCK = 4 << 20
+ABSENT = "absent"  # in the place of a download: what the Hub did not have when it was last asked
 TYPES = {"html": "text/html; charset=utf-8", "md": "text/markdown; charset=utf-8", "json": "application/json"}
 TYPES |= {"png": "image/png"}
 # A file from S3 comes as one stream: s3fs (2026.9) goes on where that broke off, but not with parts side by side, and
@@ -58,8 +59,11 @@ def _info(uri: str) -> dict[str, Any] | None:
                 os.stat(path)  # through a link
             return dict(fs.info(path))
     except Missing:
+        _note_absent(uri)
         return None
     except Outage as outage:
+        if uri.startswith("hf://") and local_files.leads_to(_latest(uri), ABSENT):
+            return None
         return {"type": "file", "name": str(_kept(uri, outage))}
 
 
@@ -126,6 +130,9 @@ def below(uri: str) -> dict[str, str]:
 
 
 def read_bytes(uri: str) -> bytes:
+    """The content of a file, all of it in memory."""
+    if uri.startswith("hf://"):  # through the cache, which serves where the Hub cannot be asked
+        return local(uri).read_bytes()
     with _sentences(uri, "read"):
         fs, path = filesystem(uri)
         _check_regular(uri)
@@ -142,6 +149,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         fs, path = filesystem(uri)
         # one PUT of a finished buffer, or a multipart upload that is published as one
         fs.pipe_file(path, data, **_content_type(uri))
+
+
+def write_files(uri: str, files: Mapping[str, bytes]) -> None:
+    """Write files of one folder, {name: content}, each as ``write_bytes`` does, on a disk in half the time."""
+    if is_remote(uri):
+        for name, data in files.items():
+            write_bytes(join(uri, name), data)
+        return
+    with _sentences(uri, "written"):
+        local_files.write(Path(resolve(uri)), files)
 
 
 def _content_type(uri: str) -> dict[str, str]:
@@ -276,8 +293,16 @@ def _copy(uri: str, target: Path) -> None:
 
 
 def _latest(uri: str) -> Path:
-    """The link to the folder of a URI's last download."""
+    """The link to the folder of a URI's last download, or to ``ABSENT``."""
     return local_files.cache() / f"latest-{_digest(resolve(uri))}"
+
+
+def _note_absent(uri: str) -> None:
+    """Remember that the Hub has no such file, for when it cannot be asked: some files of a folder may be missing."""
+    if uri.startswith("hf://"):
+        with suppress(OSError):  # a cache that cannot be written remembers nothing
+            local_files.cache().mkdir(parents=True, exist_ok=True)
+            local_files.point(_latest(uri), ABSENT)
 
 
 def _kept(uri: str, outage: Outage) -> Path:

@@ -35,7 +35,7 @@ from pipeline.report import legend
 from pipeline.services import cluster, tracking
 from pipeline.workflow import preflight
 
-ALONE = ("solvers", "precision", "matching", "teacher", "sampling")  # sections that run in this process alone
+ALONE = ("solvers", "precision", "matching", "teacher", "sampling", "images")  # sections that run in this process alone
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -98,6 +98,9 @@ class Bench:
             "training": self._training,
             "generation": lambda: [actors.generation(recipe, self._place("generation"))],
             "evaluation": self._evaluation,
+            "images": lambda: [
+                actors.images(recipe, self.teacher, self._place("images"), self._student(), settings.seconds)
+            ],
             "growth": self._growth,
         }
 
@@ -126,7 +129,10 @@ class Bench:
         return [section, training.stream(self.recipe, self._place("stream"), self.device, rate)]
 
     def _evaluation(self) -> list[Section]:
-        """With a student that starts from its teacher, exported as training would."""
+        return [actors.evaluation(self.recipe, self._place("evaluation"), self._student())]
+
+    def _student(self) -> str:
+        """The file of a student that starts from its teacher, exported as training would."""
         recipe = self.recipe
         checksums = checkpoints.checksums(recipe.teacher)
         student = checkpoints.new_student(recipe.teacher, self.teacher, recipe.train.student_options, 0)
@@ -134,7 +140,7 @@ class Bench:
         pairs = PairFacts.of(recipe, checksums)
         settings = {"family": recipe.teacher.family, "teacher": checksums, "pairs_fingerprint": pairs.fingerprint}
         checkpoints.save(student, place, settings | recipe.train.student_options)
-        return [actors.evaluation(recipe, self._place("evaluation"), place)]
+        return place
 
     def _growth(self) -> list[Section]:
         section, self.curves = growth.growth(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.benchmark.actors import PARTS, SHARDS
+from pipeline.benchmark.actors import IMAGES, PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
@@ -66,5 +66,6 @@ SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     ),
     "generation": _generation,
     "evaluation": _evaluation,
+    "images": lambda recipe: (3, f"{IMAGES:,} images of a student at a time, thrown away, into an .npz, into a folder"),
     "growth": _growth,
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,6 +68,28 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def leads_to(link: Path, name: str) -> bool:
+    """Whether ``point`` made the link so, be its neighbour there or not."""
+    return link.is_symlink() and os.readlink(link) == name
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a folder, {name: content}, each whole or not at all, and on the disk when this returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        unfinished = folder / temporary(name)
+        try:
+            with io.FileIO(unfinished, "wb") as file:
+                view = memoryview(data)
+                while view:  # the system may take a part of them
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.replace(unfinished, folder / name)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def point(link: Path, name: str) -> None:

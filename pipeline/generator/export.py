@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from pipeline import storage
 from pipeline.command_line import Output, stop
 from pipeline.generator import folder, graph
-from pipeline.generator.generator import folder_of
+from pipeline.generator.generator import located
 from pipeline.generator.graph import Interface
 from pipeline.generator.sample import Parser
 from pipeline.host import provenance, signals
@@ -68,7 +68,7 @@ def export(asked: argparse.Namespace) -> str:
     Raises Refused or Missing, one sentence, before any work, for what is wrong.
     """
     _check_place(asked.out, asked.reader)
-    student = folder_of(asked.student)
+    student = located(asked.student)
     description = folder.read(student)
     if asked.reader and description.text:
         raise Refused(f"--for {READER} draws from noise alone, and this student takes prompts; leave it out.")

@@ -54,8 +54,8 @@ class Description:
 
 def weights(uri: str) -> str:
     """Where a student's folder has its weights, or will have them."""
-    earlier = storage.join(uri, EARLIER)
-    return earlier if storage.exists(earlier) else storage.join(uri, WEIGHTS)
+    usual, earlier = storage.join(uri, WEIGHTS), storage.join(uri, EARLIER)
+    return usual if storage.exists(usual) or not storage.exists(earlier) else earlier
 
 
 def weights_of(uri: str) -> str:

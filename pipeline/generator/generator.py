@@ -10,7 +10,9 @@ The image of (seed, sample id) is the one that the evaluation draws of it: bit f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from pipeline import noise
 from pipeline.flow.matching import Solver
 from pipeline.generator import folder
+from pipeline.host.ahead import ahead
 from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout, Teacher, Tokenizer
@@ -75,7 +78,7 @@ class Generator:
         Raises Missing or Refused, one sentence, for a folder that holds no student, or only a part of one.
         """
         found = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder.read(folder_of(uri)), device or found, precision, teacher)
+        return cls(folder.read(located(uri)), device or found, precision, teacher)
 
     def __call__(
         self,
@@ -116,38 +119,43 @@ class Generator:
         ids: Sequence[int] | None = None,
     ) -> Tensor:
         """``draw`` with any sampler that asks for no token frequencies; one that asks the teacher needs it loaded."""
-        sampler.check(self.layout)
-        column = self._column(wanted)
-        keys = _keys(len(column), seeds, ids)
-        parts = [
-            self._part(sampler, column[start : start + BATCH], keys[start : start + BATCH])
-            for start in range(0, len(column), BATCH)
-        ]
+        parts = [*self.batches(sampler, wanted, seeds, ids)]
         side = self.layout.image_size
         return torch.cat(parts) if parts else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
-    @torch.no_grad()
-    def _part(self, sampler: Sampler, column: np.ndarray, keys: Sequence[tuple[int, int]]) -> Tensor:
-        """``draw`` for images that go through the networks at once."""
+    def batches(
+        self,
+        sampler: Sampler,
+        wanted: Sequence[int] | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        ids: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """``draw_with``, as many images at a time as go through the networks at once: ``BATCH``, and what is left.
+
+        The noise of a batch is made while the one before is drawn, so that a GPU need not wait for it.
+        """
+        sampler.check(self.layout)
+        column = checked(self.description, self.layout, wanted)
+        keys = _keys(len(column), seeds, ids)
+        noises = (self._noise(keys[start : start + BATCH]) for start in range(0, len(keys), BATCH))
+        for i, (gaussian, uniform) in enumerate(ahead(noises)):
+            yield self._drawn(sampler, column[i * BATCH : (i + 1) * BATCH], gaussian, uniform)
+
+    def _noise(self, keys: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Gaussian float16 [B, n, C] and uniform draws float64 [B, n] of B (seed, sample id)."""
         length, dim = self.layout.length, self.layout.code_dim
-        gaussian = np.concatenate([noise.gaussian(seed, [sample], length, dim) for seed, sample in keys])
-        uniform = np.concatenate([noise.uniform(seed, [sample], length) for seed, sample in keys])
+        runs = [(seed, [sample for _, sample in run]) for seed, run in groupby(keys, itemgetter(0))]
+        gaussian = np.concatenate([noise.gaussian(seed, samples, length, dim) for seed, samples in runs])
+        return gaussian, np.concatenate([noise.uniform(seed, samples, length) for seed, samples in runs])
+
+    @torch.no_grad()
+    def _drawn(self, sampler: Sampler, column: np.ndarray, gaussian: np.ndarray, uniform: np.ndarray) -> Tensor:
+        """uint8 images [B, 3, H, W] of a batch."""
         condition: Condition = of_column(column)
         condition = self._encode(condition) if self._encode else condition.to(self.device)
         of_noise, of_choices = (torch.from_numpy(values).to(self.device) for values in (gaussian, uniform))
         embeddings = sampler.sample(self._models, Inputs(condition, of_noise.float(), of_choices))
         return to_uint8(self._models.decode(embeddings, sampler.student)).cpu()
-
-    def _column(self, wanted: Sequence[int] | Sequence[str]) -> np.ndarray:
-        """Labels int64 [B] or prompts, an object array [B]; Refused for what the student does not take."""
-        prompts = self.description.text is not None
-        for one in wanted:
-            if isinstance(one, str) != prompts:
-                takes = "prompts" if prompts else f"labels from 0 to {self.layout.classes - 1}"
-                raise Refused(f"{one!r} was asked of a student that takes {takes}; give it those.")
-            if not isinstance(one, str) and not (float(one).is_integer() and 0 <= one < self.layout.classes):
-                raise Refused(f"label {one} was asked of a student of {self.layout.classes} classes, counted from 0.")
-        return np.array(list(wanted), dtype=object if prompts else np.int64)
 
 
 class _Decoder(Teacher):
@@ -158,16 +166,25 @@ class _Decoder(Teacher):
         self.tokenizer, self.layout = tokenizer, tokenizer.layout
 
 
-def folder_of(uri: str) -> str:
-    """Where the folder is that ``uri`` names: of a models:/ address what MLflow's registry says of it.
+def checked(description: folder.Description, layout: Layout, wanted: Sequence[int] | Sequence[str]) -> np.ndarray:
+    """Labels int64 [B] or prompts, an object array [B]; Refused for what the student does not take."""
+    prompts = description.text is not None
+    for one in wanted:
+        if isinstance(one, str) != prompts:
+            takes = "prompts" if prompts else f"labels from 0 to {layout.classes - 1}"
+            raise Refused(f"{one!r} was asked of a student that takes {takes}; give it those.")
+        if not isinstance(one, str) and not (float(one).is_integer() and 0 <= one < layout.classes):
+            raise Refused(f"label {one} was asked of a student of {layout.classes} classes, counted from 0.")
+    return np.array(list(wanted), dtype=object if prompts else np.int64)
 
-    MLflow is imported for those alone.
-    """
-    if not str(uri).startswith("models:/"):
-        return str(uri)
+
+def located(address: str) -> str:
+    """The folder of a student: the address itself, or where MLflow's registry has it; MLflow is imported for that."""
+    if not str(address).startswith("models:/"):
+        return str(address)
     from pipeline.services import registry
 
-    return registry.folder_of(uri)
+    return registry.folder_of(address)
 
 
 def _teacher(recipe: dict[str, Any]) -> Teacher:

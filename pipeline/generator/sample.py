@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 import yaml
-from PIL import Image
 
 from pipeline import storage
 from pipeline.command_line import Output, stop
-from pipeline.generator.generator import Generator
+from pipeline.generator import folder, grid, spread
+from pipeline.generator.generator import Generator, checked, located
+from pipeline.generator.request import Request
+from pipeline.generator.targets import targets
 from pipeline.host import signals
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress
-from pipeline.sampling import sample_files, selection
+from pipeline.models import checkpoints
+from pipeline.models.base import Layout
+from pipeline.sampling import selection
 from pipeline.sampling.samplers import FewStep, FlowMatched, Sampler
 
-PART = 1_000  # images that are in memory at once, on their way into files
 GRID = 1_024  # images of a picture at most
-GAP = 2  # white pixels between them
+MOST = 10_000  # actors
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +63,11 @@ def parser(doc: str | None) -> Parser:
     add("--sampler", metavar="YAML", help="as in a recipe; by default {name: FewStep, steps: [1]}")
     add("--teacher", type=_truth, nargs="?", const=True, default=False, metavar="true",
         help="also the teacher's images of the same noise: below, or in a second .npz or folder")  # fmt: skip
-    add("--device", metavar="cpu|cuda", help="by default a GPU if there is one")
-    add("--out", required=True, metavar="PLACE", help="a grid (.png), an .npz in ADM's form, or a folder of pictures")
+    add("--device", type=_device, metavar="cpu|cuda", help="by default a GPU if there is one")
+    add("--actors", type=_pool, metavar="N", help=f"Ray actors that draw an .npz or a folder: {spread.RULE}")
+    add("--out", required=True, metavar="PLACE",
+        help="a grid (.png), an .npz in ADM's form, or a folder of pictures; the same command goes on with the latter"
+             " two where it was stopped")  # fmt: skip
     return out
 
 
@@ -68,6 +75,19 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2^63 - 1")
     return int(text)
+
+
+def _pool(text: str) -> int:
+    if _whole(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        return str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch's") from None
 
 
 def _truth(text: str) -> bool:
@@ -81,25 +101,42 @@ def sample(asked: argparse.Namespace) -> str:
 
     Raises Refused or Missing, one sentence, before any work, for what is wrong.
     """
-    entry = _entry(asked.sampler)
-    alone = not asked.teacher and isinstance(entry, dict) and entry.get("name") == FewStep.__name__
-    generator = Generator.from_pretrained(asked.student, asked.device, teacher=not alone)
-    (sampler,) = selection.build([entry], generator.layout, generator.description.split)
+    entry, student = _entry(asked.sampler), located(asked.student)
+    description = folder.read(student)
+    layout = checkpoints.config(description.settings).layout
+    (sampler,) = selection.build([entry], layout, description.split)
     if sampler.frequencies:
         raise Refused(f"--sampler {asked.sampler} draws from a pair set's token frequencies; jobs/evaluate.py has it.")
-    wanted = _wanted(asked, generator)
+    wanted = _wanted(asked, description, layout)
+    checked(description, layout, wanted)
     count = asked.count or min(len(wanted), 64)
-    _check_place(asked.out, count)
-    samplers: list[Sampler] = [sampler, FlowMatched()] if asked.teacher else [sampler]
-    drawing = [_drawn(generator, one, wanted, count, asked) for one in samplers]
+    samplers = (sampler, FlowMatched()) if asked.teacher else (sampler,)
+    alone = not asked.teacher and isinstance(sampler, FewStep)
+    places = [asked.out, _beside(asked.out)][: len(samplers)]
     if asked.out.endswith(".png"):
-        _write_grid(asked.out, [np.concatenate([*parts]) for parts in drawing])
-        places = [asked.out]
+        if count > GRID or asked.actors:
+            what = f"of {count:,} images is none to look at" if count > GRID else "is drawn without actors"
+            raise Refused(f"a grid {what}; give --out an .npz, or a folder.")
+        places, (_, device) = places[:1], spread.plan(0, asked.device, count, asked.out)
+        _write_grid(asked, Generator(description, device, "fp32", not alone), samplers, wanted, count)
     else:
-        places = [asked.out, _beside(asked.out)][: len(samplers)]
-        for place, parts in zip(places, drawing, strict=True):
-            (_write_npz if place.endswith(".npz") else _write_folder)(place, parts, count, asked.first)
+        actors, device = spread.plan(asked.actors, asked.device, count, storage.resolve(asked.out))
+        uris = tuple(map(storage.resolve, places))
+        student = storage.resolve(student)
+        request = Request(student, not alone, samplers, uris, wanted, asked.seed, asked.first, count, device)
+        _write_parts(request, description, layout, actors)
     return f"{count:,} images of {sampler.name} are in {' and '.join(places)}."
+
+
+def _write_parts(request: Request, description: folder.Description, layout: Layout, actors: int) -> None:
+    """The files of a request, those that are there already as they are; room and networks are looked at before."""
+    places = targets(request)
+    units = spread.missing(places)
+    left = sum(len(request.ids(item)) for _, item in units)
+    twice = 2 * left * 3 * layout.image_size**2  # of an .npz: its parts, and then it
+    storage.check_writable(request.places[0].rpartition("/")[0] or "/", twice * request.places[0].endswith(".npz"))
+    generator = Generator(description, "cpu" if actors else request.device, "fp32", request.teacher) if units else None
+    spread.make(request, places, units, None if actors else generator, actors)
 
 
 def _entry(text: str | None) -> Any:
@@ -114,7 +151,7 @@ def _entry(text: str | None) -> Any:
         ) from None
 
 
-def _wanted(asked: argparse.Namespace, generator: Generator) -> Sequence[Any]:
+def _wanted(asked: argparse.Namespace, description: folder.Description, layout: Layout) -> Sequence[Any]:
     """The labels or prompts to go through in turn."""
     given = [name for name in ("labels", "prompts", "prompt") if getattr(asked, name) is not None]
     if len(given) > 1:
@@ -131,64 +168,27 @@ def _wanted(asked: argparse.Namespace, generator: Generator) -> Sequence[Any]:
             return [int(part) for part in asked.labels.split(",")]
         except ValueError:
             raise Refused(f"--labels is {asked.labels}; write classes with commas between them, as 3,7.") from None
-    if generator.description.text:
+    if description.text:
         raise Refused("this student draws from prompts; give --prompt TEXT or --prompts FILE.")
-    return range(generator.layout.classes)
+    return range(layout.classes)
 
 
-def _check_place(place: str, count: int) -> None:
-    """Refused for a grid that nobody could look at, and for a folder that holds something."""
-    if place.endswith(".png"):
-        if count > GRID:
-            raise Refused(f"a grid of {count:,} images is none to look at; give --out an .npz, or a folder.")
-    elif not place.endswith(".npz") and storage.listing(place):
-        raise Refused(f"the folder --out {place} is not empty; name another.")
-
-
-def _drawn(
-    generator: Generator, sampler: Sampler, wanted: Sequence[Any], count: int, asked: argparse.Namespace
-) -> Iterator[np.ndarray]:
-    """uint8 images [B, 3, H, W], a part after the other."""
-    with Progress(count, "images") as progress:
-        for start in range(0, count, PART):
-            rows = range(start, min(start + PART, count))
-            these = [wanted[(asked.first + row) % len(wanted)] for row in rows]
-            yield generator.draw_with(sampler, these, asked.seed, [asked.first + row for row in rows]).numpy()
-            progress.update(len(rows))
-
-
-def _write_grid(place: str, rows: list[np.ndarray]) -> None:
-    """A picture with as many columns as rows of samples, the samplers' rows one below the other."""
-    count, _, height, width = rows[0].shape
-    columns = min(count, max(1, round((count * len(rows)) ** 0.5)))
-    lines = -(-count // columns)
-    sheet = np.full((lines * len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
-    for k, images in enumerate(rows):
-        for i, image in enumerate(images):
-            top, left = ((i // columns) * len(rows) + k) * (height + GAP), (i % columns) * (width + GAP)
-            sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
-    with storage.replacing(place) as file:
-        Image.fromarray(sheet).save(file, format="PNG")
-
-
-def _write_npz(place: str, parts: Iterator[np.ndarray], count: int, first: int) -> None:
-    """uint8 [count, H, W, 3] as ``arr_0``, which OpenAI's evaluator reads."""
-    key = f"sample-{count}-{first}"
-    if storage.exists(place):
-        storage.remove(place)
-    for item, images in enumerate(parts):
-        sample_files.write_part(place, key, item, images)
-    sample_files.join(place, key, -(-count // PART))
-
-
-def _write_folder(place: str, parts: Iterator[np.ndarray], count: int, first: int) -> None:
-    """A PNG for each image, named after its sample id."""
-    number = first
-    for images in parts:
-        for image in images:
-            with storage.replacing(storage.join(place, f"{number:0{len(str(first + count - 1))}d}.png")) as file:
-                Image.fromarray(image.transpose(1, 2, 0)).save(file, format="PNG")
-            number += 1
+def _write_grid(
+    asked: argparse.Namespace, generator: Generator, samplers: Sequence[Sampler], wanted: Sequence[Any], count: int
+) -> None:
+    """The picture of all samplers, drawn and written at once."""
+    ids = range(asked.first, asked.first + count)
+    these = [wanted[i % len(wanted)] for i in ids]
+    rows = []
+    with Progress(count * len(samplers), "images") as progress:
+        for sampler in samplers:
+            batches = []
+            for images in generator.batches(sampler, these, asked.seed, ids):
+                batches.append(images.numpy())
+                progress.update(len(images))
+            rows.append(np.concatenate(batches))
+    with storage.replacing(asked.out) as file:
+        grid.picture([sampler.name for sampler in samplers], rows, these).save(file, format="PNG")
 
 
 def _beside(place: str) -> str:

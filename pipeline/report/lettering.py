@@ -72,5 +72,10 @@ def _width(text: str, size: float) -> float:
     return font.get_width_height()[0] / 64  # FreeType counts in 64ths of a pixel
 
 
+def font_file() -> str:
+    """Path of the pictures' font, a TrueType file that matplotlib ships."""
+    return str(font_manager.findfont(font_manager.FontProperties()))
+
+
 def _font() -> Any:
-    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return font_manager.get_font(font_file())

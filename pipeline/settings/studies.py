@@ -42,7 +42,16 @@ class AblationSettings:
 
 
 Measured = Literal[
-    "solvers", "precision", "matching", "teacher", "sampling", "training", "generation", "evaluation", "growth"
+    "solvers",
+    "precision",
+    "matching",
+    "teacher",
+    "sampling",
+    "training",
+    "generation",
+    "evaluation",
+    "images",
+    "growth",
 ]
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 
 from pipeline import storage
 from pipeline.evaluation.artist import Artist
@@ -28,8 +27,7 @@ from pipeline.sampling import sample_files
 from pipeline.scoring import instruments
 from pipeline.scoring.tally import Outline, Statistics, outline
 from pipeline.services import cluster
-
-RETRIES = 5  # of a part whose actor died; a node that is lost takes several before Ray has noticed
+from pipeline.services.parts import made
 
 
 class Shelf(Mapping[Draw, Statistics]):
@@ -115,14 +113,7 @@ def parts_of(
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
     with cluster.session(plan.recipe, actors, "sampling actors"), beat:
         shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
-        dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-            artist,
-            fn_constructor_args=(plan, todo, frequencies, shared),
-            fn_constructor_kwargs={"working": beat.announcer.working, **more},
-            batch_size=1,
-            **cluster.pool(plan.recipe, actors, RETRIES),
-        )
-        yield from beat.rows(dataset)
+        yield from made(beat, plan.recipe, actors, units, artist, plan, todo, frequencies, shared, **more)
 
 
 def in_order(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, Statistics]]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import IMAGES, Family, tiny, with_pairs
 
@@ -301,6 +303,25 @@ def test_evaluation_runs_the_jobs_own_pool(ray_cluster: str, tmp_path: Path, mon
         device = float(row["drawing, %"]) + float(row["scoring, %"])
         assert float(row["end to end / device"]) == pytest.approx(device / 100)
         assert 0 < device < 100
+
+
+def test_many_images_stand_beside_images_thrown_away(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(actors, "IMAGES", 20)
+    monkeypatch.setattr(clock, "MOST", 1)
+    times = iter([1.0, 1.25, 2.0])
+    monkeypatch.setattr(clock, "once", lambda call, device: (call(), next(times))[1])
+    (section,) = benchmark.Bench(recipe, str(tmp_path)).parts["images"]()
+    assert [row["images"] for row in section.rows] == ["thrown away", "into an .npz", "into a folder"]
+    assert [claim.value for claim in section.claims] == [0.8, 0.5]
+    assert section.rows[1]["images / s"] == 16
+    with np.load(tmp_path / "images" / "images.npz") as arrays:
+        found = arrays["arr_0"]
+    pictures = sorted((tmp_path / "images" / "pictures").glob("*.png"))
+    assert np.array_equal(found, np.stack([np.asarray(Image.open(path)) for path in pictures]))
+    assert len(found) == 20
+    assert not capsys.readouterr().err, "no bars"
 
 
 # ---- training

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import hub
+import numpy as np
 import pytest
 import torch
+from s3server import BUCKET, Relay
 from shared_student import shared
 from tiny import tiny, tiny_text
 
-from pipeline import storage
+from pipeline import Generator, storage
 from pipeline.generator import folder
+from pipeline.generator.sample import main
 from pipeline.host.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
@@ -128,3 +135,49 @@ def test_a_folder_in_a_bucket_is_read(recipe: Recipe) -> None:
     assert found.weights == f"{place}/{folder.WEIGHTS}"
     assert found.settings.tokenizer == f"{place}/{folder.TOKENIZER}"
     assert found.settings.config == recipe.teacher.config
+
+
+@pytest.mark.faults("the Hub: gone after a student was fetched")
+def test_a_student_and_its_encoder_on_the_hub(tmp_path: Path) -> None:
+    """hf:// for both; when the Hub cannot be asked any more, what was fetched draws the same.
+
+    In a process of its own, for huggingface_hub reads its address on import.
+    """
+    recipe = shared(tiny_text(tmp_path))
+    expected = Generator.from_pretrained(recipe.student_uri, "cpu").draw(["zero one", "two"])
+    place = edited(recipe, text=asdict(replace(recipe.text, encoder="hf://owner/encoder")))
+    Path(place, folder.RECIPE).unlink()  # as one is shared
+    code = (
+        "import os, urllib.request; from pipeline import Generator\n"
+        "def draw(): print(Generator.from_pretrained('hf://owner/student', 'cpu').draw(['zero one', 'two']).tolist())\n"
+        f"draw(); urllib.request.urlopen(os.environ['HF_ENDPOINT'] + {hub.STOP!r}); draw()"
+    )
+    with hub.serve(student=Path(place), encoder=tmp_path / "encoder") as server:
+        env = os.environ | hub.environment(server, tmp_path / "cache")
+        env |= {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert out.returncode == 0, out.stderr
+    drawn = [line for line in out.stdout.splitlines() if line.startswith("[")]
+    assert drawn == [str(expected.tolist())] * 2
+    fetched = [path for path in server.asked if "/resolve/" in path]  # type: ignore[attr-defined]
+    assert len(fetched) == len(set(fetched)), "each file once"
+    assert "hf://owner/encoder/model.safetensors cannot be asked for now; what was downloaded before" in out.stdout
+
+
+def test_a_student_and_its_encoder_in_a_bucket(
+    s3_server: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3:// for both, and for the images' folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe, bucket = shared(tiny_text(tmp_path)), f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    expected = Generator.from_pretrained(recipe.student_uri, "cpu").draw(["zero one", "two"])
+    place = edited(recipe, text=asdict(replace(recipe.text, encoder=f"{bucket}/encoder")))
+    for name, source in (("student", place), ("encoder", str(tmp_path / "encoder"))):
+        for file in storage.listing(source):
+            storage.write_bytes(f"{bucket}/{name}/{file}", Path(source, file).read_bytes())
+    assert torch.equal(Generator.from_pretrained(f"{bucket}/student", "cpu").draw(["zero one", "two"]), expected)
+    main("Draws.", ["--student", f"{bucket}/student", "--prompt", "two", "--count", "3", "--out", f"{bucket}/images"])
+    assert storage.listing(f"{bucket}/images") == ["0.png", "1.png", "2.png", "sample.json"]
+    main("Draws.", ["--student", f"{bucket}/student", "--prompt", "two", "--count", "3", "--out", f"{bucket}/i.npz"])
+    with storage.reading(f"{bucket}/i.npz") as file, np.load(file) as arrays:
+        assert arrays["arr_0"].shape == (3, 6, 6, 3)
