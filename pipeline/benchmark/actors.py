@@ -22,7 +22,8 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.plan import PART_IMAGES, Draw, EvaluationPlan, prepare
+from pipeline.evaluation.draws import PART_IMAGES, Draw
+from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
 from pipeline.host.stopwatch import Stopwatch

@@ -26,7 +26,8 @@ class Entry:
 
     ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints;
     ``rounds`` the round of classes that each kept image belongs to, None where there are no classes; ``departs`` says
-    in what it asks more of its student than that was trained for.
+    in what it asks more of its student than that was trained for. ``student`` is the name of another student than the
+    recipe's own, empty where it is that or none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     paper: dict[str, float] = field(default_factory=dict)
     rounds: np.ndarray | None = None
     departs: list[str] = field(default_factory=list)
+    student: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _row(entry: Entry, reference: Reference) -> Row:
         "seconds": statistics.seconds,
         "speeds": list(map(speed.as_json, entry.speeds)),
     }
+    if entry.student:
+        row["student"] = entry.student
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:

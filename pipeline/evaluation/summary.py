@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation import unseen
-from pipeline.evaluation.plan import Draw, EvaluationPlan
+from pipeline.evaluation.draws import Draw
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.evaluation.rows import NEIGHBOURS, Entry, Reference, agreement, numbers, score
 from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
@@ -63,6 +64,8 @@ def summarise(
     }
     if plan.prompts:
         results["grid"] = plan.prompts(range(plan.grid_columns)).tolist()
+    if plan.beside:
+        results["made"]["students"] = {name: _student(other) for name, other in plan.beside.items()}
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
@@ -71,15 +74,21 @@ def summarise(
 def frame(plan: EvaluationPlan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.published(settings.samplers)}
+    facts: dict[str, Any] = {"format": FORMAT, "name": plan.recipe.name}
+    facts["paper"] = selection.published(settings.samplers)
+    if plan.beside:  # their names, which are no part of what is drawn
+        facts["students"] = [[name, other.student, other.registered] for name, other in plan.beside.items()]
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
 def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
-    names, papers = selection.names(plan.samplers), selection.published(plan.recipe.evaluate.samplers)
-    for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
+    for name, draw, paper in plan.lines():
+        sampler, of = draw.sampler, plan.of(draw)
+        assert sampler is not None
+        # Speed is that of networks, whatever their weights: another student's are timed with the recipe's own.
+        timed = of.built == plan.built
         yield Entry(
             name=name,
             kind=type(sampler).__name__,
@@ -87,11 +96,12 @@ def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times:
             steps=sampler.steps_label(plan.layout),
             statistics=statistics[draw],
             rounds=draw.rounds(),
-            speeds=times.speeds.get(sampler, []),
+            speeds=times.speeds.get(sampler, []) if timed else [],
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
-            departs=plan.departures(sampler),
+            departs=of.departures(sampler),
+            student=draw.owner,
         )
 
 
@@ -154,10 +164,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "count": settings.count,
         "seed": settings.seed,
         **conditions,
-        "samplers": {
-            name: [type(sampler).__name__, dataclasses.asdict(sampler)]
-            for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
-        },
+        "samplers": _samplers(plan),
         "teacher": {
             "family": plan.facts["family"],
             "config": plan.facts["config"],
@@ -202,6 +209,12 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "report": _report(),
         "fingerprint": plan.fingerprint(),
     }
+
+
+def _samplers(plan: EvaluationPlan) -> dict[str, list[Any]]:
+    """[class, fields] of each row's sampler by its name."""
+    named = [(line.name, line.draw.sampler) for line in plan.lines()]
+    return {name: [type(one).__name__, dataclasses.asdict(one)] for name, one in named if one}
 
 
 def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def _result(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _of_student(results: Results) -> list[Row]:
-    return [row for row in results["rows"] if row["type"].startswith("DD")]
+    """The rows that this student drew; others may stand beside it."""
+    return [row for row in results["rows"] if row["type"].startswith("DD") and not row.get("student")]
 
 
 def _introduction(config: dict[str, Any]) -> str:
@@ -93,7 +94,16 @@ def _scores(results: Results) -> str:
 
 {markdown.table(results)}
 
-{results["title"]}, {count:,} images a row, reference `{reference}`; report `{results["fingerprint"][:12]}`."""
+{results["title"]}, {count:,} images a row, reference `{reference}`; report `{results["fingerprint"][:12]}`.\
+{_about_others(results)}"""
+
+
+def _about_others(results: Results) -> str:
+    """Which rows of the table are not this student's; nothing where all are."""
+    others = list(dict.fromkeys(row["student"] for row in results["rows"] if row.get("student")))
+    if not others:
+        return ""
+    return f" Rows of {', '.join(others)} were drawn by other students, for the same conditions and noise."
 
 
 def _training(config: dict[str, Any]) -> str:

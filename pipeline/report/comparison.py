@@ -52,8 +52,9 @@ def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
     curves = []
     for report in [results, *(other["results"] for other in others)]:
         pairs = _pairs_count(report)
-        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in report["rows"]}
-        for row in report["rows"]:
+        rows = [row for row in report["rows"] if not row.get("student")]
+        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in rows}
+        for row in rows:
             if name := names[row["name"]]:
                 points.append({"pairs": pairs, "name": name, "score": row["score"]})
         curves.append((pairs, names, report["curve"]))
@@ -64,7 +65,8 @@ def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
 
 
 def _of_student(row: Row) -> bool:
-    return row.get("type") in ("DD", "DD + AR")
+    """Whether the report's own student drew a row; another one that stands beside it did not."""
+    return row.get("type") in ("DD", "DD + AR") and not row.get("student")
 
 
 def _pairs_count(results: Results) -> int:

@@ -87,7 +87,20 @@ def about_rows(results: Results) -> list[tuple[str, str]]:
     out = [text for kind, text in (ROWS | (WITH_PROMPTS if of_prompts(results) else {})).items() if kind in kinds]
     if departing:
         out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
+    out += [(f"of {name}", _about_student(results, name)) for name in results["made"].get("students", {})]
     return out + [("note", note) for note in results.get("notes", [])]
+
+
+def _about_student(results: Results, name: str) -> str:
+    """Who another student is, and whose speed stands in its rows."""
+    origin = results["made"]["students"][name]
+    text = f"the same sampler with another student, {origin['uri']}, SHA-256 {origin['SHA-256'][:12]}..."
+    text += f", of {origin['pairs_count']:,} pairs" if "pairs_count" in origin else ""
+    text += f", after {origin['step']:,} optimiser steps" if "step" in origin else ""
+    text += ". Rows that name no student are of the recipe's own."
+    if any(row.get("ms") for row in results["rows"] if row.get("student") == name):
+        text += " Its networks have the shapes of the recipe's own student, which alone was timed."
+    return text
 
 
 def about_columns(results: Results) -> list[tuple[str, str]]:
@@ -286,7 +299,8 @@ def about_training(results: Results) -> str:
     curve = results["curve"]
     assert curve is not None
     teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
-    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
+    whose = " Of the recipe's own student alone." if results["made"].get("students") else ""
+    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}.{whose}"
 
 
 def about_pairs(results: Results) -> str:

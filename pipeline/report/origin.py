@@ -270,6 +270,7 @@ class Origin(_OriginOfNumbers, Conditions):
         teacher: who drew the teacher's rows.
         solver: settings of flow matching.
         student: who drew the student's rows; None without any.
+        students: who drew the rows of other students, by their names; missing without any.
         pairs: the set whose token frequencies were drawn from; None where no sampler does.
         features: the kind of scoring network, digits or inception.
         flavour: how Inception saw images; None of the digits.
@@ -297,6 +298,7 @@ class Origin(_OriginOfNumbers, Conditions):
     teacher: TeacherOrigin
     solver: NotRequired[dict[str, Any]]
     student: StudentOrigin | None
+    students: NotRequired[dict[str, StudentOrigin]]
     pairs: NotRequired[PairsOrigin | None]
     features: NotRequired[str]
     flavour: NotRequired[str | None]

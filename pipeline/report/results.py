@@ -120,6 +120,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
 
     Attributes:
         name: what the report calls it, distinct among the rows.
+        student: the name of the student that drew it; missing of the recipe's own, and where none drew.
         type: as the paper's tables group samplers, AR, baseline, DD, DD + AR; "real" of the real images.
         departs: in what it asks more of its student than that was trained for; mostly empty.
         parameters: of the transformer that draws; None where no network is asked.
@@ -138,6 +139,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
     """
 
     name: Required[str]
+    student: str
     type: str
     departs: list[str]
     parameters: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -9,9 +10,11 @@ from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
 from pipeline.configuration.fields import Name, Pool, Range, Seed, Size, SizeOrOff, Uri
 from pipeline.numerics.precision import Precision
+from pipeline.report.names import metric_name
 from pipeline.settings.text import UnseenSettings
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
+NAME_OF_STUDENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
 FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
 
 
@@ -30,6 +33,10 @@ class EvaluateSettings:
             327_000_000, seconds: 0.021, speedup: 6.3}``, and are shown beside ours.
         student: URI of a student's folder or of its weights, or models:/NAME@best or models:/NAME/3 out of MLflow's
             model registry; default <run>/student.
+        students: other students that stand beside the recipe's own in one report, {name: URI}, each as ``student`` is
+            given. Every sampler that draws with a student draws with each of them too, for the same labels or prompts
+            from the same noise, and differences are told with their errors. Their layout, tokenizer and conditioning
+            must be those of the teacher; names are of letters, digits and ``._-``.
         register: name in MLflow's model registry under which the student becomes a version once its report is written.
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
             that holds it, at the same count, features, reference and number of steps.
@@ -68,6 +75,7 @@ class EvaluateSettings:
     seed: Seed = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)
     student: Annotated[str, Address(model=True)] | None = None
+    students: dict[str, Annotated[str, Address(model=True)]] = field(default_factory=dict)
     register: Name | None = None
     features: Literal["digits", "inception"] = "digits"
     flavour: Literal["torch-fidelity", "pytorch-fid", "both"] = "torch-fidelity"
@@ -94,6 +102,7 @@ class EvaluateSettings:
             self.curve_count != 1,
             "evaluate.curve_count is 1, and a covariance needs 2 samples or more; give 2 or more, or 0 for no curve.",
         )
+        self._check_students()
         if self.register is not None:
             fields.require(
                 not set(self.register) & set("/:@'"),
@@ -109,6 +118,23 @@ class EvaluateSettings:
                     bool(getattr(self, name)),
                     f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
                 )
+
+    def _check_students(self) -> None:
+        """Refuse names of other students that cannot stand in tables and file names, or that clash there."""
+        seen: dict[str, str] = {}
+        for name in self.students:
+            fields.require(
+                re.fullmatch(NAME_OF_STUDENT, name) is not None,
+                f"evaluate.students has the name {name!r}; give 1 to 40 letters, digits, dots, hyphens and underscores,"
+                " a letter or a digit first.",
+            )
+            key = metric_name(name).casefold()
+            fields.require(
+                key not in seen,
+                f"evaluate.students has the names {seen.get(key)} and {name}, which clash in the names of files and"
+                " metrics; change one of them.",
+            )
+            seen[key] = name
 
     @property
     def flavours(self) -> tuple[Flavour, ...]:

@@ -214,7 +214,7 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
     uris = [teacher.tokenizer, teacher.checkpoint]
     if job == "evaluate":
         given = (evaluate.student, evaluate.reference, evaluate.images, evaluate.captions.uri, evaluate.clip)
-        uris += [uri for uri in given if uri]
+        uris += [uri for uri in given if uri] + list(evaluate.students.values())
     uris += [uri for uri in (recipe.captions.uri, recipe.text.encoder) if uri]
     for uri in uris:
         if not uri.startswith(("package://", "models:/")) and not storage.is_remote(uri):
