@@ -14,7 +14,7 @@ from pipeline.report.results import Agreement, OfFeatures, Quality, Row
 from pipeline.sampling import speed
 from pipeline.sampling.speed import Speed
 from pipeline.scoring import metrics
-from pipeline.scoring.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
+from pipeline.scoring.metrics import Gaussian, Jackknife, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.scoring.tally import Statistics
 
 NEIGHBOURS = 3  # of precision and recall
@@ -59,14 +59,21 @@ class Reference:
 
 
 def numbers(
-    entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
+    entries: Iterable[Entry],
+    reference: Reference,
+    ar: Sequence[Speed] = (),
+    batch: int | None = None,
+    jackknives: dict[str, Jackknife] | None = None,
 ) -> list[Row]:
     """One dictionary per row, real images first; None where a number does not exist.
+
+    Into ``jackknives`` go those of the rows' distances by their names, as far as features were kept.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows: list[Row] = [{**_row(entry, reference), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
+    found = {} if jackknives is None else jackknives
+    rows: list[Row] = [{**_row(entry, reference, found), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -87,7 +94,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference) -> Row:
+def _row(entry: Entry, reference: Reference, jackknives: dict[str, Jackknife]) -> Row:
     statistics, real = entry.statistics, reference.real
     row: Row = {
         "name": entry.name,
@@ -111,11 +118,16 @@ def _row(entry: Entry, reference: Reference) -> Row:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:
         row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
-    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics, reference)}
+    of_features, jackknife = _of_features(statistics, entry.rounds, reference)
+    if jackknife:
+        jackknives[entry.name] = jackknife
+    return {**row, **of_features, **_quality(statistics, reference)}
 
 
-def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> OfFeatures:
-    """What needs the images' features themselves, not their sums alone.
+def _of_features(
+    statistics: Statistics, rounds: np.ndarray | None, reference: Reference
+) -> tuple[OfFeatures, Jackknife | None]:
+    """What needs the images' features themselves, not their sums alone, and what is behind the distance's error.
 
     Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
     recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
@@ -123,7 +135,7 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
     out: OfFeatures = {"score_std": None, "score_inf": None}
     out |= {"precision": None, "recall": None, "kid": None, "kid_std": None}
     if not statistics.features:
-        return out
+        return out, None
     mine = np.concatenate(statistics.features)
     rounds = np.arange(len(mine)) if rounds is None else rounds
     share, total = len(mine) / statistics.moments.n, statistics.moments
@@ -131,7 +143,7 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
         total = Moments(mine.shape[1])
         total.add(mine)
     with ThreadPoolExecutor() as pool:  # most of each runs without Python's lock, on few cores
-        error = pool.submit(metrics.frechet_error, mine, total, reference.gaussian, rounds)
+        error = pool.submit(metrics.jackknife, mine, total, reference.gaussian, rounds)
         if reference.real and reference.real.features:
             theirs = np.concatenate(reference.real.features)
             kid = pool.submit(metrics.kid, mine, theirs)
@@ -139,8 +151,8 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
                 out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
             out["kid"], out["kid_std"] = kid.result()
     if found := error.result():
-        out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
-    return out
+        out["score_std"], out["score_inf"] = found.error * math.sqrt(share), found.limit
+    return out, found
 
 
 def _quality(statistics: Statistics, reference: Reference) -> Quality:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation import unseen
+from pipeline.evaluation.differences import differences
 from pipeline.evaluation.draws import Draw
 from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.evaluation.rows import NEIGHBOURS, Entry, Reference, agreement, numbers, score
@@ -23,7 +24,7 @@ from pipeline.report.results import Agreement, CurvePoint, OtherReport, Results,
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.scoring import clip, instruments, metrics, real_images
-from pipeline.scoring.metrics import Gaussian, Moments
+from pipeline.scoring.metrics import Gaussian, Jackknife, Moments
 from pipeline.scoring.references import References
 from pipeline.scoring.tally import SCORE_BLOCK, Outline, Statistics
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings
@@ -45,7 +46,9 @@ def summarise(
     """
     settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
     teacher, batch = times.speeds.get(Autoregressive(), []), speed.throughput_batch(times.speeds.values())
-    rows = numbers(_entries(plan, statistics, times), reference, teacher, batch)
+    jackknives: dict[str, Jackknife] = {}
+    rows = numbers(_entries(plan, statistics, times), reference, teacher, batch, jackknives)
+    apart = differences(plan, rows, jackknives) if plan.beside else []
     results: Results = {
         "name": plan.recipe.name,
         "title": instruments.title(settings),
@@ -56,7 +59,7 @@ def summarise(
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
         "speed": speed.baseline(teacher, batch),
-        "alike": comparison.alike(rows),
+        "alike": comparison.alike(rows, [(one["first"], one["second"]) for one in apart]),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
@@ -65,6 +68,7 @@ def summarise(
     if plan.prompts:
         results["grid"] = plan.prompts(range(plan.grid_columns)).tolist()
     if plan.beside:
+        results["differences"] = apart
         results["made"]["students"] = {name: _student(other) for name, other in plan.beside.items()}
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)

@@ -262,6 +262,18 @@ def about_load(load: MachineLoad, cores: int | None) -> str:
     return text + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
 
 
+def about_differences(results: Results) -> str:
+    """What the differences between students are of, and when two rows are called indistinguishable."""
+    of = "prompts" if of_prompts(results) else "labels"
+    return (
+        f"The rows were drawn for the same {of} from the same noise, so their images are pairs and much of their chance"
+        " is common to both. The standard error is that of the difference itself: the jackknife of the table's errors,"
+        " each group of rounds left out of both rows at once. It is of chance in these images alone, not of another"
+        " training's. Two rows are indistinguishable if they differ by less than two standard errors, or by less than"
+        " 1.3 % of the larger distance."
+    )
+
+
 def about_agreement(results: Results) -> str:
     """How near flow matching is to plain sampling."""
     agreement, title = results["agreement"], results["title"]

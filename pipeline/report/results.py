@@ -188,6 +188,27 @@ class SpeedBaseline(TypedDict):
     encoder: NotRequired[Sequence[EncoderTime]]
 
 
+class Difference(TypedDict):
+    """How far two rows are apart whose images are pairs, of the same conditions and noise.
+
+    Attributes:
+        first: name of a row.
+        second: name of the other.
+        difference: distance of the first to the reference minus that of the second.
+        std: standard error of the difference, as of pairs; None where too few features were kept.
+        count: images of each row.
+        indistinguishable: whether the two are less than two standard errors apart, or than 1.3 % of the larger
+            distance; None where the error is not known and the latter does not decide.
+    """
+
+    first: str
+    second: str
+    difference: float
+    std: float | None
+    count: int
+    indistinguishable: bool | None
+
+
 class Agreement(TypedDict):
     """Whether flow matching left the teacher's distribution alone.
 
@@ -331,6 +352,7 @@ class Results(TypedDict):
         rows: of the table, real images first where there are any.
         speed: what the rows' speed is compared with.
         alike: pairs of rows, by their names, that are too close to be told apart, the nearest first.
+        differences: of rows of several students; missing where the report is of one.
         agreement: None unless both teachers are listed.
         curve: None without students exported along the way.
         notes: what a reader must know of student and samplers, in sentences.
@@ -349,6 +371,7 @@ class Results(TypedDict):
     rows: list[Row]
     speed: NotRequired[SpeedBaseline]
     alike: NotRequired[Sequence[Sequence[str]]]
+    differences: NotRequired[list[Difference]]
     agreement: Agreement | None
     curve: TrainingCurve | None
     notes: NotRequired[list[str]]

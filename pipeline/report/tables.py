@@ -133,6 +133,25 @@ def further(results: Results) -> Table | None:
     return Table(["sampler", *(column.heading for column in distances)], cells) if rows else None
 
 
+def differences(results: Results) -> Table | None:
+    """How far the rows of several students are apart; None in the report of one."""
+    cells = []
+    for one in results.get("differences", []):
+        error = "-" if one["std"] is None else f"{one['std']:.2g}"
+        verdict = _verdict(one["first"], one["second"], one["difference"], one["indistinguishable"])
+        cells.append([one["first"], one["second"], verdict, f"{one['difference']:+.2f}", error, f"{one['count']:,}"])
+    short = short_title(results)
+    headings = ["first row", "second row", f"lower {short}", f"{short}, first - second", "standard error", "images"]
+    return Table(headings, cells, 3) if cells else None
+
+
+def _verdict(first: str, second: str, difference: float, indistinguishable: bool | None) -> str:
+    """The row of the lower distance, where the two can be told apart; a dash where nobody knows."""
+    if indistinguishable is None:
+        return "-"
+    return "indistinguishable" if indistinguishable else (first if difference < 0 else second)
+
+
 def main(results: Results) -> Table:
     """The report's table, the most telling of the paper's figures behind ours."""
     texts: dict[str, Callable[[Row], str]] = {}  # by heading

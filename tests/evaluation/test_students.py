@@ -30,6 +30,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import comparison, plots
 from pipeline.sampling.samplers import Autoregressive
 from pipeline.sampling.speed import Speed
+from pipeline.scoring import metrics
 from pipeline.services import registry
 from pipeline.workflow import costs, drawing, evaluate, status
 
@@ -38,6 +39,7 @@ SAMPLERS: list[dict[str, Any]] = [
     {"name": "FewStep", "steps": [1], "paper": {"fid": 9.94}},
     {"name": "FewStep", "steps": [1, 2]},
 ]
+COUNT = 140  # twice the features, and 14 rounds of classes: enough for errors
 ROWS = ["teacher, AR", "DD 1 step", "DD 1 step of a", "DD 1 step of b"]
 ROWS += ["DD 2 steps (1, 2)", "DD 2 steps (1, 2) of a", "DD 2 steps (1, 2) of b"]
 
@@ -76,7 +78,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, blank_store: Path) -> Recip
     shutil.copytree(blank_store, folder / "run")
     made = tiny.tiny(folder, "var", **tiny.IMAGES)
     others = {"a": str(folder / "a"), "b": str(folder / "b.pth")}
-    made = changed(made, samplers=SAMPLERS, count=60, grid=3, timing_batches=(), students=others)
+    made = changed(made, samplers=SAMPLERS, count=COUNT, grid=3, timing_batches=(), students=others)
     export(made, f"{made.student_uri}/model.safetensors", 1)
     export(made, f"{folder}/a/model.safetensors", 2, pairs_count=30, pairs_fingerprint="other pairs", step=7)
     export(made, f"{folder}/b.safetensors", 3)
@@ -119,6 +121,41 @@ def test_rows_of_one_sampler_stand_together_and_name_their_students(finished: di
     for said in ("of a", "with another student", "of which teacher and tokenizer"):
         assert said in text
         assert said in page
+
+
+def test_the_report_tells_the_differences_with_the_errors_of_pairs(finished: dict[str, Any], recipe: Recipe) -> None:
+    """Against a slow jackknife over rounds of ten classes, which leaves the same images out of both rows."""
+    made = plan.prepare(recipe)
+    shelf, named = drawing.Shelf(made, made.draws()), {line.name: line.draw for line in made.lines()}
+    found = {(one["first"], one["second"]): one for one in finished["differences"]}
+    assert len(found) == 7
+    one, other = "DD 1 step of a", "DD 1 step of b"
+    reference = summary.compared_with(made, shelf).gaussian
+    first, second = (np.concatenate(shelf[named[name]].features).astype(np.float64) for name in (one, other))
+    groups = np.arange(COUNT) // 10 % 10
+    left_out, times = [], []
+    for group in range(10):
+        rest = [rows[groups != group] for rows in (first, second)]
+        a, b = (metrics.frechet((rows.mean(0), np.cov(rows.T)), reference) for rows in rest)
+        left_out.append(a - b)
+        times.append(COUNT / (groups == group).sum())
+    apart, times = found[one, other]["difference"], np.array(times)
+    limit = 10 * apart - ((1 - 1 / times) * left_out).sum()
+    pseudo = times * apart - (times - 1) * left_out
+    assert found[one, other]["std"] == pytest.approx(np.sqrt(((pseudo - limit) ** 2 / (times - 1)).mean()), rel=1e-4)
+    assert found[one, other]["count"] == COUNT
+    for end in ("md", "html"):
+        assert "Differences between students" in storage.read_bytes(f"{recipe.report_uri}/report.{end}").decode()
+
+
+def test_a_report_of_one_student_tells_no_differences(finished: dict[str, Any], recipe: Recipe) -> None:
+    """So its files are those of before there were any."""
+    own = changed(recipe, students={}, cache=f"{recipe.report_uri}/cache", uri=f"{recipe.run}/one")
+    evaluated(own)
+    results = results_of(own)
+    assert "differences" not in results
+    assert "students" not in results["made"]
+    assert not any("student" in row for row in results["rows"])
 
 
 def test_a_student_draws_here_what_it_draws_in_a_report_of_its_own(finished: dict[str, Any], recipe: Recipe) -> None:
@@ -191,9 +228,9 @@ def test_mlflow_status_and_dry_run_name_every_student(finished: dict[str, Any], 
     assert run.data.tags["student/b"] == storage.sha256(recipe.evaluate.students["b"])[:12]
     assert "DD 1 step of b" in "\n".join(costs.of_evaluation(recipe).lines)
     fresh = changed(recipe, uri=f"{recipe.run}/fresh")
-    assert "60 x DD 2 steps (1, 2) of a" in status.of_evaluation(plan.prepare(fresh))
+    assert "140 x DD 2 steps (1, 2) of a" in status.of_evaluation(plan.prepare(fresh))
     registered = changed(fresh, students={"best": "models:/mine@best"})
-    assert "60 x DD 1 step of best" in "\n".join(costs.of_evaluation(registered).lines)
+    assert "140 x DD 1 step of best" in "\n".join(costs.of_evaluation(registered).lines)
 
 
 def test_each_student_has_its_own_line_in_quality_against_time() -> None:
