@@ -47,7 +47,8 @@ class Entry:
 @dataclass(frozen=True)
 class Reference:
     """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
-    the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
+    the spatial features' mean and covariance where they are known, those of the second flavour and of DINOv2's features
+    where they are scored.
     ``of_digits``: the digits' scorer looked, whose classes make no Inception Score.
     """
 
@@ -55,6 +56,7 @@ class Reference:
     real: Statistics | None
     spatial: Gaussian | None = None
     second: Gaussian | None = None
+    dinov2: Gaussian | None = None
     of_digits: bool = False
 
 
@@ -118,6 +120,8 @@ def _row(entry: Entry, reference: Reference, jackknives: dict[str, Jackknife]) -
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:
         row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
+    if reference.dinov2 and statistics.dinov2:
+        row["dinov2_score"] = frechet(statistics.dinov2.gaussian(), reference.dinov2)
     of_features, jackknife = _of_features(statistics, entry.rounds, reference)
     if jackknife:
         jackknives[entry.name] = jackknife

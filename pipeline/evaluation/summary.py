@@ -23,7 +23,7 @@ from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOr
 from pipeline.report.results import Agreement, CurvePoint, OtherReport, Results, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
-from pipeline.scoring import clip, instruments, metrics, real_images
+from pipeline.scoring import clip, dinov2, instruments, metrics, real_images
 from pipeline.scoring.metrics import Gaussian, Jackknife, Moments
 from pipeline.scoring.references import References
 from pipeline.scoring.tally import SCORE_BLOCK, Outline, Statistics
@@ -70,6 +70,8 @@ def summarise(
     if plan.beside:
         results["differences"] = apart
         results["made"]["students"] = {name: _student(other) for name, other in plan.beside.items()}
+    if settings.dinov2:
+        results["dinov2_title"] = instruments.dinov2_title(settings)
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
@@ -117,11 +119,12 @@ def compared_with(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -
     second = None
     if others:
         second = _gaussian(files.get(others[0]), real.second if real else None)
+    further = real.dinov2.gaussian() if real and real.dinov2 else None
     if first in files:
-        return Reference(files[first].pooled, real, files[first].spatial, second)
+        return Reference(files[first].pooled, real, files[first].spatial, second, further)
     assert real is not None
     spatial = real.spatial.gaussian() if real.spatial else None
-    return Reference(real.moments.gaussian(), real, spatial, second, settings.features == "digits")
+    return Reference(real.moments.gaussian(), real, spatial, second, further, settings.features == "digits")
 
 
 def _gaussian(file: References | None, own: Moments | None) -> Gaussian | None:
@@ -198,7 +201,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
         if inception and min(kept)
         else None,
-        **_clip(settings),
+        **_further(settings),
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of "
         + ("images" if plan.prompts else "whole rounds of classes"),
@@ -254,9 +257,10 @@ def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
-def _clip(settings: EvaluateSettings) -> Any:
-    """The CLIP model and its convention, where a recipe names one."""
-    return {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+def _further(settings: EvaluateSettings) -> Any:
+    """The CLIP model and its convention, and DINOv2's weights and flavour, where a recipe names them."""
+    facts = {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+    return facts | ({"DINOv2": {"weights": settings.dinov2, "flavour": dinov2.FLAVOUR}} if settings.dinov2 else {})
 
 
 def _student(plan: EvaluationPlan) -> StudentOrigin:

@@ -115,6 +115,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " baseline what the paper compares with.",
         title: f"{distance}.",
         str(results.get("second_title")): "the same distance of the same images, in the flavour of the paper's FID.",
+        str(results.get("dinov2_title")): _about_dinov2(origin),
         f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
         f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
         " larger.",
@@ -201,6 +202,19 @@ def _about_clip(origin: Origin) -> dict[str, str]:
         "CLIP score, others' prompts": "that of the same images, each with the prompt of the image before it: what"
         " images reach that have nothing to do with their prompts.",
     }
+
+
+def _about_dinov2(origin: Origin) -> str:
+    """What FD-DINOv2 is, and which weights saw the images; nothing without it."""
+    if not (facts := origin.get("DINOv2")):
+        return ""
+    text = (
+        f"Fréchet distance of the same images to the real ones by the features of {facts['flavour']} (Stein et al."
+        f" 2023), weights {facts['weights']}, SHA-256 {origin['features SHA-256']['dinov2'][:12]}. It does not compare"
+        " with FID."
+    )
+    few = f" {origin['count']:,} images for 1,024 features make a singular covariance and a large bias."
+    return text + (few if origin["count"] <= 1024 else "")
 
 
 def _about_parameters(results: Results) -> str:

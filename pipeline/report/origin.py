@@ -240,6 +240,7 @@ _OriginOfNumbers = TypedDict(
         "KID": NotRequired[dict[str, Any] | None],
         "precision and recall": NotRequired[dict[str, Any] | None],
         "CLIP": NotRequired[dict[str, str]],
+        "DINOv2": NotRequired[dict[str, str]],
         "features kept": NotRequired[dict[str, int]],
         "standard error and limit": NotRequired[str],
     },
@@ -284,6 +285,7 @@ class Origin(_OriginOfNumbers, Conditions):
         KID: its subsets, kernel and seed; None where no features were kept.
         precision and recall: k and how many images; None where there were none, and of the digits.
         CLIP: {"model", "convention"} of the CLIP score; missing without one.
+        DINOv2: {"weights", "flavour"} of FD-DINOv2; missing without it.
         features kept: {"images", "real images"}, how many.
         standard error and limit: how they were estimated.
         sampling: when, on which machines, by which code, and in how many seconds of all actors.

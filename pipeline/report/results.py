@@ -132,6 +132,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
         pixel_score: Fréchet distance of pixels; None without real images.
         sfid: Fréchet distance of spatial features; None where either side has none.
         second_score: the distance in the second flavour; None where one flavour is scored.
+        dinov2_score: Fréchet distance of DINOv2's features; missing where they are not scored.
         seconds: of all actors, to draw and score these images.
         speeds: times by batch size; empty where none were measured.
         score_over_teacher: ``score`` over the teacher's; None without a teacher, and of the real images.
@@ -151,6 +152,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
     pixel_score: float | None
     sfid: float | None
     second_score: float | None
+    dinov2_score: float
     seconds: float
     speeds: Sequence[SpeedAtBatch]
     score_over_teacher: float | None
@@ -346,6 +348,7 @@ class Results(TypedDict):
         name: the recipe's.
         title: what the distance is called, "FID (pytorch-fid)" or "FD".
         second_title: what it is called in the second flavour; None where one is scored.
+        dinov2_title: what the distance of DINOv2's features is called; missing where they are not scored.
         meaning: what the distance is, for a reader.
         fingerprint: of all that shapes draws, reference and timing.
         shown: fingerprint of what the report shows beside its measurements, and of its form.
@@ -365,6 +368,7 @@ class Results(TypedDict):
     name: str
     title: str
     second_title: NotRequired[str | None]
+    dinov2_title: NotRequired[str]
     meaning: str
     fingerprint: str
     shown: NotRequired[str]

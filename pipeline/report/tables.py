@@ -17,6 +17,7 @@ Shown = Literal[  # what a column may take out of a row as it is
     "type",
     "score",
     "second_score",
+    "dinov2_score",
     "score_over_teacher",
     "score_inf",
     "inception_score",
@@ -76,6 +77,7 @@ def columns(results: Results) -> list[Column]:
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
         *([Column(second, _text("second_score", two), *paper_fid)] if second else []),
+        Column(results.get("dinov2_title", ""), _text("dinov2_score", two)),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
@@ -137,7 +139,7 @@ def differences(results: Results) -> Table | None:
     """How far the rows of several students are apart; None in the report of one."""
     cells = []
     for one in results.get("differences", []):
-        error = "-" if one["std"] is None else f"{one['std']:.2g}"
+        error = "-" if one["std"] is None else f"{one['std']:.3g}"
         verdict = _verdict(one["first"], one["second"], one["difference"], one["indistinguishable"])
         cells.append([one["first"], one["second"], verdict, f"{one['difference']:+.2f}", error, f"{one['count']:,}"])
     short = short_title(results)

@@ -15,7 +15,7 @@ from pipeline.settings.text import UnseenSettings
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
 NAME_OF_STUDENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
-FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
+FORMULA = "formula"  # weights of a scoring network that are random numbers: a rehearsal
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class EvaluateSettings:
         reference_flavour: the flavour of statistics that do not say it themselves.
         captions: prompts that are drawn, of which no pair was made.
         clip: URI of a folder in Hugging Face's layout with a CLIP model, for a CLIP score of images and prompts.
+        dinov2: URI of the weights of DINOv2's ViT-L/14, Meta's dinov2_vitl14_pretrain.pth, for FD-DINOv2 as another
+            column; or formula: random ones, for rehearsals. It needs real images: as the reference, or as ``images``.
         npz: also write each sampler's images to <report>/samples/<name>.npz, for OpenAI's evaluator.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
@@ -86,6 +88,7 @@ class EvaluateSettings:
     reference_flavour: Flavour | None = None
     captions: UnseenSettings = field(default_factory=UnseenSettings)
     clip: Uri | None = None
+    dinov2: Uri | None = None
     npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False
