@@ -308,7 +308,7 @@ def _teacher(recipe: Recipe) -> Recipe | None:
 def _alone(recipe: Recipe) -> EvaluateSettings:
     """How the recipe evaluates, for reports beside its own, which score the real images once for all of them."""
     cache = recipe.evaluate.cache or storage.join(recipe.ablation_uri, "cache")
-    return replace(recipe.evaluate, uri=None, cache=cache, student=None, register=None, curve_count=0)
+    return replace(recipe.evaluate, uri=None, cache=cache, student=None, students={}, register=None, curve_count=0)
 
 
 # ---- what is there

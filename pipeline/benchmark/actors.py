@@ -27,7 +27,8 @@ from pipeline import storage
 from pipeline.benchmark.clock import turns
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.plan import PART_IMAGES, Draw, EvaluationPlan, prepare
+from pipeline.evaluation.draws import PART_IMAGES, Draw
+from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.generator import spread
 from pipeline.generator.folder import Description
 from pipeline.generator.generator import BATCH, Generator

@@ -10,7 +10,7 @@ from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
 from pipeline.benchmark.training import ROWS, STEPS
-from pipeline.evaluation.plan import PART_IMAGES
+from pipeline.evaluation.draws import PART_IMAGES
 from pipeline.host.progress import duration
 from pipeline.recipe import Recipe
 

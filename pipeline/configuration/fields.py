@@ -243,7 +243,7 @@ def unknown(name: str, known: list[str], what: str = "a recipe has no field") ->
 
 
 def mapped(section: Any, change: Callable[[str], str]) -> Any:
-    """The dataclass with every URI in it (a field declared ``Uri``, or a list of them) put through ``change``.
+    """The dataclass with every URI in it (declared ``Uri``, a list or a mapping of them) put through ``change``.
 
     What is not set, and what a user has still to set, stays.
     """
@@ -254,6 +254,8 @@ def mapped(section: Any, change: Callable[[str], str]) -> Any:
             changed[key] = mapped(value, change)
         elif value and _addresses(wanted):
             changed[key] = change(value)
+        elif wanted.of is dict and any(map(_addresses, wanted.parts)):
+            changed[key] = {name: change(uri) for name, uri in value.items()}
         elif any(map(_addresses, wanted.parts)):
             changed[key] = tuple(change(uri) for uri in value)
     return replace(section, **changed)

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.evaluation.plan import Draw, EvaluationPlan
+from pipeline.evaluation.draws import Draw
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host.machine import device_name
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
@@ -101,7 +102,8 @@ class Artist:
             images, labels = self.real[first + int(places[0]) : first + int(places[-1]) + 1]
             return images.to(self.plan.device), self.plan.prompts_of_real(places) if self.plan.prompts else labels
         if draw.student and draw.student != self.loaded:
-            self.models = dataclasses.replace(self.models, student=load_student(self.plan, draw.student, self.models))
+            student = load_student(self.plan.of(draw), draw.student, self.models)
+            self.models = dataclasses.replace(self.models, student=student)
             self.loaded = draw.student
         return draw_images(self.models, draw.sampler, draw.first + places, self.plan.side)
 

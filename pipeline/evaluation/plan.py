@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,8 +16,10 @@ import numpy as np
 
 from pipeline import noise, storage
 from pipeline.evaluation import equal_code, students, unseen
+from pipeline.evaluation.draws import Draw, Line
 from pipeline.evaluation.unseen import UnseenPrompts
 from pipeline.generator import folder
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
 from pipeline.models.conditions import Conditioning
@@ -27,9 +28,8 @@ from pipeline.pairs import manifest
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.sampling import sample_files, selection
 from pipeline.sampling.samplers import Autoregressive, FewStep, FlowMatched, OneStepStar, Sampler
-from pipeline.scoring import instruments, tally
+from pipeline.scoring import instruments
 
-PART_IMAGES = 1_000  # of one unit of work; divides tally.SCORE_BLOCK
 FEATURE_BYTES = 512 << 20  # of a sampler that are kept: precision, recall, KID and standard errors need features
 REAL_FEATURES = 10_000  # of real images that are kept, evenly spread: as many as ADM's reference holds
 GRID_IMAGES = 32  # of a row of the table that are kept, so that another evaluate.grid up to it draws nothing again
@@ -38,57 +38,12 @@ NAMELESS_CODE = re.compile(r"[0-9a-f]{24}\.npz")  # a file of statistics that do
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Images that are scored as one set: ``count`` samples from id ``first``, or as many real images
-    (sampler None).
-
-    ``keep`` is how many images' features are kept, of whole rounds of ``classes`` images, so that they are as balanced
-    as all; ``images`` how many of the first images are, for the grid.
-    """
-
-    sampler: Sampler | None
-    count: int
-    first: int = 0
-    student: str = ""
-    keep: int = 0
-    images: int = 0
-    classes: int = 1
-
-    @property
-    def name(self) -> str:
-        """What is drawn, by whom, for people."""
-        if self.sampler is None:
-            return "real images"
-        step = students.SNAPSHOT.search(self.student)
-        name = f"{self.sampler.name} at step {int(step[1])}" if step else self.sampler.name
-        return f"{name} from id {self.first}" if self.first else name
-
-    def places(self, item: int) -> range:
-        """The images of one unit of work, counted from 0."""
-        return range(item * PART_IMAGES, min((item + 1) * PART_IMAGES, self.count))
-
-    def kept(self, places: np.ndarray) -> np.ndarray:
-        """Of which images at ``places`` [B] the features are kept, [B]: of all, or of rounds that are evenly spread."""
-        if self.keep >= self.count:
-            return np.full(len(places), True)
-        rounds = self.count // self.classes
-        return (places < rounds * self.classes) & tally.spread(
-            places // self.classes, self.keep // self.classes, rounds
-        )
-
-    def rounds(self) -> np.ndarray:
-        """The round of classes that each kept image belongs to, [keep]."""
-        places = np.arange(self.count)
-        return places[self.kept(places)] // self.classes
-
-    @property
-    def items(self) -> int:
-        return math.ceil(self.count / PART_IMAGES)
-
-
-@dataclass(frozen=True)
 class EvaluationPlan:
-    """A recipe that passed the cheap checks, with what they found; ``notes`` are for whoever reads the report."""
+    """A recipe that passed the cheap checks, with what they found; ``notes`` are for whoever reads the report.
+
+    ``beside`` are the plans of other students by their names: as if each were the recipe's own, so that its images have
+    the fingerprints that they have in a report of its own.
+    """
 
     recipe: Recipe
     layout: Layout
@@ -99,6 +54,7 @@ class EvaluationPlan:
     snapshots: dict[int, str] = field(default_factory=dict)
     exported: dict[str, Any] = field(default_factory=dict)
     prompts: UnseenPrompts | None = None  # that no pair was made of; None for a teacher that takes classes
+    beside: dict[str, EvaluationPlan] = field(default_factory=dict)
     registered: str = ""  # the student's version in the model registry, where the recipe names one
     notes: tuple[str, ...] = ()
 
@@ -146,8 +102,30 @@ class EvaluationPlan:
     def student(self) -> str:
         return folder.weights_of(self.recipe.evaluate.student or self.recipe.student_uri)
 
+    def of(self, draw: Draw) -> EvaluationPlan:
+        """The plan of the student that draws: another one's, or this."""
+        return self.beside[draw.owner] if draw.owner else self
+
+    def lines(self) -> list[Line]:
+        """The rows of the report: of a sampler that draws with a student one for each, the recipe's own first."""
+        papers, names = selection.published(self.recipe.evaluate.samplers), selection.names(self.samplers)
+        own, others = self._table(), {who: (selection.names(p.samplers), p._table()) for who, p in self.beside.items()}
+        out = []
+        for i, (name, draw, paper) in enumerate(zip(names, own, papers, strict=True)):
+            out.append(Line(name, draw, paper))
+            if draw.student:
+                out += [
+                    Line(f"{theirs[i]} of {who}", dataclasses.replace(draws[i], owner=who), {})
+                    for who, (theirs, draws) in others.items()
+                ]
+        return out
+
     def table(self) -> list[Draw]:
         """One draw per row of the report."""
+        return [line.draw for line in self.lines()]
+
+    def _table(self) -> list[Draw]:
+        """One draw per sampler of this student."""
         settings, classes = self.recipe.evaluate, self.layout.classes or 1
         keep = min(settings.count, FEATURE_BYTES // (self.facts["dim"] * 4))
         if keep < settings.count:
@@ -189,9 +167,11 @@ class EvaluationPlan:
     def draws(self) -> list[Draw]:
         """All that is to be drawn, those of one student together."""
         out = [self.reference()] if self.real else []
-        out += self.table()
+        rows = self.table()
+        out += [draw for draw in rows if not draw.owner]
         out += [draw for draw in [self.teacher_again()] if draw]
         out += [draw for draws in self.curve().values() for draw in draws]
+        out += [draw for who in self.beside for draw in rows if draw.owner == who]
         return list(dict.fromkeys(out))
 
     def request(self, draw: Draw) -> str:
@@ -200,6 +180,8 @@ class EvaluationPlan:
         Device, batch and compilation are not in it: they change float rounding, as another version of torch does, and
         the statistics say with which they were made.
         """
+        if draw.owner:
+            return self.of(draw).request(dataclasses.replace(draw, owner=""))
         evaluate = self.recipe.evaluate
         facts: dict[str, Any] = {"format": FORMAT, "features": self.facts["features"], "images": draw.images}
         facts |= {"count": draw.count, "first": draw.first, "keep": draw.keep}
@@ -241,8 +223,8 @@ class EvaluationPlan:
         """The .npz of images that each sampler leaves, where the recipe wants them."""
         if not self.recipe.evaluate.npz:
             return {}
-        names = map(sample_files.file_name, selection.names(self.samplers))
-        return {draw: storage.join(self.images, name) for draw, name in zip(self.table(), names, strict=True)}
+        images = self.images
+        return {line.draw: storage.join(images, sample_files.file_name(line.name)) for line in self.lines()}
 
     @cached_property
     def images(self) -> str:
@@ -299,7 +281,7 @@ def prepare(recipe: Recipe) -> EvaluationPlan:
 def inputs(recipe: Recipe) -> EvaluationPlan:
     """The checks of all that is there before the first pair: samplers, teacher, scoring network, reference, folder.
 
-    Raises as ``prepare`` does, which adds what needs the pair set and the student.
+    Other students are among it. Raises as ``prepare`` does, which adds what needs the pair set and the student.
     """
     settings = recipe.evaluate
     config = checkpoints.config(recipe.teacher)
@@ -331,7 +313,50 @@ def inputs(recipe: Recipe) -> EvaluationPlan:
     if settings.npz:
         storage.check_writable(recipe.samples_uri, (len(listed) + 1) * pixels)
     real, notes = facts["reference"]["images"], _notes(facts, prompts)
-    return EvaluationPlan(recipe, layout, listed, real, facts, prompts=prompts, notes=notes)
+    return _with_others(EvaluationPlan(recipe, layout, listed, real, facts, prompts=prompts, notes=notes))
+
+
+def _with_others(plan: EvaluationPlan) -> EvaluationPlan:
+    """The plan with those of other students beside it, whose files are there; one in the registry is still to be
+    fetched. Refuses those that do not fit, and two names for one student.
+    """
+    recipe, teacher, beside, notes = plan.recipe, plan.facts["teacher"], dict[str, EvaluationPlan](), list(plan.notes)
+    named = recipe.evaluate.students
+    if named and not any(sampler.student for sampler in plan.samplers):
+        raise Refused(
+            f"evaluate.students names {', '.join(named)}, and no sampler of evaluate.samplers draws with a student;"
+            " list one, e.g. {name: FewStep, steps: [1]}, or leave them out."
+        )
+    for name, address in named.items():
+        if address.startswith("models:/"):
+            continue
+        settings = dataclasses.replace(recipe.evaluate, student=address, students={}, curve_count=0)
+        uri = folder.weights_of(address)
+        exported = students.beside(recipe, name, uri, teacher)
+        beside[name] = dataclasses.replace(
+            plan,
+            recipe=dataclasses.replace(recipe, evaluate=settings),
+            samplers=selection.build(settings.samplers, plan.layout, exported.get("split", recipe.train.split)),
+            students={uri: storage.sha256(uri)},
+            exported=exported,
+        )
+        notes += students.about_beside(name, uri, exported, teacher)
+    plan = dataclasses.replace(plan, beside=beside, notes=tuple(notes))
+    _check_distinct(plan)
+    return plan
+
+
+def _check_distinct(plan: EvaluationPlan) -> None:
+    """Refuse two names for one student: their rows would differ by nothing."""
+    seen = {plan.students[plan.student]: "the recipe's own student"} if plan.students else {}
+    for name, other in plan.beside.items():
+        sha256 = other.students[other.student]
+        if sha256 in seen:
+            raise Refused(
+                f"evaluate.students: {name}, at {other.student}, has the same weights as {seen[sha256]}; leave one of"
+                " them out."
+            )
+        seen[sha256] = name
 
 
 def _notes(facts: dict[str, Any], prompts: UnseenPrompts | None) -> tuple[str, ...]:
@@ -350,7 +375,7 @@ def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
     exported = students.exported(plan.student, wanted)
     samplers = selection.build(recipe.evaluate.samplers, plan.layout, exported.get("split", recipe.train.split))
     snapshots, left_out = students.snapshots(recipe, plan.student, exported)
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         plan,
         samplers=samplers,
         snapshots=snapshots,
@@ -358,3 +383,5 @@ def _with_students(plan: EvaluationPlan) -> EvaluationPlan:
         exported=exported,
         notes=(*plan.notes, *students.about_split(recipe, plan.student, exported), *left_out),
     )
+    _check_distinct(plan)
+    return plan

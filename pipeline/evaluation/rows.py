@@ -14,7 +14,7 @@ from pipeline.report.results import Agreement, OfFeatures, Quality, Row
 from pipeline.sampling import speed
 from pipeline.sampling.speed import Speed
 from pipeline.scoring import metrics
-from pipeline.scoring.metrics import Gaussian, Moments, frechet, pixel_frechet, precision_recall
+from pipeline.scoring.metrics import Gaussian, Jackknife, Moments, frechet, pixel_frechet, precision_recall
 from pipeline.scoring.tally import Statistics
 
 NEIGHBOURS = 3  # of precision and recall
@@ -26,7 +26,8 @@ class Entry:
 
     ``parameters`` are those of its network, None where it asks none; ``paper`` the figures that the paper prints;
     ``rounds`` the round of classes that each kept image belongs to, None where there are no classes; ``departs`` says
-    in what it asks more of its student than that was trained for.
+    in what it asks more of its student than that was trained for. ``student`` is the name of another student than the
+    recipe's own, empty where it is that or none.
     """
 
     name: str
@@ -40,12 +41,14 @@ class Entry:
     paper: dict[str, float] = field(default_factory=dict)
     rounds: np.ndarray | None = None
     departs: list[str] = field(default_factory=list)
+    student: str = ""
 
 
 @dataclass(frozen=True)
 class Reference:
     """What images are compared with: feature mean and covariance, the real images' statistics where there are any,
-    the spatial features' mean and covariance where they are known, and those of the second flavour where it is scored.
+    the spatial features' mean and covariance where they are known, those of the second flavour and of DINOv2's features
+    where they are scored.
     ``of_digits``: the digits' scorer looked, whose classes make no Inception Score.
     """
 
@@ -53,18 +56,26 @@ class Reference:
     real: Statistics | None
     spatial: Gaussian | None = None
     second: Gaussian | None = None
+    dinov2: Gaussian | None = None
     of_digits: bool = False
 
 
 def numbers(
-    entries: Iterable[Entry], reference: Reference, ar: Sequence[Speed] = (), batch: int | None = None
+    entries: Iterable[Entry],
+    reference: Reference,
+    ar: Sequence[Speed] = (),
+    batch: int | None = None,
+    jackknives: dict[str, Jackknife] | None = None,
 ) -> list[Row]:
     """One dictionary per row, real images first; None where a number does not exist.
+
+    Into ``jackknives`` go those of the rows' distances by their names, as far as features were kept.
 
     The teacher that others are compared with is the AR one if listed, else the flow-matched one. Of speed it is always
     the AR one, timed as ``ar`` says, at batch 1 and at the throughput batch, ``batch``.
     """
-    rows: list[Row] = [{**_row(entry, reference), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
+    found = {} if jackknives is None else jackknives
+    rows: list[Row] = [{**_row(entry, reference, found), **speed.paces(entry.speeds, ar, batch)} for entry in entries]
     by_kind = {row["sampler"]["name"]: row for row in reversed(rows)}
     teacher = by_kind.get("Autoregressive", by_kind.get("FlowMatched"))
     if reference.real is not None:
@@ -85,7 +96,7 @@ def score(statistics: Statistics, reference: Reference) -> float:
     return frechet(statistics.moments.gaussian(), reference.gaussian)
 
 
-def _row(entry: Entry, reference: Reference) -> Row:
+def _row(entry: Entry, reference: Reference, jackknives: dict[str, Jackknife]) -> Row:
     statistics, real = entry.statistics, reference.real
     row: Row = {
         "name": entry.name,
@@ -103,15 +114,24 @@ def _row(entry: Entry, reference: Reference) -> Row:
         "seconds": statistics.seconds,
         "speeds": list(map(speed.as_json, entry.speeds)),
     }
+    if entry.student:
+        row["student"] = entry.student
     if reference.spatial and statistics.spatial:
         row["sfid"] = frechet(statistics.spatial.gaussian(), reference.spatial)
     if reference.second and statistics.second:
         row["second_score"] = frechet(statistics.second.gaussian(), reference.second)
-    return {**row, **_of_features(statistics, entry.rounds, reference), **_quality(statistics, reference)}
+    if reference.dinov2 and statistics.dinov2:
+        row["dinov2_score"] = frechet(statistics.dinov2.gaussian(), reference.dinov2)
+    of_features, jackknife = _of_features(statistics, entry.rounds, reference)
+    if jackknife:
+        jackknives[entry.name] = jackknife
+    return {**row, **of_features, **_quality(statistics, reference)}
 
 
-def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: Reference) -> OfFeatures:
-    """What needs the images' features themselves, not their sums alone.
+def _of_features(
+    statistics: Statistics, rounds: np.ndarray | None, reference: Reference
+) -> tuple[OfFeatures, Jackknife | None]:
+    """What needs the images' features themselves, not their sums alone, and what is behind the distance's error.
 
     Of fewer images than all the error shrinks with the root of their share, as it does with more images. Precision and
     recall are not asked of the digits' scorer: near-black images have a precision of 1.000 there.
@@ -119,7 +139,7 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
     out: OfFeatures = {"score_std": None, "score_inf": None}
     out |= {"precision": None, "recall": None, "kid": None, "kid_std": None}
     if not statistics.features:
-        return out
+        return out, None
     mine = np.concatenate(statistics.features)
     rounds = np.arange(len(mine)) if rounds is None else rounds
     share, total = len(mine) / statistics.moments.n, statistics.moments
@@ -127,7 +147,7 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
         total = Moments(mine.shape[1])
         total.add(mine)
     with ThreadPoolExecutor() as pool:  # most of each runs without Python's lock, on few cores
-        error = pool.submit(metrics.frechet_error, mine, total, reference.gaussian, rounds)
+        error = pool.submit(metrics.jackknife, mine, total, reference.gaussian, rounds)
         if reference.real and reference.real.features:
             theirs = np.concatenate(reference.real.features)
             kid = pool.submit(metrics.kid, mine, theirs)
@@ -135,8 +155,8 @@ def _of_features(statistics: Statistics, rounds: np.ndarray | None, reference: R
                 out["precision"], out["recall"] = precision_recall(mine, theirs, NEIGHBOURS)
             out["kid"], out["kid_std"] = kid.result()
     if found := error.result():
-        out["score_std"], out["score_inf"] = found[0] * math.sqrt(share), found[1]
-    return out
+        out["score_std"], out["score_inf"] = found.error * math.sqrt(share), found.limit
+    return out, found
 
 
 def _quality(statistics: Statistics, reference: Reference) -> Quality:

@@ -1,15 +1,19 @@
-"""The student of a report, and those exported on the way to it: what their files say, and whether they fit.
+"""The students of a report, and those exported on the way to its own: what their files say, and whether they fit.
 
-The authors' own files say nothing of themselves, so nothing of them is checked here.
+The authors' own files say nothing of themselves: of other students their tensors are held against the network, and the
+recipe's own is checked where it is loaded.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline import storage
+from pipeline.generator import folder
 from pipeline.host.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
@@ -87,3 +91,66 @@ def departures(student: Exported, layout: Layout, sampler: Sampler) -> list[str]
         at, trained = (", ".join(map(str, steps)) for steps in (beyond, student["start_steps"]))
         out.append(f"jumps from step {at}, trained from {trained}")
     return out
+
+
+# ---- other students beside the recipe's own
+
+
+def beside(recipe: Recipe, name: str, uri: str, teacher: dict[str, str]) -> Exported:
+    """What the file of another student says of itself, whose weights are at ``uri``.
+
+    ``teacher`` are SHA-256 of the recipe's teacher's two files. Raises Missing where there is no file, and Refused, one
+    sentence, for a student of another family, layout, tokenizer, conditioning or number of classes.
+    """
+    who = f"evaluate.students: {name}, at {uri},"
+    if not storage.exists(uri):
+        raise Missing(f"{who} is not there; give a student's folder, its file, or models:/NAME@best.")
+    said = checkpoints.metadata(uri) if uri.endswith(".safetensors") else {}
+    for what, theirs, ours in _conditions(recipe, uri, said, teacher):
+        if theirs != ours:
+            raise Refused(
+                f"{who} has {what} {theirs} and this recipe has {ours}; only students of one layout, tokenizer and"
+                " conditioning can be drawn for the same labels or prompts from the same noise, so leave it out."
+            )
+    options = recipe.train.student_options
+    try:
+        checkpoints.check_student(recipe.teacher, uri, {key: said.get(key, value) for key, value in options.items()})
+    except Refused as error:
+        raise Refused(f"evaluate.students: {name} is no student of this recipe's teacher: {error}") from None
+    return said
+
+
+def _conditions(
+    recipe: Recipe, uri: str, said: Exported, teacher: dict[str, str]
+) -> Iterator[tuple[str, object, object]]:
+    """(what, the other student's, the recipe's) of all that must be alike, as far as its files say it."""
+    settings = recipe.teacher
+    if "family" in said:
+        yield "the family", said["family"], settings.family
+    if "config" in said:
+        theirs = replace(settings, config=said["config"])
+        takes = ["labels" if checkpoints.caption_shape(one) is None else "prompts" for one in (theirs, settings)]
+        yield "as its conditions", takes[0], takes[1]
+        other, own = (asdict(checkpoints.config(one)) for one in (theirs, settings))
+        for key in own:
+            yield f"teacher.config.{key}", other[key], own[key]
+    if "teacher" in said:
+        yield "a tokenizer of SHA-256", said["teacher"]["tokenizer"], teacher["tokenizer"]
+    place = storage.join(uri.rpartition("/")[0], folder.CONFIG)
+    content = storage.read_json(place) if said and storage.exists(place) else {}
+    text: dict[str, Any] = content.get("text") or {}
+    for key in text.keys() & {"clean", "length"}:  # which weights encode, two URIs do not tell
+        yield f"text.{key}", text[key], getattr(recipe.text, key)
+
+
+def about_beside(name: str, uri: str, student: Exported, teacher: dict[str, str]) -> list[str]:
+    """What a reader must know of another student: a split that nobody says, and another teacher's weights."""
+    if not student:
+        return [
+            f"The file {uri} of the student {name} does not say with which split and start steps it was trained, nor of"
+            " which teacher and tokenizer; the split is the recipe's where a sampler names none."
+        ]
+    found = student.get("teacher", teacher)["checkpoint"]
+    if found == teacher["checkpoint"]:
+        return []
+    return [f"The student {name} was distilled from another teacher's weights, SHA-256 {found[:12]}...."]

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation import unseen
-from pipeline.evaluation.plan import Draw, EvaluationPlan
+from pipeline.evaluation.differences import differences
+from pipeline.evaluation.draws import Draw
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.evaluation.rows import NEIGHBOURS, Entry, Reference, agreement, numbers, score
 from pipeline.evaluation.timing import Times
 from pipeline.host import provenance
@@ -21,8 +23,8 @@ from pipeline.report.origin import Conditions, Origin, ReferenceOrigin, ReportOr
 from pipeline.report.results import Agreement, CurvePoint, OtherReport, Results, TrainingCurve
 from pipeline.sampling import selection, speed
 from pipeline.sampling.samplers import Autoregressive
-from pipeline.scoring import clip, instruments, metrics, real_images
-from pipeline.scoring.metrics import Gaussian, Moments
+from pipeline.scoring import clip, dinov2, instruments, metrics, real_images
+from pipeline.scoring.metrics import Gaussian, Jackknife, Moments
 from pipeline.scoring.references import References
 from pipeline.scoring.tally import SCORE_BLOCK, Outline, Statistics
 from pipeline.settings.evaluate import FORMULA, EvaluateSettings
@@ -44,7 +46,9 @@ def summarise(
     """
     settings, reference = plan.recipe.evaluate, compared_with(plan, statistics)
     teacher, batch = times.speeds.get(Autoregressive(), []), speed.throughput_batch(times.speeds.values())
-    rows = numbers(_entries(plan, statistics, times), reference, teacher, batch)
+    jackknives: dict[str, Jackknife] = {}
+    rows = numbers(_entries(plan, statistics, times), reference, teacher, batch, jackknives)
+    apart = differences(plan, rows, jackknives) if plan.beside else []
     results: Results = {
         "name": plan.recipe.name,
         "title": instruments.title(settings),
@@ -55,7 +59,7 @@ def summarise(
         "rows": rows,
         # The AR teacher's, which speed-ups are over; and the largest batch at which all samplers were timed.
         "speed": speed.baseline(teacher, batch),
-        "alike": comparison.alike(rows),
+        "alike": comparison.alike(rows, [(one["first"], one["second"]) for one in apart]),
         "agreement": _agreement(plan, statistics),
         "curve": _curve(plan, statistics, reference),
         "notes": list(plan.notes),
@@ -63,6 +67,11 @@ def summarise(
     }
     if plan.prompts:
         results["grid"] = plan.prompts(range(plan.grid_columns)).tolist()
+    if plan.beside:
+        results["differences"] = apart
+        results["made"]["students"] = {name: _student(other) for name, other in plan.beside.items()}
+    if settings.dinov2:
+        results["dinov2_title"] = instruments.dinov2_title(settings)
     results = json.loads(json.dumps(results))  # tuples become lists, as they are when report.json is read
     results["pair_sets"] = comparison.pair_sets(results, others)
     return results
@@ -71,15 +80,21 @@ def summarise(
 def frame(plan: EvaluationPlan, others: list[OtherReport]) -> str:
     """Fingerprint of what a report shows beside its own measurements, and of its form."""
     settings = plan.recipe.evaluate
-    facts = {"format": FORMAT, "name": plan.recipe.name, "paper": selection.published(settings.samplers)}
+    facts: dict[str, Any] = {"format": FORMAT, "name": plan.recipe.name}
+    facts["paper"] = selection.published(settings.samplers)
+    if plan.beside:  # their names, which are no part of what is drawn
+        facts["students"] = [[name, other.student, other.registered] for name, other in plan.beside.items()]
     return fingerprint(facts | {"others": [[other["uri"], other["SHA-256"]] for other in others]})
 
 
 def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times: Times) -> Iterator[Entry]:
     """The rows of the table, one at a time: each holds a sampler's statistics."""
     counted = checkpoints.parameters(plan.recipe.teacher, plan.built)
-    names, papers = selection.names(plan.samplers), selection.published(plan.recipe.evaluate.samplers)
-    for name, sampler, draw, paper in zip(names, plan.samplers, plan.table(), papers, strict=True):
+    for name, draw, paper in plan.lines():
+        sampler, of = draw.sampler, plan.of(draw)
+        assert sampler is not None
+        # Speed is that of networks, whatever their weights: another student's are timed with the recipe's own.
+        timed = of.built == plan.built
         yield Entry(
             name=name,
             kind=type(sampler).__name__,
@@ -87,11 +102,12 @@ def _entries(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics], times:
             steps=sampler.steps_label(plan.layout),
             statistics=statistics[draw],
             rounds=draw.rounds(),
-            speeds=times.speeds.get(sampler, []),
+            speeds=times.speeds.get(sampler, []) if timed else [],
             type=sampler.type,
             parameters=None if sampler.frequencies else counted["student" if sampler.student else "teacher"],
             paper=paper,
-            departs=plan.departures(sampler),
+            departs=of.departures(sampler),
+            student=draw.owner,
         )
 
 
@@ -103,11 +119,12 @@ def compared_with(plan: EvaluationPlan, statistics: Mapping[Draw, Statistics]) -
     second = None
     if others:
         second = _gaussian(files.get(others[0]), real.second if real else None)
+    further = real.dinov2.gaussian() if real and real.dinov2 else None
     if first in files:
-        return Reference(files[first].pooled, real, files[first].spatial, second)
+        return Reference(files[first].pooled, real, files[first].spatial, second, further)
     assert real is not None
     spatial = real.spatial.gaussian() if real.spatial else None
-    return Reference(real.moments.gaussian(), real, spatial, second, settings.features == "digits")
+    return Reference(real.moments.gaussian(), real, spatial, second, further, settings.features == "digits")
 
 
 def _gaussian(file: References | None, own: Moments | None) -> Gaussian | None:
@@ -154,10 +171,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "count": settings.count,
         "seed": settings.seed,
         **conditions,
-        "samplers": {
-            name: [type(sampler).__name__, dataclasses.asdict(sampler)]
-            for name, sampler in zip(selection.names(plan.samplers), plan.samplers, strict=True)
-        },
+        "samplers": _samplers(plan),
         "teacher": {
             "family": plan.facts["family"],
             "config": plan.facts["config"],
@@ -187,7 +201,7 @@ def _origin(plan: EvaluationPlan, times: Times, outlines: Mapping[Draw, Outline]
         "precision and recall": {"k": NEIGHBOURS, "images": kept[0], "real images": kept[1]}
         if inception and min(kept)
         else None,
-        **_clip(settings),
+        **_further(settings),
         "features kept": {"images": kept[0], "real images": kept[1]},
         "standard error and limit": f"jackknife over up to {metrics.GROUPS} groups of "
         + ("images" if plan.prompts else "whole rounds of classes"),
@@ -207,6 +221,12 @@ def _timing(plan: EvaluationPlan, times: Times) -> Timing:
         "CUDA graphs of the teacher": plan.recipe.teacher.graphs,
         "runs on": plan.device,
     }
+
+
+def _samplers(plan: EvaluationPlan) -> dict[str, list[Any]]:
+    """[class, fields] of each row's sampler by its name."""
+    named = [(line.name, line.draw.sampler) for line in plan.lines()]
+    return {name: [type(one).__name__, dataclasses.asdict(one)] for name, one in named if one}
 
 
 def sampling(origins: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -242,9 +262,10 @@ def _weights(settings: EvaluateSettings) -> str:
     return "by formula, random: nothing here is FID" if settings.inception == FORMULA else settings.inception or ""
 
 
-def _clip(settings: EvaluateSettings) -> Any:
-    """The CLIP model and its convention, where a recipe names one."""
-    return {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+def _further(settings: EvaluateSettings) -> Any:
+    """The CLIP model and its convention, and DINOv2's weights and flavour, where a recipe names them."""
+    facts = {"CLIP": {"model": settings.clip, "convention": clip.CONVENTION}} if settings.clip else {}
+    return facts | ({"DINOv2": {"weights": settings.dinov2, "flavour": dinov2.FLAVOUR}} if settings.dinov2 else {})
 
 
 def _student(plan: EvaluationPlan) -> StudentOrigin:

@@ -67,7 +67,8 @@ def _result(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _of_student(results: Results) -> list[Row]:
-    return [row for row in results["rows"] if row["type"].startswith("DD")]
+    """The rows that this student drew; others may stand beside it."""
+    return [row for row in results["rows"] if row["type"].startswith("DD") and not row.get("student")]
 
 
 def _introduction(config: dict[str, Any]) -> str:
@@ -108,7 +109,16 @@ def _table(results: Results) -> str:
     """The report's table, and what it was measured with."""
     count, reference = results["rows"][-1]["count"], results["made"]["reference"]["uri"]
     said = f"{results['title']}, {count:,} images a row, reference `{reference}`"
-    return f"{markdown.table(results)}\n\n{said}; report `{results['fingerprint'][:12]}`."
+    report = f"report `{results['fingerprint'][:12]}`"
+    return f"{markdown.table(results)}\n\n{said}; {report}.{_about_others(results)}"
+
+
+def _about_others(results: Results) -> str:
+    """Which rows of the table are not this student's; nothing where all are."""
+    others = list(dict.fromkeys(row["student"] for row in results["rows"] if row.get("student")))
+    if not others:
+        return ""
+    return f" Rows of {', '.join(others)} were drawn by other students, for the same conditions and noise."
 
 
 def _training(config: dict[str, Any]) -> str:

@@ -207,6 +207,17 @@ def check(settings: TeacherSettings) -> None:
     weights(model.network, settings.checkpoint, settings.unpickle)
 
 
+def check_student(settings: TeacherSettings, uri: str, asked: Mapping[str, Any]) -> None:
+    """Hold a student's file against the recipe's networks, without memory for it; raises as ``weights``.
+
+    ``asked`` as for ``student_options``.
+    """
+    with torch.device("meta"):
+        codebook = family(settings).Tokenizer(config(settings)).codebook
+        model = _student(settings, codebook, asked)
+    weights(model, uri, settings.unpickle)
+
+
 def checksums(settings: TeacherSettings) -> dict[str, str]:
     """SHA-256 of the teacher's two files; a missing one is named before anything is built."""
     for name in ("tokenizer", "checkpoint"):

@@ -6,6 +6,7 @@ The latter, out of the reports of several runs, are the paper's Fig. 8. Numbers 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from itertools import combinations
 
 from pipeline.report.results import (
@@ -23,8 +24,10 @@ from pipeline.report.results import (
 MARGIN = 0.013  # of a distance: rows that are closer are not told apart, however small their standard errors
 
 
-def alike(rows: list[Row]) -> list[tuple[str, str]]:
+def alike(rows: list[Row], told: Collection[tuple[str, str]] = ()) -> list[tuple[str, str]]:
     """The pairs of rows whose distances are too close to tell one from the other, the nearest first.
+
+    Pairs of names in ``told`` are left out: of these the error of the difference itself is known.
 
     Too close is less than the larger standard error, or than ``MARGIN`` of the distance where that is more: the images
     are of one seed and one student, and the error knows of neither.
@@ -32,6 +35,8 @@ def alike(rows: list[Row]) -> list[tuple[str, str]]:
     scored = sorted((row for row in rows if row.get("score") is not None), key=lambda row: row["score"])
     pairs = []
     for one, other in combinations(scored, 2):
+        if {(one["name"], other["name"]), (other["name"], one["name"])} & set(told):
+            continue
         apart = other["score"] - one["score"]
         if apart < max(one.get("score_std") or 0, other.get("score_std") or 0, MARGIN * other["score"]):
             pairs.append((apart, one["name"], other["name"]))
@@ -52,8 +57,9 @@ def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
     curves = []
     for report in [results, *(other["results"] for other in others)]:
         pairs = _pairs_count(report)
-        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in report["rows"]}
-        for row in report["rows"]:
+        rows = [row for row in report["rows"] if not row.get("student")]
+        names = {row["name"]: named.get(json.dumps(row.get("sampler"))) for row in rows}
+        for row in rows:
             if name := names[row["name"]]:
                 points.append({"pairs": pairs, "name": name, "score": row["score"]})
         curves.append((pairs, names, report["curve"]))
@@ -64,7 +70,8 @@ def pair_sets(results: Results, others: list[OtherReport]) -> PairSets | None:
 
 
 def _of_student(row: Row) -> bool:
-    return row.get("type") in ("DD", "DD + AR")
+    """Whether the report's own student drew a row; another one that stands beside it did not."""
+    return row.get("type") in ("DD", "DD + AR") and not row.get("student")
 
 
 def _pairs_count(results: Results) -> int:

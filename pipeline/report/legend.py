@@ -87,7 +87,20 @@ def about_rows(results: Results) -> list[tuple[str, str]]:
     out = [text for kind, text in (ROWS | (WITH_PROMPTS if of_prompts(results) else {})).items() if kind in kinds]
     if departing:
         out.append((DEPARTS, f"asks more of its student than that was trained for: {'; '.join(departing)}."))
+    out += [(f"of {name}", _about_student(results, name)) for name in results["made"].get("students", {})]
     return out + [("note", note) for note in results.get("notes", [])]
+
+
+def _about_student(results: Results, name: str) -> str:
+    """Who another student is, and whose speed stands in its rows."""
+    origin = results["made"]["students"][name]
+    text = f"the same sampler with another student, {origin['uri']}, SHA-256 {origin['SHA-256'][:12]}..."
+    text += f", of {origin['pairs_count']:,} pairs" if "pairs_count" in origin else ""
+    text += f", after {origin['step']:,} optimiser steps" if "step" in origin else ""
+    text += ". Rows that name no student are of the recipe's own."
+    if any(row.get("ms") for row in results["rows"] if row.get("student") == name):
+        text += " Its networks have the shapes of the recipe's own student, which alone was timed."
+    return text
 
 
 def about_columns(results: Results) -> list[tuple[str, str]]:
@@ -102,6 +115,7 @@ def about_columns(results: Results) -> list[tuple[str, str]]:
         " baseline what the paper compares with.",
         title: f"{distance}.",
         str(results.get("second_title")): "the same distance of the same images, in the flavour of the paper's FID.",
+        str(results.get("dinov2_title")): _about_dinov2(origin),
         f"{short} / teacher's": "over that of the AR teacher, or of the FM teacher where that one is not listed.",
         f"{short}, limit": f"what {short} would be of infinitely many images (Chong and Forsyth 2020); fewer make it"
         " larger.",
@@ -196,6 +210,19 @@ def _about_clip(origin: Origin) -> dict[str, str]:
     }
 
 
+def _about_dinov2(origin: Origin) -> str:
+    """What FD-DINOv2 is, and which weights saw the images; nothing without it."""
+    if not (facts := origin.get("DINOv2")):
+        return ""
+    text = (
+        f"Fréchet distance of the same images to the real ones by the features of {facts['flavour']} (Stein et al."
+        f" 2023), weights {facts['weights']}, SHA-256 {origin['features SHA-256']['dinov2'][:12]}. It does not compare"
+        " with FID."
+    )
+    few = f" {origin['count']:,} images for 1,024 features make a singular covariance and a large bias."
+    return text + (few if origin["count"] <= 1024 else "")
+
+
 def _about_parameters(results: Results) -> str:
     text = (
         "of the transformer that draws, without the tokenizer, which decodes for all: the teacher's, or the student's"
@@ -256,6 +283,18 @@ def about_load(load: MachineLoad, cores: int | None) -> str:
     return text + ("; so the machine was not quiet, and every time is too long" if load["busy"] else "")
 
 
+def about_differences(results: Results) -> str:
+    """What the differences between students are of, and when two rows are called indistinguishable."""
+    of = "prompts" if of_prompts(results) else "labels"
+    return (
+        f"The rows were drawn for the same {of} from the same noise, so their images are pairs and much of their chance"
+        " is common to both. The standard error is that of the difference itself: the jackknife of the table's errors,"
+        " each group of rounds left out of both rows at once. It is of chance in these images alone, not of another"
+        " training's. Two rows are indistinguishable if they differ by less than two standard errors, or by less than"
+        " 1.3 % of the larger distance."
+    )
+
+
 def about_agreement(results: Results) -> str:
     """How near flow matching is to plain sampling."""
     agreement, title = results["agreement"], results["title"]
@@ -293,7 +332,8 @@ def about_training(results: Results) -> str:
     curve = results["curve"]
     assert curve is not None
     teachers = ", ".join(f"{name} {value:.2f}" for name, value in curve["teachers"].items())
-    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}."
+    whose = " Of the recipe's own student alone." if results["made"].get("students") else ""
+    return f"{results['title']} of {curve['count']:,} images at a time; at that count: {teachers}.{whose}"
 
 
 def about_pairs(results: Results) -> str:

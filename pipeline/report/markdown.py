@@ -84,6 +84,8 @@ def markdown(results: Results) -> str:
         parts += ["The samplers:", _legend(rows)]
     if len(tables.timed(results)) > 1:
         parts += ["## Quality against time", "![distance over milliseconds per image](tradeoff.png)"]
+    if apart := tables.differences(results):
+        parts += ["## Differences between students", legend.about_differences(results), as_markdown(apart)]
     if others := tables.further(results):
         parts += ["## Other distances", as_markdown(others)]
     if both := tables.beside_paper(results):

@@ -242,6 +242,7 @@ _OriginOfNumbers = TypedDict(
         "KID": NotRequired[dict[str, Any] | None],
         "precision and recall": NotRequired[dict[str, Any] | None],
         "CLIP": NotRequired[dict[str, str]],
+        "DINOv2": NotRequired[dict[str, str]],
         "features kept": NotRequired[dict[str, int]],
         "standard error and limit": NotRequired[str],
     },
@@ -272,6 +273,7 @@ class Origin(_OriginOfNumbers, Conditions):
         teacher: who drew the teacher's rows.
         solver: settings of flow matching.
         student: who drew the student's rows; None without any.
+        students: who drew the rows of other students, by their names; missing without any.
         pairs: the set whose token frequencies were drawn from; None where no sampler does.
         features: the kind of scoring network, digits or inception.
         flavour: how Inception saw images; None of the digits.
@@ -285,6 +287,7 @@ class Origin(_OriginOfNumbers, Conditions):
         KID: its subsets, kernel and seed; None where no features were kept.
         precision and recall: k and how many images; None where there were none, and of the digits.
         CLIP: {"model", "convention"} of the CLIP score; missing without one.
+        DINOv2: {"weights", "flavour"} of FD-DINOv2; missing without it.
         features kept: {"images", "real images"}, how many.
         standard error and limit: how they were estimated.
         sampling: when, on which machines, by which code, and in how many seconds of all actors.
@@ -299,6 +302,7 @@ class Origin(_OriginOfNumbers, Conditions):
     teacher: TeacherOrigin
     solver: NotRequired[dict[str, Any]]
     student: StudentOrigin | None
+    students: NotRequired[dict[str, StudentOrigin]]
     pairs: NotRequired[PairsOrigin | None]
     features: NotRequired[str]
     flavour: NotRequired[str | None]

@@ -138,6 +138,9 @@ def _sections(results: Results, pictures: dict[str, bytes]) -> list[tuple[str, s
             " joins those that draw with the student."
         )
         out.append(("time", "Quality against time", _figure(pictures, "tradeoff.png", caption)))
+    if apart := tables.differences(results):
+        text = _paragraph(legend.about_differences(results)) + _plain_table(apart)
+        out.append(("differences", "Differences between students", text))
     if others := tables.further(results):
         out.append(("distances", "Other distances", _plain_table(others)))
     if results["agreement"]:
@@ -224,7 +227,7 @@ def _plain_table(table: Table) -> str:
     heads = "".join(_cell("th", escape(h), i < table.text, HEAD) for i, h in enumerate(table.headings))
     lines = []
     for first, *others in table.cells:
-        cells = "".join(_cell("td", escape(text)) for text in others)
+        cells = "".join(_cell("td", escape(text), i < table.text) for i, text in enumerate(others, 1))
         lines.append(f"<tr>{_cell('th', escape(first), True, ROW)}{cells}</tr>")
     return _scrolled(heads, lines)
 

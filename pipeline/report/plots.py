@@ -152,7 +152,7 @@ def tradeoff(results: Results) -> bytes:
     panes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axes, (size, points) in zip(panes, panels, strict=True):
         plain(axes)
-        _points(axes, [(row["type"], at, row["score"]) for row, at in points])
+        _points(axes, [(row["type"], row.get("student", ""), at, row["score"]) for row, at in points])
         axes.set_xlabel(f"milliseconds per image at batch {size}, decoding included")
         axes.set_ylabel(f"{results['title']}, {results['made']['count']:,} images")
         _from_zero_or_log(axes, [row["score"] for row, _ in points])
@@ -166,17 +166,26 @@ def tradeoff(results: Results) -> bytes:
     return png(figure)
 
 
-def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """(type, milliseconds, score) of every sampler, marked by its type, DD's joined."""
-    ours = sorted((at, score) for kind, at, score in points if kind.startswith("DD"))
-    if len(ours) > 1:
-        axes.plot(*zip(*ours, strict=True), color=COLOURS[0], linewidth=1.2, alpha=0.45, zorder=1)
-    for kind in dict.fromkeys([*TYPES, *(kind for kind, _, _ in points)]):
+def _points(axes: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
+    """(type, student, milliseconds, score) of every sampler, marked by its type, each student's joined.
+
+    Marks of other students than the recipe's own, whose name is empty, are hollow and of a colour of their own.
+    """
+    students = list(dict.fromkeys(["", *(student for _, student, _, _ in points)]))
+    for i, student in enumerate(students):
+        ours = sorted((at, score) for kind, one, at, score in points if kind.startswith("DD") and one == student)
+        if len(ours) > 1:
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-"}
+            axes.plot(*zip(*ours, strict=True), linewidth=1.2, alpha=0.45, zorder=1, **style)
+    for kind in dict.fromkeys([*TYPES, *(kind for kind, _, _, _ in points)]):
         marker, colour, size = TYPES.get(kind, OTHER)
-        of_kind = [(at, score) for one, at, score in points if one == kind]
-        if of_kind:
-            style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size}
-            axes.plot(*zip(*of_kind, strict=True), linestyle="", label=kind, zorder=2, **style)
+        for i, student in enumerate(students):
+            of_kind = [(at, score) for one, other, at, score in points if (one, other) == (kind, student)]
+            style = {"marker": marker, "color": COLOURS[i % len(COLOURS)] if student else colour, "markersize": size}
+            style |= {"markerfacecolor": "none", "markeredgewidth": 1.8} if student else {}
+            if of_kind:
+                label = f"{kind} of {student}" if student else kind
+                axes.plot(*zip(*of_kind, strict=True), linestyle="", label=label, zorder=2, **style)
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.legend(frameon=False)

@@ -83,6 +83,8 @@ def _scored(origin: Origin) -> str:
             f" CLIP, {clip['model']} (SHA-256 of its weights {model}, of tokenizer and preparation {reads}), sees them"
             f" resized bicubically as PIL does, and scores them: {clip['convention']}, cut to the tokens that it reads."
         )
+    if further := origin.get("DINOv2"):
+        text += f" For FD-DINOv2 they are seen by {further['flavour']}, in float32 too."
     facts = origin.get("reference")
     if facts and facts.get("uri"):
         count = facts.get("count") or facts.get("images")

@@ -120,6 +120,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
 
     Attributes:
         name: what the report calls it, distinct among the rows.
+        student: the name of the student that drew it; missing of the recipe's own, and where none drew.
         type: as the paper's tables group samplers, AR, baseline, DD, DD + AR; "real" of the real images.
         departs: in what it asks more of its student than that was trained for; mostly empty.
         parameters: of the transformer that draws; None where no network is asked.
@@ -131,6 +132,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
         pixel_score: Fréchet distance of pixels; None without real images.
         sfid: Fréchet distance of spatial features; None where either side has none.
         second_score: the distance in the second flavour; None where one flavour is scored.
+        dinov2_score: Fréchet distance of DINOv2's features; missing where they are not scored.
         seconds: of all actors, to draw and score these images.
         speeds: times by batch size; empty where none were measured.
         score_over_teacher: ``score`` over the teacher's; None without a teacher, and of the real images.
@@ -138,6 +140,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
     """
 
     name: Required[str]
+    student: str
     type: str
     departs: list[str]
     parameters: int | None
@@ -149,6 +152,7 @@ class Row(Quality, OfFeatures, Paces, total=False):
     pixel_score: float | None
     sfid: float | None
     second_score: float | None
+    dinov2_score: float
     seconds: float
     speeds: Sequence[SpeedAtBatch]
     score_over_teacher: float | None
@@ -184,6 +188,27 @@ class SpeedBaseline(TypedDict):
     teacher: Sequence[SpeedAtBatch]
     throughput_batch: int | None
     encoder: NotRequired[Sequence[EncoderTime]]
+
+
+class Difference(TypedDict):
+    """How far two rows are apart whose images are pairs, of the same conditions and noise.
+
+    Attributes:
+        first: name of a row.
+        second: name of the other.
+        difference: distance of the first to the reference minus that of the second.
+        std: standard error of the difference, as of pairs; None where too few features were kept.
+        count: images of each row.
+        indistinguishable: whether the two are less than two standard errors apart, or than 1.3 % of the larger
+            distance; None where the error is not known and the latter does not decide.
+    """
+
+    first: str
+    second: str
+    difference: float
+    std: float | None
+    count: int
+    indistinguishable: bool | None
 
 
 class Agreement(TypedDict):
@@ -323,12 +348,14 @@ class Results(TypedDict):
         name: the recipe's.
         title: what the distance is called, "FID (pytorch-fid)" or "FD".
         second_title: what it is called in the second flavour; None where one is scored.
+        dinov2_title: what the distance of DINOv2's features is called; missing where they are not scored.
         meaning: what the distance is, for a reader.
         fingerprint: of all that shapes draws, reference and timing.
         shown: fingerprint of what the report shows beside its measurements, and of its form.
         rows: of the table, real images first where there are any.
         speed: what the rows' speed is compared with.
         alike: pairs of rows, by their names, that are too close to be told apart, the nearest first.
+        differences: of rows of several students; missing where the report is of one.
         agreement: None unless both teachers are listed.
         curve: None without students exported along the way.
         notes: what a reader must know of student and samplers, in sentences.
@@ -341,12 +368,14 @@ class Results(TypedDict):
     name: str
     title: str
     second_title: NotRequired[str | None]
+    dinov2_title: NotRequired[str]
     meaning: str
     fingerprint: str
     shown: NotRequired[str]
     rows: list[Row]
     speed: NotRequired[SpeedBaseline]
     alike: NotRequired[Sequence[Sequence[str]]]
+    differences: NotRequired[list[Difference]]
     agreement: Agreement | None
     curve: TrainingCurve | None
     notes: NotRequired[list[str]]

@@ -17,6 +17,7 @@ Shown = Literal[  # what a column may take out of a row as it is
     "type",
     "score",
     "second_score",
+    "dinov2_score",
     "score_over_teacher",
     "score_inf",
     "inception_score",
@@ -76,6 +77,7 @@ def columns(results: Results) -> list[Column]:
         Column("type", _text("type", str)),
         Column(title, _with_error("score", "score_std", two), *([] if second else paper_fid)),
         *([Column(second, _text("second_score", two), *paper_fid)] if second else []),
+        Column(results.get("dinov2_title", ""), _text("dinov2_score", two)),
         Column(f"{short} / teacher's", _text("score_over_teacher", two)),
         Column("IS", _with_error("inception_score", "inception_score_std", one), "is", "IS, paper", one),
         Column("FD, pixel PCA", _text("pixel_score", two)),
@@ -131,6 +133,25 @@ def further(results: Results) -> Table | None:
     rows = [row for row in results["rows"] if any(column.text(row) for column in distances)]
     cells = [[row["name"], *(column.text(row) or "-" for column in distances)] for row in rows]
     return Table(["sampler", *(column.heading for column in distances)], cells) if rows else None
+
+
+def differences(results: Results) -> Table | None:
+    """How far the rows of several students are apart; None in the report of one."""
+    cells = []
+    for one in results.get("differences", []):
+        error = "-" if one["std"] is None else f"{one['std']:.3g}"
+        verdict = _verdict(one["first"], one["second"], one["difference"], one["indistinguishable"])
+        cells.append([one["first"], one["second"], verdict, f"{one['difference']:+.2f}", error, f"{one['count']:,}"])
+    short = short_title(results)
+    headings = ["first row", "second row", f"lower {short}", f"{short}, first - second", "standard error", "images"]
+    return Table(headings, cells, 3) if cells else None
+
+
+def _verdict(first: str, second: str, difference: float, indistinguishable: bool | None) -> str:
+    """The row of the lower distance, where the two can be told apart; a dash where nobody knows."""
+    if indistinguishable is None:
+        return "-"
+    return "indistinguishable" if indistinguishable else (first if difference < 0 else second)
 
 
 def main(results: Results) -> Table:

@@ -20,7 +20,7 @@ from pipeline.digits import networks
 from pipeline.digits.agreement import agreement
 from pipeline.digits.captioned import CaptionedDigits
 from pipeline.host.errors import Missing, Refused
-from pipeline.scoring import clip, inception, real_images, references
+from pipeline.scoring import clip, dinov2, inception, real_images, references
 from pipeline.scoring.clip import Clip
 from pipeline.scoring.real_images import ImageRows, RealImages
 from pipeline.scoring.references import References
@@ -37,8 +37,9 @@ class Features:
     Called with uint8 images [B, 3, H, W] it returns features [B, dim], logits [B, classes] and, where ``spatial`` is
     their number, the spatial features of sFID, else None; float32. ``names_labels`` says whether its classes are the
     teacher's labels. ``second`` gives the features [B, dim] in another flavour, where two are scored, and ``clip``
-    compares images with prompts, where the recipe wants that. ``satisfied`` says which images [B] are all that their
-    prompts name: (uint8 images, logits, prompts) -> bool; None where that is not measured.
+    compares images with prompts, where the recipe wants that; ``dinov2`` gives the features [B, 1024] of FD-DINOv2,
+    where it wants those. ``satisfied`` says which images [B] are all that their prompts name: (uint8 images, logits,
+    prompts) -> bool; None where that is not measured.
     """
 
     dim: int
@@ -49,6 +50,7 @@ class Features:
     second: Callable[[Tensor], Tensor] | None = None
     clip: Clip | None = None
     satisfied: Satisfied | None = None
+    dinov2: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.network(pixels)
@@ -59,15 +61,16 @@ def features(
 ) -> Features:
     """The scoring network of a recipe on ``device``; ``weights`` are those of ``weights``, read here if not given."""
     beside = clip.load(settings.clip, device) if settings.clip else None
+    further = dinov2.load(settings.dinov2).to(device) if settings.dinov2 else None
     if settings.features == "digits":
         scorer = networks.scorer().to(device)
         network = lambda pixels: (*scorer(pixels.float() / 127.5 - 1), None)  # noqa: E731
-        return Features(DIMENSIONS["digits"], networks.CLASSES, 0, True, network, clip=beside, satisfied=_satisfied)
+        return Features(DIMENSIONS["digits"], networks.CLASSES, 0, True, network, None, beside, _satisfied, further)
     arrays = weights or inception.weights(settings.inception or "")
     network, *others = (inception.Inception(arrays, flavour).to(device) for flavour in settings.flavours)
     spatial = inception.SPATIAL if settings.flavours[0] == "torch-fidelity" else 0
     second = (lambda pixels: others[0](pixels)[0]) if others else None
-    return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second, beside)
+    return Features(inception.FEATURES, inception.CLASSES, spatial, False, network, second, beside, dinov2=further)
 
 
 def _satisfied(pixels: np.ndarray, logits: np.ndarray, prompts: np.ndarray) -> np.ndarray:
@@ -94,6 +97,11 @@ def second_title(settings: EvaluateSettings) -> str | None:
         return None
     kind = "FD of a random Inception" if settings.inception == FORMULA else "FID"
     return f"{kind} ({settings.flavours[1]})"
+
+
+def dinov2_title(settings: EvaluateSettings) -> str:
+    """What the distance of DINOv2's features is called."""
+    return "FD of a random DINOv2 (not FD-DINOv2)" if settings.dinov2 == FORMULA else "FD-DINOv2"
 
 
 def meaning(settings: EvaluateSettings, described: bool = False) -> str:
@@ -124,6 +132,8 @@ def check(settings: EvaluateSettings, image_size: int, classes: int) -> dict[str
     one is missing or cannot serve.
     """
     beside = _check_clip(settings, classes)
+    if settings.dinov2:
+        beside |= {"dinov2": dinov2.check(settings.dinov2)}
     if settings.features == "digits" and settings.images:
         raise Refused("evaluate.images is set and evaluate.features is digits, which brings its own; leave it out.")
     if settings.features == "digits":
@@ -172,6 +182,11 @@ def check_reference(settings: EvaluateSettings, image_size: int) -> dict[str, An
         facts["images SHA-256"] = real_images.fingerprint(settings.images)
         if not images:
             raise Refused(f"evaluate.images {settings.images} holds no images; precision, recall and KID need some.")
+    if settings.dinov2 and not images:
+        raise Refused(
+            f"evaluate.dinov2 is set, and evaluate.reference {uri} holds statistics of Inception's features alone; give"
+            " real images as evaluate.images, or leave evaluate.dinov2 out."
+        )
     first, *others = settings.flavours
     if first in files:
         facts |= {"statistics": "read", "count": files[first].count, "sFID": files[first].spatial is not None}

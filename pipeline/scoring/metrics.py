@@ -8,6 +8,7 @@ pass over all images would have found. Everything here is numbers in, numbers ou
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -185,9 +186,35 @@ def factor(cov: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def frechet_error(
-    features: np.ndarray, total: Moments, reference: Gaussian, rounds: np.ndarray
-) -> tuple[float, float] | None:
+@dataclass(frozen=True)
+class Jackknife:
+    """What a distance is without each group of its rows: its error and its limit, and what a difference's come from.
+
+    ``pseudo`` [G] are the pseudo-values of the groups, ``times`` [G] how many times all rows are those of a group;
+    ``limit`` is the distance of infinitely many rows.
+    """
+
+    pseudo: np.ndarray
+    times: np.ndarray
+    limit: float
+
+    @property
+    def error(self) -> float:
+        """The standard error of the distance."""
+        return float(np.sqrt((np.square(self.pseudo - self.limit) / (self.times - 1)).mean()))
+
+    def minus(self, other: Jackknife) -> Jackknife | None:
+        """That of the difference of two distances whose rows are pairs, drawn from the same noise.
+
+        Leaving a group out of both at once changes both alike as far as the pairs vary together, so the error is that
+        of the difference itself, not that of independent rows. None where the groups are not the same.
+        """
+        if not np.array_equal(self.times, other.times):
+            return None
+        return Jackknife(self.pseudo - other.pseudo, self.times, self.limit - other.limit)
+
+
+def jackknife(features: np.ndarray, total: Moments, reference: Gaussian, rounds: np.ndarray) -> Jackknife | None:
     """Standard error of the Fréchet distance of features [N, D] to ``reference``, and its limit for N to infinity.
 
     The jackknife (Quenouille, Tukey; of unequal groups Busing et al. 1999) leaves up to ten groups out in turn: the
@@ -217,8 +244,7 @@ def frechet_error(
         left_out, distances = map(np.array, zip(*pool.map(without, range(groups)), strict=True))
     whole, times = frechet(reference, total.gaussian(), root), n / left_out
     limit = groups * whole - ((1 - 1 / times) * distances).sum()
-    pseudo = times * whole - (times - 1) * distances
-    return float(np.sqrt((np.square(pseudo - limit) / (times - 1)).mean())), float(limit)
+    return Jackknife(times * whole - (times - 1) * distances, times, float(limit))
 
 
 def kid(

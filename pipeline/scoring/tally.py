@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.models.convnet import to_uint8
 from pipeline.scoring.clip import ClipSums
+from pipeline.scoring.dinov2 import FEATURES
 from pipeline.scoring.instruments import Features
 from pipeline.scoring.metrics import ClassVariance, InceptionScore, Moments
 
@@ -38,6 +39,7 @@ class Sight:
     thumbnails: np.ndarray
     second: np.ndarray | None = None  # features in the other flavour
     clip: np.ndarray | None = None  # CLIP's embeddings
+    dinov2: np.ndarray | None = None  # DINOv2's features
 
     @classmethod
     @torch.no_grad()
@@ -48,7 +50,9 @@ class Sight:
         deep = None if spatial is None else _rows(spatial)
         second = None if network.second is None else _rows(network.second(pixels))
         embedded = None if network.clip is None else _rows(network.clip.of_images(pixels))
-        return cls(pixels.cpu().numpy(), _rows(features), _rows(logits), deep, thumbnails(pixels), second, embedded)
+        further = None if network.dinov2 is None else _rows(network.dinov2(pixels))
+        scored = _rows(features), _rows(logits), deep, thumbnails(pixels)
+        return cls(pixels.cpu().numpy(), *scored, second, embedded, further)
 
     @classmethod
     def joined(cls, parts: Sequence[Sight]) -> Sight:
@@ -64,12 +68,11 @@ class Statistics:
     ids.
 
     ``second`` are the moments in the other flavour, where two are scored; ``clip`` the CLIP scores of images whose
-    prompts are known. ``right`` counts images whose predicted class is their label, ``labelled`` those that were asked.
-    ``agreement`` [2, 2] counts images that are all that their prompts name and those that were asked, for their own
-    prompts and, below, for other images'.
-    ``features`` (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines``
-    says on what the parts were made, each kind once; ``origin`` says all else of how, on which no more than rounding
-    depends.
+    prompts are known; ``dinov2`` the moments of DINOv2's features, where they are wanted. ``right`` counts images whose
+    predicted class is their label, ``labelled`` those that were asked. ``agreement`` [2, 2] counts images that are all
+    that their prompts name and those that were asked, for their own prompts and, below, for other images'. ``features``
+    (for what needs the rows themselves) and ``images`` (for the grid) hold the kept rows. ``machines`` says on what the
+    parts were made, each kind once; ``origin`` says all else of how, on which no more than rounding depends.
     """
 
     moments: Moments
@@ -79,6 +82,7 @@ class Statistics:
     spatial: Moments | None = None
     second: Moments | None = None
     clip: ClipSums | None = None
+    dinov2: Moments | None = None
     right: int = 0
     labelled: int = 0
     agreement: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), dtype=np.int64))
@@ -101,6 +105,7 @@ class Statistics:
             Moments(network.spatial) if network.spatial else None,
             Moments(network.dim) if network.second else None,
             ClipSums() if network.clip else None,
+            Moments(FEATURES) if network.dinov2 else None,
         )
 
     def merge(self, other: Statistics) -> None:
@@ -115,6 +120,8 @@ class Statistics:
             self.second.merge(other.second)
         if self.clip and other.clip:
             self.clip.merge(other.clip)
+        if self.dinov2 and other.dinov2:
+            self.dinov2.merge(other.dinov2)
         self.right += other.right
         self.labelled += other.labelled
         self.agreement = self.agreement + other.agreement
@@ -125,9 +132,9 @@ class Statistics:
 
     def pack(self) -> bytes:
         """As an npz file; nothing in it is pickled."""
-        named = ("moments", "pixels", "variance", "score", "spatial", "second", "clip")
+        named = ("moments", "pixels", "variance", "score", "spatial", "second", "clip", "dinov2")
         sums = {name: getattr(self, name) for name in named}
-        for moments in (self.moments, self.pixels, self.spatial, self.second):
+        for moments in (self.moments, self.pixels, self.spatial, self.second, self.dinov2):
             if moments:
                 moments.flush()
         arrays: dict[str, Any] = {
@@ -162,6 +169,7 @@ class Statistics:
             Moments(len(arrays["spatial.mean"])) if "spatial.mean" in arrays else None,
             Moments(dim) if "second.mean" in arrays else None,
             ClipSums() if "clip.sums" in arrays else None,
+            Moments(len(arrays["dinov2.mean"])) if "dinov2.mean" in arrays else None,
         )
         for key, value in arrays.items():
             if "." in key:
@@ -200,6 +208,8 @@ class Statistics:
             self.spatial.add(sight.spatial)
         if self.second and sight.second is not None:
             self.second.add(sight.second)
+        if self.dinov2 and sight.dinov2 is not None:
+            self.dinov2.add(sight.dinov2)
         if len(self.variance.n) == 1:  # of prompts each stands for itself: the variance is that of all images
             self.variance.add(sight.thumbnails, np.zeros(len(place), dtype=np.int64))
         elif labels is not None:

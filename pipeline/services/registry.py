@@ -55,15 +55,29 @@ def fetch(recipe: Recipe) -> tuple[Recipe, str]:
     address = recipe.evaluate.student or ""
     if not address.startswith("models:/"):
         return recipe, ""
+    place, name = _fetched(recipe, address, "evaluate.student")
+    return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), name
+
+
+def fetch_others(recipe: Recipe) -> tuple[Recipe, dict[str, str]]:
+    """``fetch`` for evaluate.students: the recipe with files in their places, and their versions by their names."""
+    places, versions = dict(recipe.evaluate.students), dict.fromkeys(recipe.evaluate.students, "")
+    for name, address in recipe.evaluate.students.items():
+        if address.startswith("models:/"):
+            places[name], versions[name] = _fetched(recipe, address, f"evaluate.students.{name}")
+    return replace(recipe, evaluate=replace(recipe.evaluate, students=places)), versions
+
+
+def _fetched(recipe: Recipe, address: str, what: str) -> tuple[str, str]:
+    """Where the file of a version is now, and which version that is."""
     store = mlflow_store.of(recipe)
     client = mlflow_store.opened(store)
-    version = _found(client, store, address, "evaluate.student")
-    name = f"models:/{version.name}/{version.version}"
+    version = _found(client, store, address, what)
     sha256 = version.tags["student_sha256"]
     place = storage.join(recipe.cache_uri, sha256[:24] + Path(version.tags["file"]).suffix)
     if not storage.exists(place) or storage.sha256(place) != sha256:
         _download(client, version, store.uri, place)
-    return replace(recipe, evaluate=replace(recipe.evaluate, student=place)), name
+    return place, f"models:/{version.name}/{version.version}"
 
 
 def folder_of(address: str) -> str:

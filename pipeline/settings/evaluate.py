@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -9,10 +10,12 @@ from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
 from pipeline.configuration.fields import Name, Pool, Range, Seed, Size, SizeOrOff, Uri
 from pipeline.numerics.precision import Precision
+from pipeline.report.names import metric_name
 from pipeline.settings.text import UnseenSettings
 
 Flavour = Literal["torch-fidelity", "pytorch-fid"]
-FORMULA = "formula"  # Inception weights that are random numbers: a rehearsal
+NAME_OF_STUDENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
+FORMULA = "formula"  # weights of a scoring network that are random numbers: a rehearsal
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class EvaluateSettings:
             327_000_000, seconds: 0.021, speedup: 6.3}``, and are shown beside ours.
         student: URI of a student's folder or of its weights, or models:/NAME@best or models:/NAME/3 out of MLflow's
             model registry; default <run>/student.
+        students: other students that stand beside the recipe's own in one report, {name: URI}, each as ``student`` is
+            given. Every sampler that draws with a student draws with each of them too, for the same labels or prompts
+            from the same noise, and differences are told with their errors. Their layout, tokenizer and conditioning
+            must be those of the teacher; names are of letters, digits and ``._-``.
         register: name in MLflow's model registry under which the student becomes a version once its report is written.
             The alias ``best`` moves to it if the first FewStep listed has a lower distance than that of the version
             that holds it, at the same count, features, reference and number of steps.
@@ -49,6 +56,8 @@ class EvaluateSettings:
         reference_flavour: the flavour of statistics that do not say it themselves.
         captions: prompts that are drawn, of which no pair was made.
         clip: URI of a folder in Hugging Face's layout with a CLIP model, for a CLIP score of images and prompts.
+        dinov2: URI of the weights of DINOv2's ViT-L/14, Meta's dinov2_vitl14_pretrain.pth, for FD-DINOv2 as another
+            column; or formula: random ones, for rehearsals. It needs real images: as the reference, or as ``images``.
         npz: also write each sampler's images to <run>/samples/<name>.npz, for OpenAI's evaluator; to <report>/samples
             of a report with a uri of its own.
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
@@ -69,6 +78,7 @@ class EvaluateSettings:
     seed: Seed = 2
     samplers: list[dict[str, Any]] = field(default_factory=list)
     student: Annotated[str, Address(model=True)] | None = None
+    students: dict[str, Annotated[str, Address(model=True)]] = field(default_factory=dict)
     register: Name | None = None
     features: Literal["digits", "inception"] = "digits"
     flavour: Literal["torch-fidelity", "pytorch-fid", "both"] = "torch-fidelity"
@@ -79,6 +89,7 @@ class EvaluateSettings:
     reference_flavour: Flavour | None = None
     captions: UnseenSettings = field(default_factory=UnseenSettings)
     clip: Uri | None = None
+    dinov2: Uri | None = None
     npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False
@@ -95,6 +106,7 @@ class EvaluateSettings:
             self.curve_count != 1,
             "evaluate.curve_count is 1, and a covariance needs 2 samples or more; give 2 or more, or 0 for no curve.",
         )
+        self._check_students()
         if self.register is not None:
             fields.require(
                 not set(self.register) & set("/:@'"),
@@ -110,6 +122,23 @@ class EvaluateSettings:
                     bool(getattr(self, name)),
                     f"evaluate.features is inception but evaluate.{name} is not set; give its path or URI.",
                 )
+
+    def _check_students(self) -> None:
+        """Refuse names of other students that cannot stand in tables and file names, or that clash there."""
+        seen: dict[str, str] = {}
+        for name in self.students:
+            fields.require(
+                re.fullmatch(NAME_OF_STUDENT, name) is not None,
+                f"evaluate.students has the name {name!r}; give 1 to 40 letters, digits, dots, hyphens and underscores,"
+                " a letter or a digit first.",
+            )
+            key = metric_name(name).casefold()
+            fields.require(
+                key not in seen,
+                f"evaluate.students has the names {seen.get(key)} and {name}, which clash in the names of files and"
+                " metrics; change one of them.",
+            )
+            seen[key] = name
 
     @property
     def flavours(self) -> tuple[Flavour, ...]:

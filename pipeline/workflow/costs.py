@@ -152,7 +152,10 @@ def of_training(recipe: Recipe) -> Cost:
 
 
 def of_evaluation(recipe: Recipe) -> Cost:
-    """Images that are left to draw, those of students still to be exported among them, from a batch of each sampler."""
+    """Images that are left to draw, those of students still to be exported among them, from a batch of each sampler.
+
+    Of another student that the registry still has nothing is known, so all its images count.
+    """
     student = folder.weights_of(recipe.evaluate.student or recipe.student_uri)
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
     report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
@@ -165,6 +168,10 @@ def of_evaluation(recipe: Recipe) -> Cost:
     if not begun and recipe.evaluate.curve_count and few:
         lines.append(f"{recipe.evaluate.curve_count:>12,} x {len(few)} samplers of {recipe.train.snapshots} snapshots")
         images += [(sampler, recipe.evaluate.curve_count * recipe.train.snapshots) for sampler in few]
+    for name in (name for name in recipe.evaluate.students if name not in report.beside):  # still in the registry
+        drawn_with = [sampler for sampler in report.samplers if sampler.student]
+        lines += [f"{recipe.evaluate.count:>12,} x {sampler.name} of {name}" for sampler in drawn_with]
+        images += [(sampler, recipe.evaluate.count) for sampler in drawn_with]
 
     def measure() -> tuple[float, str]:
         asked = list(dict.fromkeys(sampler for sampler, _ in images))

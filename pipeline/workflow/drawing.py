@@ -20,7 +20,8 @@ import ray
 
 from pipeline import storage
 from pipeline.evaluation.artist import Artist
-from pipeline.evaluation.plan import Draw, EvaluationPlan
+from pipeline.evaluation.draws import Draw
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.host import provenance
 from pipeline.host.progress import Progress
 from pipeline.sampling import sample_files

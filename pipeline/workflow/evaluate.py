@@ -25,7 +25,7 @@ from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
 from pipeline.report.names import metric_name
 from pipeline.report.results import Results
-from pipeline.sampling import sample_files, selection
+from pipeline.sampling import sample_files
 from pipeline.sampling.samplers import OneStepStar
 from pipeline.scoring import instruments, references
 from pipeline.scoring.references import References
@@ -48,7 +48,10 @@ def evaluate(recipe: Recipe) -> str:
     if not recipe.status:
         preflight.check(recipe, "evaluate")
     recipe, registered = registry.fetch(recipe)
-    plan = dataclasses.replace(prepare(recipe), registered=registered)
+    recipe, versions = registry.fetch_others(recipe)
+    plan = prepare(recipe)
+    named = {name: dataclasses.replace(other, registered=versions[name]) for name, other in plan.beside.items()}
+    plan = dataclasses.replace(plan, registered=registered, beside=named)
     if recipe.status:
         return status.of_evaluation(plan)
     others = other_reports.read(plan, instruments.title(recipe.evaluate))
@@ -81,8 +84,7 @@ def evaluate(recipe: Recipe) -> str:
 
 def said_of(plan: EvaluationPlan) -> list[str]:
     """What the report will say of its student and its samplers that nobody should find there only."""
-    names = selection.names(plan.samplers)
-    reasons = {name: plan.departures(sampler) for name, sampler in zip(names, plan.samplers, strict=True)}
+    reasons = {name: plan.of(draw).departures(draw.sampler) for name, draw, _ in plan.lines() if draw.sampler}
     return [
         *plan.notes,
         *(
@@ -157,7 +159,8 @@ def write(plan: EvaluationPlan, results: Results, statistics: drawing.Shelf) -> 
     own = _write_reference(plan, statistics)
     columns = plan.grid_columns
     grids = [images[:columns] for draw in plan.table() if (images := statistics.outline(draw).images) is not None]
-    files = {"samples.png": plots.samples(selection.names(plan.samplers), grids, plan.conditioning(range(columns)))}
+    names = [line.name for line in plan.lines()]
+    files = {"samples.png": plots.samples(names, grids, plan.conditioning(range(columns)))}
     files |= plots.charts(results)
     results["files"] = [*own, *files, "report.html", "report.md", "report.json"]
     files["report.html"] = page.html(results, files).encode()
@@ -237,6 +240,8 @@ def _log(
         run.dataset("prompts", prompts["uri"], prompts["SHA-256"], "evaluation")
     if plan.students:
         run.tag("student", plan.students[plan.student][:12])
+    for name, other in plan.beside.items():
+        run.tag(f"student/{name}", other.students[other.student][:12])
     if trainer := plan.exported.get("mlflow_run"):
         run.link("distill", trainer)
     if pairs := plan.facts.get("pairs", {}).get("fingerprint", plan.exported.get("pairs_fingerprint")):

@@ -29,6 +29,7 @@ from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, mlflow_store, registry
+from pipeline.settings.evaluate import FORMULA
 from pipeline.training import perceptual
 from pipeline.training import plan as training_plan
 from pipeline.workflow import footprints
@@ -213,7 +214,8 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
     teacher, evaluate = recipe.teacher, recipe.evaluate
     uris = [teacher.tokenizer, teacher.checkpoint]
     if job == "evaluate":
-        given = (evaluate.student, evaluate.reference, evaluate.images, evaluate.captions.uri, evaluate.clip)
+        given = [evaluate.student, *evaluate.students.values(), evaluate.reference, evaluate.images]
+        given += [evaluate.captions.uri, evaluate.clip, *[evaluate.dinov2] * (evaluate.dinov2 != FORMULA)]
         uris += [uri for uri in given if uri]
     uris += [uri for uri in (recipe.captions.uri, recipe.text.encoder) if uri]
     for uri in uris:

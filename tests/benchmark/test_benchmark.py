@@ -293,7 +293,7 @@ def test_generation_runs_the_jobs_own_pool(ray_cluster: str, recipe: Recipe, tmp
 @pytest.mark.slow
 def test_evaluation_runs_the_jobs_own_pool(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "PART_IMAGES", 20)
-    monkeypatch.setattr("pipeline.evaluation.plan.PART_IMAGES", 20)
+    monkeypatch.setattr("pipeline.evaluation.draws.PART_IMAGES", 20)
     monkeypatch.setattr(actors, "PARTS", 1)  # the workers know nothing of the smaller parts: one begins at 0 for both
     recipe = tiny(tmp_path, "var", **IMAGES)
     bench = benchmark.Bench(recipe, str(tmp_path))

@@ -62,6 +62,11 @@ def refusal(name: str, value: Any) -> str | None:
     return found
 
 
+def addressed(name: str, value: str) -> Any:
+    """What a field of an address, of a list or of a mapping of them is given."""
+    return {tuple: [value], dict: {"one": value}}.get(LEAVES[name].of, value)
+
+
 def test_the_walk_is_complete() -> None:
     assert len(NUMBERS) > 35
     assert set(LISTS) == {
@@ -188,8 +193,8 @@ def test_python_is_refused_in_the_same_sentences() -> None:
 def test_every_uri_is_checked(name: str, value: str, sentence: str) -> None:
     if value == "" and name in ("teacher.tokenizer", "teacher.checkpoint"):
         return  # not set; who needs the weights says so
-    found = refusal(name, [value] if name == "evaluate.compare" else value) or ""
-    assert sentence in found.replace("compare[0]", "compare")
+    found = refusal(name, addressed(name, value)) or ""
+    assert sentence in found.replace("compare[0]", "compare").replace("students.one", "students")
 
 
 @pytest.mark.parametrize(
@@ -200,22 +205,28 @@ def test_every_uri_is_checked(name: str, value: str, sentence: str) -> None:
     ],
 )
 def test_places_that_are_meant_are_accepted(value: str) -> None:
-    assert [name for name in ADDRESSES if name != "evaluate.compare" and refusal(name, value)] == []
+    assert [name for name in ADDRESSES if refusal(name, addressed(name, value))] == []
 
 
 def test_models_of_the_registry_are_for_the_student_alone() -> None:
     assert refusal("evaluate.student", "models:/mine@best") is None
+    assert refusal("evaluate.students", {"one": "models:/mine@best"}) is None
     assert refusal("evaluate.reference", "models:/mine@best")
 
 
 def test_every_uri_is_made_portable(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Whichever fields there are: what is declared a URI no longer depends on the folder that a process is in."""
     monkeypatch.chdir(tmp_path)
-    recipe = with_settings(Recipe(), {name: ["x"] if name == "evaluate.compare" else "x" for name in ADDRESSES})
+    recipe = with_settings(Recipe(), {name: addressed(name, "x") for name in ADDRESSES})
     portable = json.dumps(cluster.portable(recipe).resolved())
-    assert len(ADDRESSES) == 18
+    assert len(ADDRESSES) == 20
     assert portable.count(json.dumps(str(tmp_path / "x"))) == len(ADDRESSES)
-    stays = {"evaluate.student": "models:/a/1", "evaluate.inception": "formula", "evaluate.reference": "CHANGE: it"}
+    stays: dict[str, Any] = {
+        "evaluate.student": "models:/a/1",
+        "evaluate.inception": "formula",
+        "evaluate.reference": "CHANGE: it",
+    }
+    stays |= {"evaluate.dinov2": "formula", "evaluate.students": {"one": "models:/a/1"}}
     kept = with_settings(Recipe(), stays)
     assert cluster.portable(kept).evaluate == kept.evaluate
     assert cluster.portable(cluster.portable(recipe)) == cluster.portable(recipe)

@@ -17,7 +17,7 @@ from tiny_clip import LENGTH, SIDE, tiny_clip, transformers, write
 
 from pipeline import storage
 from pipeline.evaluation.artist import look_at
-from pipeline.evaluation.plan import Draw
+from pipeline.evaluation.draws import Draw
 from pipeline.evaluation.rows import Entry, Reference, numbers
 from pipeline.host.errors import Missing, Refused
 from pipeline.scoring import clip, instruments

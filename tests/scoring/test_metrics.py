@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pipeline.scoring.metrics import (
     InceptionScore,
     Moments,
     frechet,
-    frechet_error,
+    jackknife,
     kid,
     mmd2,
     pixel_frechet,
@@ -199,6 +200,12 @@ def test_a_part_taken_out_leaves_the_rest() -> None:
     np.testing.assert_allclose(rest.gaussian()[1], np.cov(expected.T), atol=1e-14)
 
 
+def frechet_error(*args: Any) -> tuple[float, float] | None:
+    """Error and limit of a jackknife."""
+    found = jackknife(*args)
+    return found and (found.error, found.limit)
+
+
 def test_error_and_limit_equal_a_slow_jackknife() -> None:
     """Ten distances without a tenth of the rows each, two passes every time."""
     reference = (REAL.mean(0, dtype=np.float64), np.cov(REAL.astype(np.float64).T))
@@ -249,3 +256,64 @@ def test_the_error_of_balanced_classes_is_the_spread_of_draws(classes: int, coun
     assert 0.8 < errors.mean() / np.std(scores, ddof=1) < 1.3
     true = frechet((means.mean(0), np.cov(means.T, bias=True) + 1.21 * np.eye(dim)), reference)
     assert abs(limits.mean() - true) < 3 * np.std(limits) / np.sqrt(60)
+
+
+# ---- differences of pairs
+
+
+@pytest.mark.parametrize(("common", "ratio"), [(0.98, 0.5), (0.6, 1.0), (0.0, 1.2)])
+def test_the_error_of_a_difference_is_the_spread_of_draws_of_pairs(common: float, ratio: float) -> None:
+    """60 draws of two sets whose rows have a share of their noise in common, all of them and none: the error is the
+    spread of the differences, and far below that of independent rows only where the rows are pairs.
+    """
+    rng, dim, count, reference = np.random.default_rng(1), 4, 400, (np.zeros(4), np.eye(4))
+    apart, errors, independent = [], [], []
+    for _ in range(60):
+        shared, one, other = rng.normal(size=(3, count, dim))
+        first = 1.2 * (np.sqrt(common) * shared + np.sqrt(1 - common) * one) + 0.3
+        second = 1.25 * (np.sqrt(common) * shared + np.sqrt(1 - common) * other) + 0.25
+        found = [jackknife(rows, moments(rows, count), reference, np.arange(count)) for rows in (first, second)]
+        scores = [frechet(reference, moments(rows, count).gaussian()) for rows in (first, second)]
+        assert found[0]
+        assert found[1]
+        both = found[0].minus(found[1])
+        assert both
+        apart.append(scores[0] - scores[1])
+        errors.append(both.error)
+        independent.append(np.hypot(found[0].error, found[1].error))
+    assert 0.8 < np.mean(errors) / np.std(apart, ddof=1) < 1.25
+    assert np.mean(errors) / np.mean(independent) < ratio
+    if not common:
+        assert np.mean(errors) == pytest.approx(np.mean(independent), rel=0.1)
+
+
+def test_the_jackknife_of_a_difference_equals_a_slow_one_that_leaves_pairs_out() -> None:
+    rng, reference, ids = np.random.default_rng(2), (np.zeros(3), np.eye(3)), np.arange(105)
+    first = rng.normal(size=(105, 3))
+    second, groups = 1.1 * first + 0.1, [ids[ids // 2 % 10 == k] for k in range(10)]  # rounds of two; the last has one
+
+    def distance(rows: np.ndarray) -> float:
+        return frechet((rows.mean(0), np.cov(rows.T)), reference)
+
+    whole, n = distance(first) - distance(second), len(ids)
+    rest = [np.delete(ids, group) for group in groups]
+    left_out = np.array([distance(first[keep]) - distance(second[keep]) for keep in rest])
+    times = np.array([n / len(group) for group in groups])
+    pseudo = times * whole - (times - 1) * left_out
+    limit = 10 * whole - ((1 - 1 / times) * left_out).sum()
+    found = [jackknife(rows, moments(rows), reference, ids // 2) for rows in (first, second)]
+    assert found[0]
+    assert found[1]
+    both = found[0].minus(found[1])
+    assert both
+    assert both.error == pytest.approx(np.sqrt(((pseudo - limit) ** 2 / (times - 1)).mean()), rel=1e-7)
+    assert both.limit == pytest.approx(limit, rel=1e-7)
+
+
+def test_rows_of_other_groups_are_no_pairs() -> None:
+    rows, reference = GENERATED[:, :3].astype(np.float64), (np.zeros(3), np.eye(3))
+    one = jackknife(rows, moments(rows), reference, np.arange(200))
+    other = jackknife(rows, moments(rows), reference, np.arange(200) // 3)
+    assert one
+    assert other
+    assert one.minus(other) is None

@@ -18,8 +18,9 @@ import torch
 
 from pipeline import noise, storage
 from pipeline.digits import networks
-from pipeline.evaluation import plan, students, summary, timing
+from pipeline.evaluation import draws, plan, students, summary, timing
 from pipeline.evaluation.artist import Artist
+from pipeline.evaluation.draws import Draw
 from pipeline.generator import card, folder
 from pipeline.host import machine, provenance
 from pipeline.models import checkpoints
@@ -477,7 +478,7 @@ def test_mlflow_holds_numbers_pictures_and_links(finished: tuple[Recipe, str]) -
 
 
 def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PART_IMAGES", 10)
+    monkeypatch.setattr(draws, "PART_IMAGES", 10)
     made = plan.prepare(changed(recipe, samplers=[{"name": "FewStep"}], batch=4))
     draw = made.table()[0]
     artist = Artist(made, [draw], None)
@@ -485,7 +486,7 @@ def test_units_of_work_join_to_the_same_images(recipe: Recipe, monkeypatch: pyte
     plain = [{"draw": 0, "item": int(row["item"][0]), "statistics": row["statistics"][0]} for row in rows]
     parts = [part for _, part in in_order(plain)]
     assert [part.moments.n for part in parts] == [10, 10, 4]
-    monkeypatch.setattr(plan, "PART_IMAGES", 1_000)
+    monkeypatch.setattr(draws, "PART_IMAGES", 1_000)
     whole = artist.statistics(draw, 0)
     for part in parts[1:]:
         parts[0].merge(part)
@@ -599,10 +600,10 @@ def test_samples_are_written_for_other_evaluators_and_made_up_for_when_missing(
     copy_report(finished[0], tmp_path / "report")
     listed = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     recipe = changed(finished[0], uri=str(tmp_path / "report"), npz=True, samplers=listed, curve_count=0)
-    monkeypatch.setattr(plan, "PART_IMAGES", 10)
+    monkeypatch.setattr(draws, "PART_IMAGES", 10)
     made, drawn = plan.prepare(recipe), []
 
-    def here(plan: Any, todo: list[plan.Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
+    def here(plan: Any, todo: list[Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
         drawn.append([draw.name for draw in todo])
         artist = Artist(plan, todo, None)
         for i, draw in enumerate(todo):

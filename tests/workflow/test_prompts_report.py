@@ -21,6 +21,7 @@ from pipeline.digits.agreement import agreement
 from pipeline.digits.networks import scorer
 from pipeline.evaluation import plan
 from pipeline.evaluation.artist import Artist
+from pipeline.evaluation.draws import Draw
 from pipeline.models.convnet import to_uint8
 from pipeline.recipe import Recipe
 from pipeline.settings.text import CaptionSettings, TextSettings, UnseenSettings
@@ -31,7 +32,7 @@ SAMPLERS = [{"name": "Autoregressive"}, {"name": "FlowMatched"}]
 WORDS = sorted({word for text, _ in captions.every_caption() for word in text.split()})
 
 
-def here(plan: plan.EvaluationPlan, todo: list[plan.Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
+def here(plan: plan.EvaluationPlan, todo: list[Draw], frequencies: Any) -> Iterator[dict[str, Any]]:
     """``drawing.parts_of`` in this process."""
     artist = Artist(plan, todo, frequencies)
     for i, draw in enumerate(todo):
