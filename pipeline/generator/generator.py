@@ -11,7 +11,6 @@ The image of (seed, sample id) is the one that the evaluation draws of it: bit f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from pipeline.models.conditions import Condition, Encode, of_column
 from pipeline.models.convnet import to_uint8
 from pipeline.numerics.precision import Precision
 from pipeline.sampling.samplers import FewStep, Inputs, Models, Sampler
-from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.text import encoder
 
 BATCH = 64  # images that are drawn at once
@@ -48,14 +46,13 @@ class Generator:
     ) -> None:
         self.description, self.device = description, torch.device(device)
         settings, recipe = description.settings, description.recipe
-        if teacher and recipe is None:
-            raise Refused("the student's folder has no recipe.json to say which teacher it had; draw without it.")
+        asked = description.teacher() if teacher else None
         tokenizer = checkpoints.tokenizer(settings)
         student = checkpoints.student(settings, description.weights, tokenizer.codebook, description.options)
         self.layout: Layout = student.layout
         self._encode: Encode | None = encoder.conditioner(description.text, device) if description.text else None
         self._models = Models(
-            (_teacher(recipe) if teacher and recipe else _Decoder(tokenizer)).to(self.device),
+            (checkpoints.teacher(asked) if asked else _Decoder(tokenizer)).to(self.device),
             student.to(self.device),
             Solver(**recipe["pairs"]["solver"]) if recipe else Solver(),
             seed=0,
@@ -119,13 +116,18 @@ class Generator:
         """``draw`` with any sampler that asks for no token frequencies; one that asks the teacher needs it loaded."""
         sampler.check(self.layout)
         column = self._column(wanted)
-        keys = _keys(len(column), seeds, ids)
+        keys = sample_keys(len(column), seeds, ids)
         parts = [
             self._part(sampler, column[start : start + BATCH], keys[start : start + BATCH])
             for start in range(0, len(column), BATCH)
         ]
         side = self.layout.image_size
         return torch.cat(parts) if parts else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+    def check(self, sampler: Sampler, wanted: Sequence[int] | Sequence[str]) -> None:
+        """Raise Refused, one sentence, where ``draw_with`` would for this sampler and what is wanted; draw nothing."""
+        sampler.check(self.layout)
+        self._column(wanted)
 
     @torch.no_grad()
     def _part(self, sampler: Sampler, column: np.ndarray, keys: Sequence[tuple[int, int]]) -> Tensor:
@@ -166,13 +168,7 @@ def _registered(address: str) -> str:
     return registry.folder_of(address)
 
 
-def _teacher(recipe: dict[str, Any]) -> Teacher:
-    """The teacher of the recipe of distill; Missing or Refused where its files are not there."""
-    settings = dict(recipe["teacher"])
-    return checkpoints.teacher(TeacherSettings(**settings | {"filter": Filter(**settings["filter"])}))
-
-
-def _keys(count: int, seeds: int | Sequence[int], ids: Sequence[int] | None) -> list[tuple[int, int]]:
+def sample_keys(count: int, seeds: int | Sequence[int], ids: Sequence[int] | None) -> list[tuple[int, int]]:
     """(seed, sample id) of every image; Refused where there are not as many as images."""
     if isinstance(seeds, int):
         all_seeds, default = [seeds] * count, range(count)

@@ -57,7 +57,7 @@ def parser(doc: str | None) -> Parser:
     add("--seed", type=_whole, default=0, metavar="N", help="of the noise, by default 0")
     add("--first", type=_whole, default=0, metavar="N", help="sample id of the first image, by default 0")
     add("--sampler", metavar="YAML", help="as in a recipe; by default {name: FewStep, steps: [1]}")
-    add("--teacher", type=_truth, nargs="?", const=True, default=False, metavar="true",
+    add("--teacher", type=truth, nargs="?", const=True, default=False, metavar="true",
         help="also the teacher's images of the same noise: below, or in a second .npz or folder")  # fmt: skip
     add("--device", metavar="cpu|cuda", help="by default a GPU if there is one")
     add("--out", required=True, metavar="PLACE", help="a grid (.png), an .npz in ADM's form, or a folder of pictures")
@@ -70,7 +70,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
+    """The type of an argument that is true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
@@ -157,8 +158,10 @@ def _drawn(
             progress.update(len(rows))
 
 
-def _write_grid(place: str, rows: list[np.ndarray]) -> None:
-    """A picture with as many columns as rows of samples, the samplers' rows one below the other."""
+def grid(rows: list[np.ndarray]) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], of each sampler's images [B, 3, h, w]: as many columns as rows of samples, the
+    samplers' rows one below the other.
+    """
     count, _, height, width = rows[0].shape
     columns = min(count, max(1, round((count * len(rows)) ** 0.5)))
     lines = -(-count // columns)
@@ -167,8 +170,12 @@ def _write_grid(place: str, rows: list[np.ndarray]) -> None:
         for i, image in enumerate(images):
             top, left = ((i // columns) * len(rows) + k) * (height + GAP), (i % columns) * (width + GAP)
             sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return sheet
+
+
+def _write_grid(place: str, rows: list[np.ndarray]) -> None:
     with storage.replacing(place) as file:
-        Image.fromarray(sheet).save(file, format="PNG")
+        Image.fromarray(grid(rows)).save(file, format="PNG")
 
 
 def _write_npz(place: str, parts: Iterator[np.ndarray], count: int, first: int) -> None:
