@@ -1,7 +1,7 @@
 """The two pools of actors, watched: how much of an actor's time its networks work, and what it spends the rest on.
 
 The actors of the jobs themselves run, with a stopwatch around the networks, so both numbers of a ratio come from the
-same seconds.
+same seconds. A served student is asked over HTTP and stands beside one in an actor of its own, before and after.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,19 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.benchmark.clock import turns
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.plan import PART_IMAGES, Draw, EvaluationPlan, prepare
+from pipeline.generator import folder as student_folder
+from pipeline.generator.generator import BATCH, Generator
+from pipeline.host import signals
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress
 from pipeline.host.stopwatch import Stopwatch
+from pipeline.models import checkpoints
 from pipeline.pairs import manifest
-from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.facts import PairFacts, conditioning
 from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import commits
 from pipeline.pairs.replica import Replica
@@ -35,10 +44,15 @@ from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.scoring.tally import Statistics
 from pipeline.services import cluster
+from pipeline.serving.load import arrivals, open_loop
+from pipeline.serving.orders import Sample
+from pipeline.serving.service import Service
 from pipeline.workflow.drawing import parts_of
 
 SHARDS = 4  # of each replica
 PARTS = 4  # of each artist
+LIGHT, LOADED = 0.1, 0.8  # requests a second to a server, over the images a second of a student without one
+LONGEST = 3.0  # times the student's step that 99 % of the answers may take at LOADED
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,96 @@ def _scored(plan: EvaluationPlan, draw: Draw) -> Row:
     share = drawing + scoring
     row: Row = {"sampler": draw.name, "images / s": share * PART_IMAGES * plan.recipe.evaluate.actors / busy}
     return row | {"drawing, %": 100 * drawing, "scoring, %": 100 * scoring, "end to end / device": share}
+
+
+class BareStudent:
+    """A student that draws as a replica of the server does, in a process of the same kind, and does nothing else."""
+
+    def __init__(self, service: Service) -> None:
+        self.generator = Generator.from_pretrained(service.student, service.device)
+
+    def times(self, batches: tuple[int, ...], wanted: list[Any], seconds: float) -> list[float]:
+        """Seconds of ``Generator.draw`` in one step, for each of the batch sizes in turns."""
+        calls = {str(size): partial(self.generator.draw, wanted[:size], range(size)) for size in batches}
+        found = turns(calls, self.generator.device, seconds)
+        return [found[str(size)] for size in batches]
+
+
+def serving(recipe: Recipe, folder: str) -> Section:
+    """A served student asked at random moments, beside its step without a server before and after."""
+    service = Service(_new_student(recipe, folder), device=recipe.cluster.runs_on, port=_free_port())
+    settings, batches = recipe.benchmark, (1, service.batch)
+    wanted = _wanted(recipe)
+    bare = (recipe, BareStudent, (service,), "times", batches, wanted, settings.seconds)
+    before = cluster.on_actor(*bare)
+    first, step = before
+    rate, answers = service.batch / step, {}
+    samples = [Sample(one, seed, 0, (1,)) for seed, one in enumerate(wanted)]
+    with cluster.session(recipe, 1), served(service):
+        for load, seconds in ((LIGHT, settings.seconds), (LOADED, settings.serving_seconds)):
+            moments = arrivals(load * rate, seconds, recipe.evaluate.seed)
+            answers[load] = open_loop(service.address, samples, moments)
+    first, step = (float(np.mean(pair)) for pair in zip(before, cluster.on_actor(*bare), strict=True))
+    section = Section(
+        "Serving",
+        f"Requests of one image, a PNG each, over HTTP on loopback to one replica that fills every batch up to"
+        f" {service.batch} images (`jobs/serve.py`, its defaults); they arrive at random moments (Poisson) whether or"
+        f" not those before are answered, and a time counts from the arrival. The *bare step* is `Generator.draw` of"
+        f" {service.batch} images in one step in an actor without Serve: {1000 * step:.1f} ms, the mean of the medians"
+        f" before ({1000 * before[1]:.1f} ms) and after; one image alone takes {1000 * first:.1f} ms there. Loads are"
+        f" shares of the {rate:.0f} images a second of the bare step before. Client, proxy and replica share this"
+        " machine.",
+    )
+    for load, found in answers.items():
+        row: Row = {"load": f"{load:.0%}", "requests": len(found.seconds), "images / s": found.rate}
+        row |= {"p50, ms": _ms(found.quantile(0.5)), "p99, ms": _ms(found.quantile(0.99))}
+        row |= {"p99 / bare step": found.quantile(0.99) / step, "answered 503": found.refused, "failed": found.failed}
+        section.rows.append(row)
+    text = f"p99 of a served image at {LOADED:.0%} load over the bare step, {recipe.cluster.runs_on}"
+    section.claims.append(Claim(text, answers[LOADED].quantile(0.99) / step, LONGEST, at_most=True))
+    return section
+
+
+@contextmanager
+def served(service: Service) -> Iterator[None]:
+    """A server on the Ray that is joined, while the body runs."""
+    from pipeline.serving import deployment  # Ray Serve, which not everybody has
+
+    deployment.check_free()
+    try:
+        signals.interruptible(lambda: deployment.start(service))
+        yield
+    finally:
+        deployment.stop()
+
+
+def _new_student(recipe: Recipe, folder: str) -> str:
+    """The folder of a student as it starts from its teacher: its weights do not matter here."""
+    recipe = replace(recipe, run=folder, train=replace(recipe.train, uri=None))
+    checksums, settings = checkpoints.checksums(recipe.teacher), recipe.train
+    student = checkpoints.new_student(
+        recipe.teacher, checkpoints.teacher(recipe.teacher), settings.student_options, settings.seed
+    )
+    about = {"family": recipe.teacher.family, "config": recipe.resolved()["teacher"]["config"], "teacher": checksums}
+    about |= settings.student_options | {"split": settings.split, "start_steps": list(settings.start_steps)}
+    checkpoints.save(student, storage.join(recipe.student_uri, student_folder.WEIGHTS), about)
+    content = student_folder.described(recipe, checksums)
+    storage.write_json(storage.join(recipe.student_uri, student_folder.CONFIG), content)
+    return recipe.student_uri
+
+
+def _wanted(recipe: Recipe) -> list[Any]:
+    """What some images are drawn for, labels or prompts of the recipe's."""
+    return list(conditioning(recipe)(range(BATCH)).tolist())
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _ms(seconds: float) -> float:
+    return 1000 * seconds
 
 
 def _share(spans: list[Span], kind: str) -> float:

@@ -33,6 +33,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.report import legend
 from pipeline.services import cluster, tracking
+from pipeline.serving.serve import check_packages
 from pipeline.workflow import preflight
 
 ALONE = ("solvers", "precision", "matching", "teacher", "sampling")  # sections that run in this process alone
@@ -51,6 +52,8 @@ def benchmark(recipe: Recipe) -> str:
         return plan.describe(recipe)
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
         raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
+    if "serving" in recipe.benchmark.sections:
+        check_packages()
     storage.check_writable(recipe.benchmark_uri)
     with tracking.Run.start(recipe, "benchmark") as run, tempfile.TemporaryDirectory(prefix="dd-") as folder:
         bench = Bench(recipe, folder)
@@ -99,6 +102,7 @@ class Bench:
             "generation": lambda: [actors.generation(recipe, self._place("generation"))],
             "evaluation": self._evaluation,
             "growth": self._growth,
+            "serving": lambda: [actors.serving(recipe, self._place("serving"))],
         }
 
     @cached_property

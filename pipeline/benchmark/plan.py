@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.benchmark.actors import PARTS, SHARDS
+from pipeline.benchmark.actors import LOADED, PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
@@ -21,7 +21,7 @@ def describe(recipe: Recipe) -> str:
     budget = 0.0
     for part in recipe.benchmark.sections:
         turns, beside = SECTIONS[part](recipe)
-        budget += turns * recipe.benchmark.seconds
+        budget += turns * recipe.benchmark.seconds + (part == "serving") * recipe.benchmark.serving_seconds
         timed = f"{turns} measurements of {recipe.benchmark.seconds:g} s" if turns else ""
         lines.append(f"{part:<12}{', '.join(filter(None, (timed, beside)))}")
     gpus = f" and {recipe.cluster.gpus:g} GPU" if recipe.cluster.gpus else ""
@@ -53,6 +53,11 @@ def _growth(recipe: Recipe) -> tuple[int, str]:
     return turns, f"{sum(PAIRS):,} pairs of a teacher that costs nothing, and pools of {max(ACTORS)}"
 
 
+def _serving(recipe: Recipe) -> tuple[int, str]:
+    seconds = recipe.benchmark.serving_seconds
+    return 5, f"{seconds:g} s of requests at {LOADED:.0%} of the rate of a student without a server"
+
+
 # section -> (what takes its turn for benchmark.seconds, what else is done)
 SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "solvers": lambda recipe: (0, "every solver against the float64 oracle"),
@@ -67,4 +72,5 @@ SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "generation": _generation,
     "evaluation": _evaluation,
     "growth": _growth,
+    "serving": _serving,
 }

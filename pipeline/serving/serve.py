@@ -76,8 +76,7 @@ def checked(service: Service) -> Service:
 
     No network is built, and Ray is not started.
     """
-    if any(find_spec(name) is None for name in NEEDED):
-        raise Missing("Ray Serve's packages are not installed; pip install 'distilled-decoding[serve]' adds them.")
+    check_packages()
     if service.device not in (None, "cpu", "cuda"):
         raise Refused(f"--device is {service.device}; it must be cpu or cuda.")
     cluster.check_address()
@@ -96,6 +95,12 @@ def checked(service: Service) -> Service:
     if service.teacher:
         checkpoints.check(description.teacher())
     return replace(service, student=uri)
+
+
+def check_packages() -> None:
+    """Missing, one sentence, where Ray has no Serve."""
+    if any(find_spec(name) is None for name in NEEDED):
+        raise Missing("Ray Serve's packages are not installed; pip install 'distilled-decoding[serve]' adds them.")
 
 
 def _check_port(service: Service) -> None:
