@@ -16,6 +16,7 @@ from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_se
 from pipeline.generator import sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
+from pipeline.serving import serve
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -28,7 +29,10 @@ ELSEWHERE = (
     "gs://",
     "runs/",
 )  # what a snippet reads that a test has not; another test may, as tests/pairs does
-OF_SAMPLE = {flag for action in sample.parser(None)._actions for flag in action.option_strings}
+PARSERS = {"sample": sample.parser, "serve": serve.parser}  # of the jobs that take no recipe
+OTHER_FLAGS = {
+    flag for parser in PARSERS.values() for action in parser(None)._actions for flag in action.option_strings
+}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 NOT_OURS = {"AWS_MAX_ATTEMPTS"}  # botocore reads it
 
@@ -183,8 +187,8 @@ def test_commands_of_jobs_parse(page: Path, tmp_path: Path) -> None:
             else word
             for word in arguments
         ]
-        if job == "sample":
-            sample.parser(None).parse_args(own)
+        if job in PARSERS:
+            PARSERS[job](None).parse_args(own)
         elif job != "train_digits":
             check_parses(own, f"{job} {' '.join(arguments)}")
 
@@ -196,7 +200,7 @@ def test_flags_in_the_text_are_flags(page: Path) -> None:
         if first in (CONFIG, PRINT, "--help"):
             continue
         if first.startswith("--"):
-            if first in OF_SAMPLE:
+            if first in OTHER_FLAGS:
                 continue
             assert first.removeprefix("--") in FIELDS, code
             if rest:
