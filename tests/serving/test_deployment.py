@@ -51,12 +51,14 @@ def running(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with log.open("w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
-    while "Ctrl-C stops it" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    yield Running(process, f"http://127.0.0.1:{port}", log, student)
-    process.kill()
-    process.wait()
+    try:
+        while "Ctrl-C stops it" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield Running(process, f"http://127.0.0.1:{port}", log, student)
+    finally:
+        process.terminate()  # and not killed: Serve would stay on the session's Ray
+        process.wait()
 
 
 def pixels(answer: requests.Response, place: int = 0) -> np.ndarray:

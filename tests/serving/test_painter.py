@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny import Family, tiny, tiny_text
 
 from pipeline import Generator
 from pipeline.host.errors import Refused
-from pipeline.sampling.samplers import FlowMatched
+from pipeline.sampling.samplers import FlowMatched, Sampler
 from pipeline.serving.orders import Sample
 from pipeline.serving.painter import Painter
 
@@ -43,6 +44,22 @@ def test_company_changes_no_bit(tmp_path: Path, family: Family) -> None:
     assert np.array_equal(mixed[1].pixels, alone.pixels)
     assert [one.company for one in mixed] == [1, 2, 2], "those of the same steps go together"
     assert not np.array_equal(painter.draw([others[0]])[0].pixels, alone.pixels)
+
+
+def test_every_batch_has_one_size(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which the last bits of larger networks than these depend."""
+    sizes: list[int] = []
+    draw_with = generator.draw_with
+
+    def spied(sampler: Sampler, wanted: list[int], *args: Any) -> torch.Tensor:
+        sizes.append(len(wanted))
+        return draw_with(sampler, wanted, *args)
+
+    monkeypatch.setattr(generator, "draw_with", spied)
+    for count in (1, 3, 4):
+        Painter(generator, 4).draw(samples(count))
+    Painter(generator, 4).draw([*samples(2), *samples(2, (1, 2))])
+    assert sizes == [4] * 5
 
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2)])
