@@ -30,7 +30,7 @@ DRAIN = 10.0  # seconds in which requests are finished when the server stops
 ATTEMPTS = 2  # at starting a replica, before it is said that it cannot be
 
 
-class Replica:
+class PainterReplica:
     """One process that draws batches out of the requests that it has; ``draw`` may be called from many at once."""
 
     def __init__(self, service: Service, teacher: bool) -> None:
@@ -61,7 +61,7 @@ class Replica:
 
 
 @serve.ingress()
-class Student(Replica):
+class Student(PainterReplica):
     """A replica that also answers HTTP, so that a request goes from the proxy straight to where it is drawn."""
 
     def __init__(self, service: Service, teacher: DeploymentHandle | None) -> None:
@@ -140,11 +140,16 @@ def status() -> str:
     return found.status.value if found else "NOT_STARTED"
 
 
-def stop() -> None:
-    """Finish the requests that there are, ``DRAIN`` seconds at most, and end Serve."""
+def drain() -> None:
+    """Finish the requests that there are, ``DRAIN`` seconds at most, and take no more."""
     if ray.is_initialized() and running():
         serve.delete(NAME)
-        serve.shutdown()
+
+
+def stop() -> None:
+    """``drain``, and end Serve."""
+    drain()
+    serve.shutdown()
 
 
 def _bound(service: Service) -> serve.Application:
@@ -159,7 +164,7 @@ def _bound(service: Service) -> serve.Application:
         "max_constructor_retry_count": ATTEMPTS,
     }
     deployed: Callable[..., Any] = serve.deployment
-    teacher = deployed(Replica, name="teacher", **options).bind(service, True) if service.teacher else None
+    teacher = deployed(PainterReplica, name="teacher", **options).bind(service, True) if service.teacher else None
     student = deployed(Student, name="student", num_replicas=service.replicas, **options)
     return student.bind(service, teacher)
 

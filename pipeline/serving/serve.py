@@ -134,7 +134,10 @@ def serve(service: Service) -> None:
             print(f"{service.address} serves {service.student}; Ctrl-C stops it.", flush=True)
             _watch(deployment.status)
         finally:
-            deployment.stop()
+            if address() == LOCAL:
+                deployment.drain()  # a local Ray ends with this process, and Serve, were it ended first, not in silence
+            else:
+                deployment.stop()
 
 
 def _what(service: Service) -> str:
