@@ -16,7 +16,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,export,fid,hf,text]'
+	$(BIN)/pip install --quiet --editable '.[dev,export,fid,hf,serve,text]'
 	touch $@
 
 # Pairs, student, report: the embedded default in a short form, on two cores, in minutes.

@@ -16,6 +16,7 @@ from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_se
 from pipeline.generator import export, sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
+from pipeline.serving import serve
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -28,7 +29,8 @@ ELSEWHERE = (
     "gs://",
     "runs/",
 )  # what a snippet reads that a test has not; another test may, as tests/pairs does
-OWN = {"sample": sample.parser(None), "export": export.parser(None)}  # of the jobs that take no recipe
+# Of the jobs that take no recipe.
+OWN = {"sample": sample.parser(None), "export": export.parser(None), "serve": serve.parser(None)}
 OF_OWN = {flag for parser in OWN.values() for action in parser._actions for flag in action.option_strings}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 NOT_OURS = {"AWS_MAX_ATTEMPTS"}  # botocore reads it

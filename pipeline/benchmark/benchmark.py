@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, training
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, students, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.host import machine
@@ -33,6 +33,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.report import legend
 from pipeline.services import cluster, tracking
+from pipeline.serving.serve import check_packages
 from pipeline.workflow import preflight
 
 ALONE = ("solvers", "precision", "matching", "teacher", "sampling", "images")  # sections that run in this process alone
@@ -51,6 +52,8 @@ def benchmark(recipe: Recipe) -> str:
         return plan.describe(recipe)
     if recipe.cluster.runs_on == "cuda" and not torch.cuda.is_available():
         raise Refused("cluster.gpus is above 0 but this machine has no CUDA device; set it to 0 to measure the CPU.")
+    if "serving" in recipe.benchmark.sections:
+        check_packages()
     storage.check_writable(recipe.benchmark_uri)
     with tracking.Run.start(recipe, "benchmark") as run, tempfile.TemporaryDirectory(prefix="dd-") as folder:
         bench = Bench(recipe, folder)
@@ -99,9 +102,10 @@ class Bench:
             "generation": lambda: [actors.generation(recipe, self._place("generation"))],
             "evaluation": self._evaluation,
             "images": lambda: [
-                actors.images(recipe, self.teacher, self._place("images"), self._student(), settings.seconds)
+                students.images(recipe, self.teacher, self._place("images"), self._student(), settings.seconds)
             ],
             "growth": self._growth,
+            "serving": lambda: [students.serving(recipe, self._place("serving"))],
         }
 
     @cached_property

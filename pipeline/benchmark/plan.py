@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from pipeline.benchmark.actors import IMAGES, PARTS, SHARDS
+from pipeline.benchmark.actors import PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
+from pipeline.benchmark.students import IMAGES, LOADED
 from pipeline.benchmark.training import ROWS, STEPS
 from pipeline.evaluation.draws import PART_IMAGES
 from pipeline.host.progress import duration
@@ -21,7 +22,7 @@ def describe(recipe: Recipe) -> str:
     budget = 0.0
     for part in recipe.benchmark.sections:
         turns, beside = SECTIONS[part](recipe)
-        budget += turns * recipe.benchmark.seconds
+        budget += turns * recipe.benchmark.seconds + (part == "serving") * recipe.benchmark.serving_seconds
         timed = f"{turns} measurements of {recipe.benchmark.seconds:g} s" if turns else ""
         lines.append(f"{part:<12}{', '.join(filter(None, (timed, beside)))}")
     gpus = f" and {recipe.cluster.gpus:g} GPU" if recipe.cluster.gpus else ""
@@ -53,6 +54,11 @@ def _growth(recipe: Recipe) -> tuple[int, str]:
     return turns, f"{sum(PAIRS):,} pairs of a teacher that costs nothing, and pools of {max(ACTORS)}"
 
 
+def _serving(recipe: Recipe) -> tuple[int, str]:
+    seconds = recipe.benchmark.serving_seconds
+    return 5, f"{seconds:g} s of requests at {LOADED:.0%} of the rate of a student without a server"
+
+
 # section -> (what takes its turn for benchmark.seconds, what else is done)
 SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "solvers": lambda recipe: (0, "every solver against the float64 oracle"),
@@ -68,4 +74,5 @@ SECTIONS: dict[str, Callable[[Recipe], tuple[int, str]]] = {
     "evaluation": _evaluation,
     "images": lambda recipe: (3, f"{IMAGES:,} images of a student at a time, thrown away, into an .npz, into a folder"),
     "growth": _growth,
+    "serving": _serving,
 }

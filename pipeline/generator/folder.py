@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.host.errors import Missing, Refused
 from pipeline.models import checkpoints
 from pipeline.recipe import Recipe
-from pipeline.settings.teacher import TeacherSettings
+from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.settings.text import TextSettings
 from pipeline.settings.train import STUDENT
 
@@ -50,6 +50,13 @@ class Description:
     start_steps: tuple[int, ...]
     text: TextSettings | None
     recipe: dict[str, Any] | None
+
+    def teacher(self) -> TeacherSettings:
+        """Of the teacher that the student was distilled from; Refused where the folder does not say which it was."""
+        if self.recipe is None:
+            raise Refused("the student's folder has no recipe.json to say which teacher it had; draw without it.")
+        settings = self.recipe["teacher"]
+        return TeacherSettings(**settings | {"filter": Filter(**settings["filter"])})
 
 
 def weights(uri: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from pipeline.models.conditions import Condition, Encode, of_column
 from pipeline.models.convnet import to_uint8
 from pipeline.numerics.precision import Precision
 from pipeline.sampling.samplers import FewStep, Inputs, Models, Sampler
-from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.text import encoder
 
 BATCH = 64  # images that are drawn at once
@@ -51,14 +49,13 @@ class Generator:
     ) -> None:
         self.description, self.device = description, torch.device(device)
         settings, recipe = description.settings, description.recipe
-        if teacher and recipe is None:
-            raise Refused("the student's folder has no recipe.json to say which teacher it had; draw without it.")
+        asked = description.teacher() if teacher else None
         tokenizer = checkpoints.tokenizer(settings)
         student = checkpoints.student(settings, description.weights, tokenizer.codebook, description.options)
         self.layout: Layout = student.layout
         self._encode: Encode | None = encoder.conditioner(description.text, device) if description.text else None
         self._models = Models(
-            (_teacher(recipe) if teacher and recipe else _Decoder(tokenizer)).to(self.device),
+            (checkpoints.teacher(asked) if asked else _Decoder(tokenizer)).to(self.device),
             student.to(self.device),
             Solver(**recipe["pairs"]["solver"]) if recipe else Solver(),
             seed=0,
@@ -136,10 +133,15 @@ class Generator:
         """
         sampler.check(self.layout)
         column = checked(self.description, self.layout, wanted)
-        keys = _keys(len(column), seeds, ids)
+        keys = sample_keys(len(column), seeds, ids)
         noises = (self._noise(keys[start : start + BATCH]) for start in range(0, len(keys), BATCH))
         for i, (gaussian, uniform) in enumerate(ahead(noises)):
             yield self._drawn(sampler, column[i * BATCH : (i + 1) * BATCH], gaussian, uniform)
+
+    def check(self, sampler: Sampler, wanted: Sequence[int] | Sequence[str]) -> None:
+        """Raise Refused, one sentence, where ``draw_with`` would for this sampler and what is wanted; draw nothing."""
+        sampler.check(self.layout)
+        checked(self.description, self.layout, wanted)
 
     def _noise(self, keys: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Gaussian float16 [B, n, C] and uniform draws float64 [B, n] of B (seed, sample id)."""
@@ -187,13 +189,7 @@ def located(address: str) -> str:
     return registry.folder_of(address)
 
 
-def _teacher(recipe: dict[str, Any]) -> Teacher:
-    """The teacher of the recipe of distill; Missing or Refused where its files are not there."""
-    settings = dict(recipe["teacher"])
-    return checkpoints.teacher(TeacherSettings(**settings | {"filter": Filter(**settings["filter"])}))
-
-
-def _keys(count: int, seeds: int | Sequence[int], ids: Sequence[int] | None) -> list[tuple[int, int]]:
+def sample_keys(count: int, seeds: int | Sequence[int], ids: Sequence[int] | None) -> list[tuple[int, int]]:
     """(seed, sample id) of every image; Refused where there are not as many as images."""
     if isinstance(seeds, int):
         all_seeds, default = [seeds] * count, range(count)

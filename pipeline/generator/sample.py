@@ -61,7 +61,7 @@ def parser(doc: str | None) -> Parser:
     add("--seed", type=_whole, default=0, metavar="N", help="of the noise, by default 0")
     add("--first", type=_whole, default=0, metavar="N", help="sample id of the first image, by default 0")
     add("--sampler", metavar="YAML", help="as in a recipe; by default {name: FewStep, steps: [1]}")
-    add("--teacher", type=_truth, nargs="?", const=True, default=False, metavar="true",
+    add("--teacher", type=truth, nargs="?", const=True, default=False, metavar="true",
         help="also the teacher's images of the same noise: below, or in a second .npz or folder")  # fmt: skip
     add("--device", type=_device, metavar="cpu|cuda", help="by default a GPU if there is one")
     add("--actors", type=_pool, metavar="N", help=f"Ray actors that draw an .npz or a folder: {spread.RULE}")
@@ -90,7 +90,8 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is no device of torch's") from None
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
+    """The type of an argument that is true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"

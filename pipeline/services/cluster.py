@@ -34,7 +34,7 @@ from pipeline.services.ray_errors import Lost as Lost
 from pipeline.services.ray_errors import device_error as device_error
 from pipeline.services.ray_errors import end_process as end_process
 from pipeline.services.ray_errors import is_ray as is_ray
-from pipeline.services.ray_errors import translated
+from pipeline.services.ray_errors import translated as translated
 from pipeline.services.ray_errors import translation as translation
 from pipeline.settings.evaluate import FORMULA
 
@@ -60,15 +60,21 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
+    replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
+    enter(math.ceil(replicas * recipe.cluster.cpus), recipe.cluster.gpus)
+    _warn_about_local_folder(recipe)
+
+
+def enter(cpus: int, gpus: float = 0) -> None:
+    """``connect`` for pools that need so many CPUs together, and for replicas that need so many GPUs each."""
     auto_init_hook.enable_auto_connect = False  # a thread that outlives the connection must not start a Ray of its own
     if not ray.is_initialized():
         check_address()
         with signals.kept():  # Ray sets its own
             if address() == LOCAL:
-                _start_local(recipe)
+                _start_local(cpus, gpus)
             else:
                 _join()
-    _warn_about_local_folder(recipe)
 
 
 @contextmanager
@@ -232,15 +238,14 @@ def _join() -> None:
         ) from error
 
 
-def _start_local(recipe: Recipe) -> None:
-    """A local cluster large enough for every pool of the recipe.
+def _start_local(pool: int, gpus: float) -> None:
+    """A local cluster large enough for pools of so many CPUs.
 
     Ray's CPUs are bookkeeping, not cores: with fewer than the pool reserves, a laptop of two cores would wait for ever.
     """
-    replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
-    cpus = max(os.cpu_count() or 1, math.ceil(replicas * recipe.cluster.cpus)) + SPARE
+    cpus = max(os.cpu_count() or 1, pool) + SPARE
     make_token()
     try:
         ray.init(
@@ -252,10 +257,10 @@ def _start_local(recipe: Recipe) -> None:
             " (RAY_TMPDIR, a short path) and its token to ~/.ray (HOME)."
         ) from error
     found = ray.cluster_resources().get("GPU", 0)
-    if found < recipe.cluster.gpus:
+    if found < gpus:
         ray.shutdown()
         raise NoGpu(
-            f"cluster.gpus is {recipe.cluster.gpus:g} but Ray sees {found:g} GPUs on this machine; set it to 0"
+            f"cluster.gpus is {gpus:g} but Ray sees {found:g} GPUs on this machine; set it to 0"
             " for the CPU, or submit the job to a cluster."
         )
 

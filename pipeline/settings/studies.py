@@ -52,6 +52,7 @@ Measured = Literal[
     "evaluation",
     "images",
     "growth",
+    "serving",
 ]
 
 
@@ -64,12 +65,14 @@ class BenchmarkSettings:
         sections: what is measured, in this order.
         batches: batch sizes of teacher and samplers.
         seconds: of measuring for each thing that takes its turn; more scatter less.
+        serving_seconds: of requests to a server under load; at the 99th percentile a hundredth of them count.
     """
 
     uri: Uri | None = None
     sections: tuple[Measured, ...] = get_args(Measured)
     batches: tuple[Size, ...] = (1, 4, 64)
     seconds: Annotated[float, Range(math.nextafter(0, 1), 86_400, "above 0, and at most 86,400")] = 10.0
+    serving_seconds: Annotated[float, Range(math.nextafter(0, 1), 86_400, "above 0, and at most 86,400")] = 60.0
 
     def __post_init__(self) -> None:
         fields.check(self, "benchmark")

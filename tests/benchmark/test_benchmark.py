@@ -17,7 +17,19 @@ from safetensors.torch import load_file
 from tiny import IMAGES, Family, tiny, with_pairs
 
 from pipeline import storage
-from pipeline.benchmark import actors, benchmark, clock, growth, matching, networks, plan, rounding, sheet, training
+from pipeline.benchmark import (
+    actors,
+    benchmark,
+    clock,
+    growth,
+    matching,
+    networks,
+    plan,
+    rounding,
+    sheet,
+    students,
+    training,
+)
 from pipeline.benchmark.actors import Span
 from pipeline.benchmark.sheet import Claim, Section
 from pipeline.flow import matching as flow
@@ -401,3 +413,15 @@ def test_a_dry_run_plans_every_section_and_writes_nothing(recipe: Recipe) -> Non
     assert "each with 1 CPU and 1 GPU" in text
     assert not Path(recipe.run).exists()
     assert set(plan.SECTIONS) == set(get_args(Measured))
+
+
+@pytest.mark.slow
+def test_a_served_student_stands_beside_its_bare_step(ray_cluster: None, recipe: Recipe, tmp_path: Path) -> None:
+    settings = replace(recipe.benchmark, seconds=0.5, serving_seconds=2.0)
+    section = students.serving(replace(recipe, benchmark=settings), str(tmp_path / "serving"))
+    light, loaded = section.rows
+    assert (light["load"], loaded["load"]) == ("10%", "80%")
+    assert int(loaded["requests"] or 0) > int(light["requests"] or 0)
+    (claim,) = section.claims
+    assert (claim.bound, claim.at_most, claim.value) == (3.0, True, loaded["p99 / bare step"])
+    assert "before" in section.markdown()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import tiny
 
-from pipeline.benchmark import steps as training_speed
-from pipeline.benchmark.steps import WHOLE, pieces
+from pipeline.benchmark import training as training_speed
+from pipeline.benchmark.training import WHOLE, pieces
 from pipeline.models.base import Layout
 from pipeline.models.conditions import Condition, Labels, Prompts
 from pipeline.pairs.stream import Pairs

@@ -1,0 +1,176 @@
+"""What a student takes in use: many images beside images thrown away, and answers over HTTP beside its bare step."""
+
+from __future__ import annotations
+
+import io
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import storage
+from pipeline.benchmark.clock import turns
+from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.generator import folder as student_folder
+from pipeline.generator import spread
+from pipeline.generator.folder import Description
+from pipeline.generator.generator import BATCH, Generator
+from pipeline.generator.request import Request
+from pipeline.generator.targets import FolderTarget, NpzTarget
+from pipeline.host import signals
+from pipeline.models import checkpoints
+from pipeline.models.base import Teacher
+from pipeline.models.convnet import to_uint8
+from pipeline.pairs.facts import conditioning
+from pipeline.recipe import Recipe
+from pipeline.sampling.samplers import FewStep, Models
+from pipeline.services import cluster
+from pipeline.serving.load import arrivals, open_loop
+from pipeline.serving.orders import Sample
+from pipeline.serving.service import Service
+from pipeline.text import encoder
+
+IMAGES = 8 * BATCH  # of a turn
+LIGHT, LOADED = 0.1, 0.8  # requests a second to a server, over the images a second of a student without one
+LONGEST = 3.0  # times the student's step that 99 % of the answers may take at LOADED
+
+
+@torch.no_grad()
+def images(recipe: Recipe, teacher: Teacher, place: str, student: str, seconds: float) -> Section:
+    """Many images as jobs/sample.py makes them in one process, in turns with the bare loop.
+
+    ``student`` is the file of its weights, ``place`` a folder for what is made.
+    """
+    device, sampler, options = teacher.codebook.device, FewStep(recipe.train.split), recipe.train.student_options
+    text = recipe.text if teacher.caption else None
+    about = Description(recipe.teacher, student, options, recipe.train.split, recipe.train.start_steps, text, None)
+    generator = Generator(about, device, recipe.evaluate.precision)
+    network = checkpoints.student(recipe.teacher, student, teacher.codebook, options).to(device)
+    precisions = recipe.teacher.precision, recipe.evaluate.precision
+    models = Models(teacher, network, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
+    models = replace(models, conditioning=conditioning(recipe), encode=encoder.conditioner(recipe.text, device))
+    wanted = models.column(range(IMAGES)).tolist()
+
+    def bare() -> None:
+        for start in range(0, IMAGES, BATCH):
+            batch = np.arange(start, min(start + BATCH, IMAGES))
+            to_uint8(models.decode(sampler.draw(models, batch), sampler.student)).cpu()
+
+    def kept(name: str, kind: type[NpzTarget] | type[FolderTarget]) -> None:
+        uri = storage.join(place, name)
+        asked = Request("", False, (sampler,), (uri,), wanted, models.seed, 0, IMAGES, device.type)
+        target = kind(asked, {}, uri)
+        with redirect_stderr(io.StringIO()):  # progress, in which nobody is interested
+            spread.make(asked, [target], [(0, item) for item in range(asked.parts)], generator, 0)
+
+    calls: dict[str, Callable[[], None]] = {"thrown away": bare}
+    calls["into an .npz"] = partial(kept, "images.npz", NpzTarget)
+    calls["into a folder"] = partial(kept, "pictures", FolderTarget)
+    times = turns(calls, device, seconds)
+    section = Section(
+        "Many images",
+        f"{IMAGES:,} images of {sampler.name} at batch {BATCH} in this process, in turns: *thrown away* is the bare"
+        " loop, networks and noise alone; the others are what `jobs/sample.py --actors 0` does once it has begun, until"
+        " the last file is on the disk. Medians; starting and loading are in none of them.",
+    )
+    for name, taken in times.items():
+        share = times["thrown away"] / taken
+        section.rows.append({"images": name, "images / s": IMAGES / taken, "over thrown away": share})
+        if name != "thrown away":
+            section.claims.append(Claim(f"Images {name} over the bare loop, {device.type}", share, 0.95))
+    return section
+
+
+class BareStudent:
+    """A student that draws as a replica of the server does, in a process of the same kind, and does nothing else."""
+
+    def __init__(self, service: Service) -> None:
+        self.generator = Generator.from_pretrained(service.student, service.device)
+
+    def times(self, batches: tuple[int, ...], wanted: list[Any], seconds: float) -> list[float]:
+        """Seconds of ``Generator.draw`` in one step, for each of the batch sizes in turns."""
+        calls = {str(size): partial(self.generator.draw, wanted[:size], range(size)) for size in batches}
+        found = turns(calls, self.generator.device, seconds)
+        return [found[str(size)] for size in batches]
+
+
+def serving(recipe: Recipe, folder: str) -> Section:
+    """A served student asked at random moments, beside its step without a server before and after."""
+    service = Service(_new_student(recipe, folder), device=recipe.cluster.runs_on, port=_free_port())
+    settings, batches = recipe.benchmark, (1, service.batch)
+    wanted = _wanted(recipe)
+    bare = (recipe, BareStudent, (service,), "times", batches, wanted, settings.seconds)
+    before = cluster.on_actor(*bare)
+    first, step = before
+    rate, answers = service.batch / step, {}
+    samples = [Sample(one, seed, 0, (1,)) for seed, one in enumerate(wanted)]
+    with cluster.session(recipe, 1), served(service):
+        for load, seconds in ((LIGHT, settings.seconds), (LOADED, settings.serving_seconds)):
+            moments = arrivals(load * rate, seconds, recipe.evaluate.seed)
+            answers[load] = open_loop(service.address, samples, moments)
+    first, step = (float(np.mean(pair)) for pair in zip(before, cluster.on_actor(*bare), strict=True))
+    section = Section(
+        "Serving",
+        f"Requests of one image, a PNG each, over HTTP on loopback to one replica that fills every batch up to"
+        f" {service.batch} images (`jobs/serve.py`, its defaults); they arrive at random moments (Poisson) whether or"
+        f" not those before are answered, and a time counts from the arrival. The *bare step* is `Generator.draw` of"
+        f" {service.batch} images in one step in an actor without Serve: {1000 * step:.1f} ms, the mean of the medians"
+        f" before ({1000 * before[1]:.1f} ms) and after; one image alone takes {1000 * first:.1f} ms there. Loads are"
+        f" shares of the {rate:.0f} images a second of the bare step before. Client, proxy and replica share this"
+        " machine.",
+    )
+    for load, found in answers.items():
+        row: Row = {"load": f"{load:.0%}", "requests": len(found.seconds), "images / s": found.rate}
+        row |= {"p50, ms": _ms(found.quantile(0.5)), "p99, ms": _ms(found.quantile(0.99))}
+        row |= {"p99 / bare step": found.quantile(0.99) / step, "answered 503": found.refused, "failed": found.failed}
+        section.rows.append(row)
+    text = f"p99 of a served image at {LOADED:.0%} load over the bare step, {recipe.cluster.runs_on}"
+    section.claims.append(Claim(text, answers[LOADED].quantile(0.99) / step, LONGEST, at_most=True))
+    return section
+
+
+@contextmanager
+def served(service: Service) -> Iterator[None]:
+    """A server on the Ray that is joined, while the body runs."""
+    from pipeline.serving import deployment  # Ray Serve, which not everybody has
+
+    deployment.check_free()
+    try:
+        signals.interruptible(lambda: deployment.start(service))
+        yield
+    finally:
+        deployment.stop()
+
+
+def _new_student(recipe: Recipe, folder: str) -> str:
+    """The folder of a student as it starts from its teacher: its weights do not matter here."""
+    recipe = replace(recipe, run=folder, train=replace(recipe.train, uri=None))
+    checksums, settings = checkpoints.checksums(recipe.teacher), recipe.train
+    student = checkpoints.new_student(
+        recipe.teacher, checkpoints.teacher(recipe.teacher), settings.student_options, settings.seed
+    )
+    about = {"family": recipe.teacher.family, "config": recipe.resolved()["teacher"]["config"], "teacher": checksums}
+    about |= settings.student_options | {"split": settings.split, "start_steps": list(settings.start_steps)}
+    checkpoints.save(student, storage.join(recipe.student_uri, student_folder.WEIGHTS), about)
+    content = student_folder.described(recipe, checksums)
+    storage.write_json(storage.join(recipe.student_uri, student_folder.CONFIG), content)
+    return recipe.student_uri
+
+
+def _wanted(recipe: Recipe) -> list[Any]:
+    """What some images are drawn for, labels or prompts of the recipe's."""
+    return list(conditioning(recipe)(range(BATCH)).tolist())
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _ms(seconds: float) -> float:
+    return 1000 * seconds

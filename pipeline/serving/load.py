@@ -1,0 +1,82 @@
+"""Requests at random moments, whatever has become of those before: what a server's answers take under load.
+
+Arrivals are a Poisson process, and a request's time counts from its arrival and not from when the client got round to
+sending it: a server that falls behind is not asked less because of it. The client runs in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from dataclasses import dataclass
+
+import aiohttp
+import numpy as np
+
+from pipeline.serving.orders import Sample
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of the requests of one image each.
+
+    Attributes:
+        seconds: float64 [requests], from arrival to the last byte; infinite for those without an image.
+        span: seconds from the first arrival to the last answer.
+        refused: requests that were answered 503.
+        failed: other requests without an image.
+    """
+
+    seconds: np.ndarray
+    span: float
+    refused: int
+    failed: int
+
+    def quantile(self, share: float) -> float:
+        """Seconds within which this share of the requests had their image; infinite where fewer had one."""
+        return float(np.quantile(self.seconds, share, method="higher"))
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return float(np.isfinite(self.seconds).sum() / self.span)
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
+    """Moments of a Poisson process of ``rate`` a second, float64 [N], within ``seconds``."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
+    moments = np.cumsum(gaps)
+    return moments[moments < seconds]
+
+
+def open_loop(address: str, samples: list[Sample], moments: np.ndarray) -> Answers:
+    """Ask the server at ``address`` for an image at each of the moments, for the samples in turn."""
+    return asyncio.run(_all(address, samples, moments))
+
+
+async def _all(address: str, samples: list[Sample], moments: np.ndarray) -> Answers:
+    connections = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(address, connector=connections) as session:
+        begin = time.perf_counter()
+        calls = []
+        for moment, sample in zip(moments, itertools.cycle(samples), strict=False):
+            await asyncio.sleep(begin + moment - time.perf_counter())
+            calls.append(asyncio.create_task(_one(session, sample, begin + moment)))
+        found = await asyncio.gather(*calls)
+    status = [code for code, _ in found]
+    seconds = np.array([took if code == 200 else np.inf for code, took in found])
+    span = time.perf_counter() - begin
+    return Answers(seconds, span, status.count(503), sum(code not in (200, 503) for code in status))
+
+
+async def _one(session: aiohttp.ClientSession, sample: Sample, arrival: float) -> tuple[int, float]:
+    """(status, seconds since its arrival) of one request; status 0 where the connection broke."""
+    name = "prompts" if isinstance(sample.wanted, str) else "labels"
+    wanted = {name: [sample.wanted], "seeds": [sample.seed], "ids": [sample.id], "steps": list(sample.steps)}
+    try:
+        async with session.post("/images", json=wanted, headers={"Accept": "image/png"}) as answer:
+            await answer.read()
+            return answer.status, time.perf_counter() - arrival
+    except aiohttp.ClientError:
+        return 0, time.perf_counter() - arrival

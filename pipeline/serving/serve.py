@@ -1,0 +1,158 @@
+"""The command line of jobs/serve.py: what is served and where, all of it looked at before Ray starts."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+
+from pipeline import storage
+from pipeline.command_line import Output, stop
+from pipeline.generator import folder
+from pipeline.generator.generator import BATCH
+from pipeline.generator.sample import Parser, truth
+from pipeline.host import signals
+from pipeline.host.errors import Missing, Outage, Refused, Unfinished
+from pipeline.models import checkpoints
+from pipeline.services import cluster
+from pipeline.services.ray_address import LOCAL, address
+from pipeline.serving.service import Service
+from pipeline.text import encoder
+
+LOOK = 5.0  # seconds between two looks at how the application stands
+NEEDED = ("fastapi", "starlette", "uvicorn", "watchfiles")  # what ray[serve] adds to Ray
+
+
+def main(doc: str | None, args: Sequence[str] | None = None) -> None:
+    """The body of jobs/serve.py."""
+    signals.install()
+    with redirect_stdout(Output(sys.stdout)):
+        asked = parser(doc).parse_args(args)
+        try:
+            serve(checked(Service(**vars(asked))))
+        except (Refused, Unfinished) as error:
+            stop(error, error.status)
+
+
+def parser(doc: str | None) -> Parser:
+    """What jobs/serve.py takes; the names are those of ``Service``."""
+    out, usual = Parser(description=doc, allow_abbrev=False), Service("")
+    add = out.add_argument
+    add("--student", required=True, metavar="URI", help="folder of a student: a path, hf://, s3://, gs:// or models:/")
+    add("--teacher", type=truth, nargs="?", const=True, default=False, metavar="true",
+        help="also its teacher, in a replica of its own, for images of the same noise")  # fmt: skip
+    add("--device", metavar="cpu|cuda", help="by default a GPU if there is one")
+    add("--replicas", type=_within(1, 10_000), default=usual.replicas, metavar="N",
+        help=f"of the student, each with a CPU, and a GPU on cuda; by default {usual.replicas}")  # fmt: skip
+    add("--batch", type=_within(1, BATCH), default=usual.batch, metavar="N",
+        help=f"images that go through the network together; by default {usual.batch}, at most {BATCH}")  # fmt: skip
+    add("--queue", type=_within(1, 1_000_000), default=usual.queue, metavar="N",
+        help=f"requests that may wait for a replica; by default {usual.queue}")  # fmt: skip
+    add("--host", default=usual.host, help=f"address to listen on; by default {usual.host}, this machine alone")
+    add("--port", type=_within(1, 65_535), default=usual.port, metavar="N", help=f"by default {usual.port}")
+    return out
+
+
+def _within(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number between two others."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low:,} to {high:,}")
+        return int(text)
+
+    return number
+
+
+def checked(service: Service) -> Service:
+    """The same with a student that every process finds; Refused, Missing or Outage, one sentence, for what cannot be.
+
+    No network is built, and Ray is not started.
+    """
+    check_packages()
+    if service.device not in (None, "cpu", "cuda"):
+        raise Refused(f"--device is {service.device}; it must be cpu or cuda.")
+    cluster.check_address()
+    if service.device == "cuda" and address() == LOCAL and not torch.cuda.is_available():
+        raise Refused("--device is cuda, and this machine has no CUDA device; leave it out for the CPU.")
+    _check_port(service)
+    uri = service.student
+    if uri.startswith("models:/"):
+        from pipeline.services import registry
+
+        uri = registry.folder_of(uri)
+    uri = storage.resolve(uri)
+    description = folder.read(uri)
+    if description.text and (shape := checkpoints.caption_shape(description.settings)):
+        encoder.check(description.text, shape[1], shape[0])
+    if service.teacher:
+        checkpoints.check(description.teacher())
+    return replace(service, student=uri)
+
+
+def check_packages() -> None:
+    """Missing, one sentence, where Ray has no Serve."""
+    if any(find_spec(name) is None for name in NEEDED):
+        raise Missing("Ray Serve's packages are not installed; pip install 'distilled-decoding[serve]' adds them.")
+
+
+def _check_port(service: Service) -> None:
+    """Refused unless something can listen there now."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(service.host, service.port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise Refused(f"--host is {service.host}, which is no address of a machine; 127.0.0.1 is this one.") from None
+    with socket.socket(family, kind) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else one that was just closed is taken
+        try:
+            listening.bind(place)
+        except OSError as error:
+            raise Refused(
+                f"nothing can listen on {service.host}:{service.port} ({error.strerror}); give another --port, or"
+                " --host an address of this machine."
+            ) from None
+
+
+def serve(service: Service) -> None:
+    """Serve until a signal comes; Unfinished, one sentence, where the cluster or the student fails meanwhile."""
+    from pipeline.serving import deployment  # Ray Serve, which takes seconds to import
+
+    with cluster.translated():
+        cluster.enter(service.replicas + service.teacher)
+        service = replace(service, device=service.device or deployment.device())
+        deployment.check_free()
+        print(f"Starting {_what(service)}.", file=sys.stderr, flush=True)
+        try:
+            signals.interruptible(lambda: deployment.start(service))
+            print(f"{service.address} serves {service.student}; Ctrl-C stops it.", flush=True)
+            _watch(deployment.status)
+        finally:
+            if address() == LOCAL:
+                deployment.drain()  # a local Ray ends with this process, and Serve, were it ended first, not in silence
+            else:
+                deployment.stop()
+
+
+def _what(service: Service) -> str:
+    replicas = f"{service.replicas} replica{'s' * (service.replicas > 1)} of the student"
+    return f"{replicas}{' and its teacher' * service.teacher} on {service.device}"
+
+
+def _watch(status: Callable[[], str]) -> None:
+    """Say on stderr whenever the application stands otherwise than before; never returns."""
+    said = "RUNNING"
+    while True:
+        time.sleep(LOOK)
+        found = signals.interruptible(status)
+        if found != said:
+            print(f"Ray Serve says that the student is {found}.", file=sys.stderr, flush=True)
+        if found == "NOT_STARTED":
+            raise Outage("the student is no longer served: somebody else has stopped Ray Serve on this cluster.")
+        said = found
