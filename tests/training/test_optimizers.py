@@ -63,7 +63,10 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(tmp_path: Path, 
 
 @pytest.mark.parametrize("family", ["var", "llamagen"])
 def test_a_step_is_along_the_orthogonalised_momentum(tmp_path: Path, family: Family) -> None:
-    """Against the singular value decomposition: the same directions, lengths within the iteration's 0.5 to 1.5."""
+    """Against the singular value decomposition: the same directions, lengths within the iteration's 0.5 to 1.5.
+
+    Those whose singular value is a small part of the largest have not grown to that by its fifth round.
+    """
     network = student(tmp_path, family)
     optimizers = Optimizers(network, replace(MUON_SETTINGS, weight_decay=0.0))
     before = [matrix.detach().clone() for matrix in blocks_matrices(network)]
@@ -72,10 +75,11 @@ def test_a_step_is_along_the_orthogonalised_momentum(tmp_path: Path, family: Fam
     optimizers.step(keep_gradients=False)
     for old, matrix, gradient in zip(before, blocks_matrices(network), gradients, strict=True):
         step = (old - matrix.detach()) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
-        left, _, right = torch.linalg.svd(gradient, full_matrices=False)  # of the first momentum, too
+        left, values, right = torch.linalg.svd(gradient, full_matrices=False)  # of the first momentum, too
         rotated = left.T @ step @ right.T
         lengths = rotated.diagonal()
-        assert 0.5 < lengths.min() <= lengths.max() < 1.5
+        grown = lengths[values > values[0] / 5]
+        assert 0.5 < grown.min() <= grown.max() < 1.5
         assert (rotated - lengths.diag()).abs().max() < 0.05
 
 
