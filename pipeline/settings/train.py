@@ -41,11 +41,13 @@ class TrainSettings:
         micro_batch: samples that a worker takes through the networks at once, adding up gradients until its share of
             the batch is done; 0 takes the share whole. Less memory, the same student but for rounding.
         epochs: passes over the pair set.
+        optimizer: adamw, or muon: Muon for the matrices of the student's blocks, with steps of the size of AdamW's, and
+            AdamW for embeddings, heads, norms and biases. One lr serves both.
         lr: peak learning rate.
         warmup: optimiser steps of linear warm-up.
         schedule: after the warm-up, constant or cosine to zero.
         betas: of AdamW: the decays of its averages of gradients and of their squares.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: of matrices only.
         clip: largest gradient norm.
         ema: decay of the moving average that is exported.
         seed: of the order of the pairs, of t and of the student's new parameters.
@@ -74,6 +76,7 @@ class TrainSettings:
     batch: Size = 64
     micro_batch: SizeOrOff = 0
     epochs: Count = 10
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-4
     warmup: Annotated[int, Range(0, 10**12, "0 or more, and at most 10^12")] = 100
     schedule: Literal["constant", "cosine"] = "constant"

@@ -96,8 +96,7 @@ class Observer:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Report the metrics of a window, with the learning rate and the seconds since this process began to train."""
-        lr = self.state.optimizer.param_groups[0]["lr"]
-        also = {"lr": lr, "seconds": time.perf_counter() - self.since}
+        also = {"lr": self.state.optimizers.rate, "seconds": time.perf_counter() - self.since}
         self.report(Message(self.state.step, metrics | also, []))
 
     def snapshot(self) -> None:

@@ -24,6 +24,10 @@ from pipeline.training.perceptual import TRUNKS, trunk_file
 SPEED = ("workers", "micro_batch", "compile", "recompute")
 NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export", "tokenizer")
 
+# Fields that came after students had been made: where they say what was done before them, facts do not name them, so
+# that those students keep their fingerprints.
+LATER = {"optimizer": "adamw"}
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -37,7 +41,8 @@ class TrainingPlan:
     @property
     def facts(self) -> dict[str, Any]:
         """All that the student depends on, float rounding aside."""
-        train = {k: v for k, v in self.recipe.resolved()["train"].items() if k not in NOT_FACTS}
+        settings = self.recipe.resolved()["train"]
+        train = {k: v for k, v in settings.items() if k not in NOT_FACTS and LATER.get(k, ...) != v}
         count = self.recipe.pairs.count
         return {"pairs": {"fingerprint": self.pairs_fingerprint, "count": count}, "train": train}
 
@@ -208,7 +213,8 @@ def claimed(plan: TrainingPlan) -> dict[str, Any] | None:
         raise Refused(f"{place} is not what distill wrote; set train.uri (or run) to another folder, or restore it.")
     if owner["fingerprint"] == plan.fingerprint:
         return owner
-    old, new = leaves(owner["facts"]), leaves(plan.facts)
+    unsaid = leaves({"train": LATER})
+    old, new = unsaid | leaves(owner["facts"]), unsaid | leaves(plan.facts)
     name = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise Refused(
         f"{plan.at()} holds a student of other settings: {name} is {old.get(name)} there and {new.get(name)}"

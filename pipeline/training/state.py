@@ -22,10 +22,10 @@ from pipeline import storage
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
+from pipeline.training.optimizers import Optimizers
 
 SUFFIX = ".pt"
 LARGE = 256 << 20  # bytes of a student's weights, of whose state a checkpoint holds four times as many
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 class Diverged(Unfinished, FloatingPointError):
@@ -33,13 +33,13 @@ class Diverged(Unfinished, FloatingPointError):
 
 
 class TrainingState:
-    """Student, its moving average, the optimiser, and ``step``, the number of optimiser steps done."""
+    """Student, its moving average, the optimisers, and ``step``, the number of optimiser steps done."""
 
     def __init__(self, student: Student, settings: TrainSettings) -> None:
         """``student`` is on the training device already."""
         self.student, self.settings, self.step = student, settings, 0
         self.average: Student = copy.deepcopy(student).eval().requires_grad_(False)
-        self.optimizer = optimizer(student, settings)
+        self.optimizers = Optimizers(student, settings)
         device = next(student.parameters()).device
         self.failed_at = torch.tensor(0, device=device)  # the first step whose gradient was not finite
 
@@ -48,13 +48,11 @@ class TrainingState:
 
         Nothing here waits for the device: a gradient that is not finite is noted and raised by ``check``.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step, total)
+        self.optimizers.rate = learning_rate(self.settings, self.step, total)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip)
-        self.optimizer.step()
         # DDP keeps the memory of all gradients anyway; one that is None would be made a second time by the first part
         # of a batch, when the workers do not meet.
-        self.optimizer.zero_grad(set_to_none=not torch.distributed.is_initialized())
+        self.optimizers.step(keep_gradients=torch.distributed.is_initialized())
         self.step += 1
         first = (self.failed_at == 0) & ~norm.isfinite()
         self.failed_at = torch.where(first, self.step, self.failed_at)
@@ -86,7 +84,7 @@ class TrainingState:
             "step": self.step,
             "student": self.student.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.optimizers.content(),
         }
 
     @property
@@ -112,8 +110,8 @@ class TrainingState:
     def _take(self, content: dict[str, Any]) -> None:
         self.student.load_state_dict(content["student"])
         self.average.load_state_dict(content["average"])
-        # On a CPU the optimiser would keep the mapped file's own memory.
-        self.optimizer.load_state_dict(_copied(content["optimizer"]))
+        # On a CPU the optimisers would keep the mapped file's own memory.
+        self.optimizers.take({name: _copied(content[name]) for name in self.optimizers.parts})
         self.step = content["step"]
 
     @torch.no_grad()
@@ -122,18 +120,9 @@ class TrainingState:
 
         ``broadcast`` hands a value of rank 0's to all. Tensors go from device to device.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        known = {i: float(self.optimizer.state[p]["step"]) for i, p in enumerate(parameters) if self.optimizer.state[p]}
-        self.step, steps = broadcast((self.step, known))
-        content = self.optimizer.state_dict()
-        if torch.distributed.get_rank():
-            moments = {
-                i: {"step": torch.tensor(step), **{name: torch.zeros_like(parameters[i]) for name in MOMENTS}}
-                for i, step in steps.items()
-            }
-            self.optimizer.load_state_dict(content | {"state": moments})
-        tensors = [*self.student.state_dict().values(), *self.average.state_dict().values()]
-        tensors += [self.optimizer.state[parameters[i]][name] for i in steps for name in MOMENTS]
+        self.step = broadcast(self.step)
+        moments = self.optimizers.share(broadcast)
+        tensors = [*self.student.state_dict().values(), *self.average.state_dict().values(), *moments]
         for tensor in tensors:
             torch.distributed.broadcast(tensor, 0)
 
@@ -256,17 +245,6 @@ def steps_done(folder: str, say: Callable[[str], None] = lambda sentence: None) 
     """Optimiser steps of the ``newest`` checkpoint in a folder; 0 without one."""
     name = newest(folder, say)
     return int(name.removeprefix("step-").removesuffix(SUFFIX)) if name else 0
-
-
-def optimizer(student: Student, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear layers and convolutions, not embeddings, positions and biases."""
-    matrices = {id(m.weight) for m in student.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    groups = [
-        {"params": [p for p in student.parameters() if (id(p) in matrices) == decayed], "weight_decay": decay}
-        for decayed, decay in ((True, settings.weight_decay), (False, 0.0))
-    ]
-    fused = next(student.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:

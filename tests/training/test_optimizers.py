@@ -1,0 +1,156 @@
+"""AdamW alone, and Muon beside it, on tiny students of both families."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Family, tiny
+from torch import Tensor
+
+from pipeline.models import checkpoints
+from pipeline.models.base import Student
+from pipeline.settings.train import TrainSettings
+from pipeline.training.optimizers import MUON, Optimizers, blocks_matrices
+from pipeline.training.state import TrainingState
+
+MUON_SETTINGS = TrainSettings(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup=0)
+
+
+def student(folder: Path, family: Family = "var") -> Student:
+    recipe = tiny(folder, family)
+    return checkpoints.family(recipe.teacher).Student.from_teacher(checkpoints.teacher(recipe.teacher), 0)
+
+
+def give_gradients(network: Student, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def named(network: Student, optimizer: torch.optim.Optimizer) -> list[set[str]]:
+    """The names of the parameters in each of its groups."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    return [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+
+
+def test_only_matrices_decay(tmp_path: Path) -> None:
+    network = student(tmp_path)
+    (adamw,) = Optimizers(network, TrainSettings()).parts.values()
+    decayed, spared = named(network, adamw)
+    assert decayed | spared == {name for name, _ in network.named_parameters()}
+    assert not decayed & spared
+    assert {"head.weight", "word_embed.weight", "blocks.0.attn.mat_qkv.weight"} <= decayed
+    assert {"class_emb.weight", "pos_1LC", "lvl_embed.weight", "head.bias", "n_d_embed.weight"} <= spared
+    assert {"blocks.0.attn.scale_mul_1H11", "final_layer_conti.scale_shift_table"} <= spared
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_else(tmp_path: Path, family: Family) -> None:
+    network = student(tmp_path, family)
+    adamw, muon = Optimizers(network, MUON_SETTINGS).parts.values()
+    (ours,), theirs = named(network, muon), set().union(*named(network, adamw))
+    assert not ours & theirs
+    assert ours | theirs == {name for name, _ in network.named_parameters()}
+    matrices = {name for name, p in network.named_parameters() if p.ndim == 2 and name.endswith("weight")}
+    assert ours == {name for name in matrices if name.startswith(("blocks.", "layers.")) and "norm" not in name}
+    assert not any(word in name for name in ours for word in ("head", "emb", "final"))
+
+
+@pytest.mark.parametrize("family", ["var", "llamagen"])
+def test_a_step_is_along_the_orthogonalised_momentum(tmp_path: Path, family: Family) -> None:
+    """Against the singular value decomposition: the same directions, lengths within the iteration's 0.5 to 1.5.
+
+    Those whose singular value is a small part of the largest have not grown to that by its fifth round.
+    """
+    network = student(tmp_path, family)
+    optimizers = Optimizers(network, replace(MUON_SETTINGS, weight_decay=0.0))
+    before = [matrix.detach().clone() for matrix in blocks_matrices(network)]
+    give_gradients(network, 0)
+    gradients: list[Tensor] = [matrix.grad.clone() for matrix in blocks_matrices(network)]  # type: ignore[union-attr]
+    optimizers.step(keep_gradients=False)
+    for old, matrix, gradient in zip(before, blocks_matrices(network), gradients, strict=True):
+        step = (old - matrix.detach()) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
+        left, values, right = torch.linalg.svd(gradient, full_matrices=False)  # of the first momentum, too
+        rotated = left.T @ step @ right.T
+        lengths = rotated.diagonal()
+        grown = lengths[values > values[0] / 5]
+        assert 0.5 < grown.min() <= grown.max() < 1.5
+        assert (rotated - lengths.diag()).abs().max() < 0.05
+
+
+def test_its_steps_are_as_large_as_those_of_adamw(tmp_path: Path) -> None:
+    """The rule by which one learning rate serves both: a root mean square of about 0.2 times the rate."""
+    network = student(tmp_path)
+    before = [matrix.detach().clone() for matrix in blocks_matrices(network)]
+    optimizers = Optimizers(network, replace(MUON_SETTINGS, weight_decay=0.0))
+    give_gradients(network, 0)
+    optimizers.step(keep_gradients=False)
+    for old, matrix in zip(before, blocks_matrices(network), strict=True):
+        size = (old - matrix.detach()).square().mean().sqrt() / 1e-2
+        assert 0.1 < size < 0.3
+
+
+def test_one_rate_and_one_decay_serve_both(tmp_path: Path) -> None:
+    network = student(tmp_path)
+    optimizers = Optimizers(network, MUON_SETTINGS)
+    optimizers.rate = 0.25
+    groups = [group for part in optimizers.parts.values() for group in part.param_groups]
+    assert {group["lr"] for group in groups} == {0.25} == {optimizers.rate}
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(keep_gradients=True)
+    decayed = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
+    (ours,) = named(network, optimizers.parts[MUON])
+    assert ours < decayed
+    assert "class_emb.weight" not in decayed
+    for name in decayed:
+        assert torch.allclose(dict(network.named_parameters())[name], before[name] * (1 - 0.25 * 0.1))
+
+
+@pytest.mark.parametrize("settings", [TrainSettings(), MUON_SETTINGS])
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path, settings: TrainSettings) -> None:
+    state = TrainingState(student(tmp_path), settings)
+    give_gradients(state.student, 0)
+    state.advance(4)
+    content = copy.deepcopy(state.content())
+    other = TrainingState(student(tmp_path), settings)
+    other._take(content)
+    assert_the_same_next_step(state, other)
+
+
+@pytest.mark.parametrize("settings", [TrainSettings(), MUON_SETTINGS])
+def test_workers_take_the_state_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: TrainSettings
+) -> None:
+    """By two states in one process, between which a list carries what ranks would send."""
+    first, second = TrainingState(student(tmp_path), settings), TrainingState(student(tmp_path), settings)
+    for seed in range(2):
+        give_gradients(first.student, seed)
+        first.advance(4)
+    said: list[Any] = []
+    sent: list[Tensor] = []
+    for rank, state in enumerate((first, second)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        tell = (lambda value: said.append(value) or value) if rank == 0 else (lambda value: said.pop(0))
+        give = (lambda tensor, _: sent.append(tensor)) if rank == 0 else (lambda tensor, _: tensor.copy_(sent.pop(0)))
+        monkeypatch.setattr(torch.distributed, "broadcast", give)
+        state.share(tell)
+    assert not sent
+    assert second.step == 2
+    assert_the_same_next_step(first, second)
+
+
+def assert_the_same_next_step(one: TrainingState, other: TrainingState) -> None:
+    for state in (one, other):
+        give_gradients(state.student, 9)
+        state.advance(4)
+    for mine, theirs in zip(one.student.parameters(), other.student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(one.average.parameters(), other.average.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
