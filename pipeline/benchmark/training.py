@@ -1,5 +1,6 @@
-"""A step of distillation by its parts, by the very functions of ``training.step``, and the stream of pairs beside what it
-consumes.
+"""A step of distillation by its parts, and the stream of pairs beside what a step consumes.
+
+The parts are the very functions of ``training.step``, one by one.
 """
 
 from __future__ import annotations
