@@ -88,7 +88,7 @@ def _form(state: dict[str, Tensor]) -> dict[str, float | None]:
     return {name: float(value) if value.ndim == 0 else None for name, value in state.items()}
 
 
-def blocks_matrices(student: Student) -> list[nn.Parameter]:
+def blocks_matrices(student: Student) -> list[Tensor]:
     """The weights [out, in] of all linear layers in the student's blocks."""
     return [m.weight for block in layers(student) for m in block.modules() if isinstance(m, nn.Linear)]
 
