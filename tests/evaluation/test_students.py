@@ -150,7 +150,7 @@ def test_the_report_tells_the_differences_with_the_errors_of_pairs(finished: dic
 
 def test_a_report_of_one_student_tells_no_differences(finished: dict[str, Any], recipe: Recipe) -> None:
     """So its files are those of before there were any."""
-    own = changed(recipe, students={}, cache=f"{recipe.report_uri}/cache", uri=f"{recipe.run}/one")
+    own = changed(recipe, students={}, cache=recipe.cache_uri, uri=f"{recipe.run}/one")
     evaluated(own)
     results = results_of(own)
     assert "differences" not in results
@@ -160,7 +160,7 @@ def test_a_report_of_one_student_tells_no_differences(finished: dict[str, Any], 
 
 def test_a_student_draws_here_what_it_draws_in_a_report_of_its_own(finished: dict[str, Any], recipe: Recipe) -> None:
     """The same images, under the same fingerprints: reports that share a cache draw them once."""
-    shelf = storage.join(recipe.report_uri, "cache")
+    shelf = recipe.cache_uri
     own = changed(recipe, students={}, student=recipe.evaluate.students["b"], cache=shelf, uri=f"{recipe.run}/alone")
     made = plan.prepare(own)
     assert set(drawing.in_cache(made)) == set(made.draws())
@@ -179,7 +179,7 @@ def test_a_new_name_draws_nothing_and_writes_the_report_again(finished: dict[str
     uri = f"{recipe.run}/renamed"
     a, b = recipe.evaluate.students.values()
     shutil.copytree(recipe.report_uri, uri)
-    renamed = changed(recipe, students={"first": a, "b": b}, uri=uri)
+    renamed = changed(recipe, students={"first": a, "b": b}, uri=uri, cache=recipe.cache_uri)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "parts_of", lambda *args: pytest.fail("it draws again"))
         assert "DD 1 step of first" in evaluate.evaluate(renamed)

@@ -16,6 +16,7 @@ from PIL import Image
 from serving_app import served
 
 from pipeline import Generator
+from pipeline.generator import grid
 from pipeline.host.errors import Outage
 from pipeline.serving import application, orders
 from pipeline.serving.orders import Order
@@ -53,7 +54,8 @@ def test_json_and_png_hold_the_same(server: str) -> None:
     ]
     assert all(image["milliseconds"] > 0 for image in images)
     sheet = decoded(post(server, wanted | {"format": "png"}, **JSON).content)
-    assert np.array_equal(sheet[-6:, -6:], decoded(base64.b64decode(images[3]["png"])))
+    pixels = np.stack([decoded(base64.b64decode(image["png"])).transpose(2, 0, 1) for image in images])
+    assert np.array_equal(sheet, np.asarray(grid.picture(["student"], [pixels], [1, 2, 1, 2])))
 
 
 @pytest.mark.parametrize(
