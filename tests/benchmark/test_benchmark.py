@@ -320,7 +320,7 @@ def test_evaluation_runs_the_jobs_own_pool(ray_cluster: str, tmp_path: Path, mon
 def test_many_images_stand_beside_images_thrown_away(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(actors, "IMAGES", 20)
+    monkeypatch.setattr(students, "IMAGES", 20)
     monkeypatch.setattr(clock, "MOST", 1)
     times = iter([1.0, 1.25, 2.0])
     monkeypatch.setattr(clock, "once", lambda call, device: (call(), next(times))[1])
