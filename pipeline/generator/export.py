@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +22,12 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from pipeline import storage
-from pipeline.command_line import Output, stop
 from pipeline.generator import folder, graph
+from pipeline.generator.arguments import Parser
 from pipeline.generator.generator import located
 from pipeline.generator.graph import Interface
-from pipeline.generator.sample import Parser
-from pipeline.host import provenance, signals
-from pipeline.host.errors import Refused, Unfinished
+from pipeline.host import provenance
+from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 
 FORMAT = "distilled-decoding export 1"
@@ -43,18 +40,12 @@ MEGABYTE = 1 << 20
 
 def main(doc: str | None, args: Sequence[str] | None = None) -> None:
     """The body of jobs/export.py."""
-    signals.install()
-    with redirect_stdout(Output(sys.stdout)):
-        asked = parser(doc).parse_args(args)
-        try:
-            print(export(asked), flush=True)
-        except (Refused, Unfinished) as error:
-            stop(error, error.status)
+    parser(doc).carry_out(export, args)
 
 
 def parser(doc: str | None) -> Parser:
     """What jobs/export.py takes."""
-    out = Parser(description=doc, allow_abbrev=False)
+    out = Parser(doc)
     add = out.add_argument
     add("--student", required=True, metavar="URI", help="folder of a student: a path, hf://, s3:// or gs://")
     add("--for", dest="reader", choices=[READER], help="inputs as torch-fidelity gives them: one, of flat noise")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
 from pipeline import storage
-from pipeline.command_line import Output, stop
 from pipeline.generator import folder, grid, spread
+from pipeline.generator.arguments import Parser, truth
 from pipeline.generator.generator import Generator, checked, located
 from pipeline.generator.request import Request
 from pipeline.generator.targets import targets
-from pipeline.host import signals
-from pipeline.host.errors import Refused, Unfinished
+from pipeline.host.errors import Refused
 from pipeline.host.progress import Progress
 from pipeline.models import checkpoints
 from pipeline.models.base import Layout
@@ -31,27 +28,14 @@ GRID = 1_024  # images of a picture at most
 MOST = 10_000  # actors
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong as all jobs do: in one sentence, with exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        stop(Refused(f"{message}; --help lists what there is."))
-
-
 def main(doc: str | None, args: Sequence[str] | None = None) -> None:
     """The body of jobs/sample.py."""
-    signals.install()
-    with redirect_stdout(Output(sys.stdout)):
-        asked = parser(doc).parse_args(args)
-        try:
-            print(sample(asked), flush=True)
-        except (Refused, Unfinished) as error:
-            stop(error, error.status)
+    parser(doc).carry_out(sample, args)
 
 
 def parser(doc: str | None) -> Parser:
     """What jobs/sample.py takes."""
-    out = Parser(description=doc, allow_abbrev=False)
+    out = Parser(doc)
     add = out.add_argument
     add("--student", required=True, metavar="URI", help="folder of a student: a path, hf://, s3:// or gs://")
     add("--labels", metavar="3,7", help="classes, in turn; by default all of them")
@@ -88,13 +72,6 @@ def _device(text: str) -> str:
         return str(torch.device(text))
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device of torch's") from None
-
-
-def truth(text: str) -> bool:
-    """The type of an argument that is true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def sample(asked: argparse.Namespace) -> str:

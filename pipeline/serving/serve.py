@@ -7,19 +7,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 
 from pipeline import storage
-from pipeline.command_line import Output, stop
 from pipeline.generator import folder
+from pipeline.generator.arguments import Parser, truth
 from pipeline.generator.generator import BATCH
-from pipeline.generator.sample import Parser, truth
 from pipeline.host import signals
-from pipeline.host.errors import Missing, Outage, Refused, Unfinished
+from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.services import cluster
 from pipeline.services.ray_address import LOCAL, address
@@ -32,18 +30,12 @@ NEEDED = ("fastapi", "starlette", "uvicorn", "watchfiles")  # what ray[serve] ad
 
 def main(doc: str | None, args: Sequence[str] | None = None) -> None:
     """The body of jobs/serve.py."""
-    signals.install()
-    with redirect_stdout(Output(sys.stdout)):
-        asked = parser(doc).parse_args(args)
-        try:
-            serve(checked(Service(**vars(asked))))
-        except (Refused, Unfinished) as error:
-            stop(error, error.status)
+    parser(doc).carry_out(lambda asked: serve(checked(Service(**vars(asked)))), args)
 
 
 def parser(doc: str | None) -> Parser:
     """What jobs/serve.py takes; the names are those of ``Service``."""
-    out, usual = Parser(description=doc, allow_abbrev=False), Service("")
+    out, usual = Parser(doc), Service("")
     add = out.add_argument
     add("--student", required=True, metavar="URI", help="folder of a student: a path, hf://, s3://, gs:// or models:/")
     add("--teacher", type=truth, nargs="?", const=True, default=False, metavar="true",
