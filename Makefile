@@ -41,9 +41,9 @@ full: setup
 ablate: setup
 	$(BIN)/python jobs/ablate.py --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/ablate-digits.yaml
 
-# A process for each core, to four; all tests that start Ray are in one of them.
+# Tests that start Ray are in two of the processes (tests/conftest.py): they wait more than they compute.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow or not slow'
