@@ -20,6 +20,7 @@ from pipeline.generator.generator import Generator
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.services import ray_errors
 from pipeline.serving import application
+from pipeline.serving.gathering import Gathering
 from pipeline.serving.orders import Order, Sample
 from pipeline.serving.painter import Drawn, Painter
 from pipeline.serving.service import Service
@@ -39,17 +40,12 @@ class PainterReplica:
         # In a thread of its own, so that requests are read and answered meanwhile; one, for there is one device.
         thread = ThreadPoolExecutor(1, thread_name_prefix="painter")
         thread.submit(self.painter.draw, [_any_sample(generator, teacher)]).result()  # the first call is a slow one
-
-        async def together(samples: list[Sample]) -> list[Drawn]:
-            return await asyncio.get_running_loop().run_in_executor(thread, self._batch, samples)
-
-        # Nobody waits for company: while a batch is drawn, the next one gathers.
-        self._one: Any = serve.batch(max_batch_size=service.batch, batch_wait_timeout_s=0.0)(together)
+        self._gathering = Gathering(self._batch, service.batch, thread)
 
     async def draw(self, order: Order) -> list[Drawn]:
         """The images of an order, in as many batches as it takes; Refused before any is drawn."""
         self.painter.check(order.samples)
-        return list(await asyncio.gather(*map(self._one, order.samples)))
+        return list(await asyncio.gather(*map(self._gathering.draw, order.samples)))
 
     def _batch(self, samples: list[Sample]) -> list[Drawn]:
         try:
