@@ -36,7 +36,7 @@ class Gathering:
         """Draw until nothing waits. Who has gone meanwhile is left out."""
         try:
             while self._waiting:
-                taken = []
+                taken: list[tuple[Sample, asyncio.Future[Drawn]]] = []
                 while self._waiting and len(taken) < self.batch:
                     sample, future = self._waiting.popleft()
                     if not future.done():
