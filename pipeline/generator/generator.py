@@ -127,7 +127,18 @@ class Generator:
         seeds: int | Sequence[int] = 0,
         ids: Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
-        """``draw_with``, as many images at a time as go through the networks at once: ``BATCH``, and what is left.
+        """``draw_with``, as many images at a time as go through the networks at once: ``BATCH``, and what is left."""
+        for pixels in self.decoded(sampler, wanted, seeds, ids):
+            yield to_uint8(pixels).cpu()
+
+    def decoded(
+        self,
+        sampler: Sampler,
+        wanted: Sequence[int] | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        ids: Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """``batches`` as the decoder says them, float32 [B, 3, H, W] in [-1, 1] on ``device``, before rounding.
 
         The noise of a batch is made while the one before is drawn, so that a GPU need not wait for it.
         """
@@ -138,11 +149,6 @@ class Generator:
         for i, (gaussian, uniform) in enumerate(ahead(noises)):
             yield self._drawn(sampler, column[i * BATCH : (i + 1) * BATCH], gaussian, uniform)
 
-    def check(self, sampler: Sampler, wanted: Sequence[int] | Sequence[str]) -> None:
-        """Raise Refused, one sentence, where ``draw_with`` would for this sampler and what is wanted; draw nothing."""
-        sampler.check(self.layout)
-        checked(self.description, self.layout, wanted)
-
     def _noise(self, keys: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Gaussian float16 [B, n, C] and uniform draws float64 [B, n] of B (seed, sample id)."""
         length, dim = self.layout.length, self.layout.code_dim
@@ -152,12 +158,12 @@ class Generator:
 
     @torch.no_grad()
     def _drawn(self, sampler: Sampler, column: np.ndarray, gaussian: np.ndarray, uniform: np.ndarray) -> Tensor:
-        """uint8 images [B, 3, H, W] of a batch."""
+        """Float images [B, 3, H, W] of a batch."""
         condition: Condition = of_column(column)
         condition = self._encode(condition) if self._encode else condition.to(self.device)
         of_noise, of_choices = (torch.from_numpy(values).to(self.device) for values in (gaussian, uniform))
         embeddings = sampler.sample(self._models, Inputs(condition, of_noise.float(), of_choices))
-        return to_uint8(self._models.decode(embeddings, sampler.student)).cpu()
+        return self._models.decode(embeddings, sampler.student)
 
 
 class _Decoder(Teacher):

@@ -83,9 +83,10 @@ async def _images(request: Request, draw: Draw) -> Response:
         drawn = await draw(order)
         took = 1000 * (time.perf_counter() - begin)
         timing = {"Server-Timing": f"draw;dur={max(one.milliseconds for one in drawn):.2f}, total;dur={took:.2f}"}
+        # In threads: others are answered while large images become PNGs.
         if wanted == "json":
-            return JSONResponse(replies.listed(order, drawn, took), headers=timing)
-        return Response(replies.picture(order, drawn), media_type="image/png", headers=timing)
+            return JSONResponse(await asyncio.to_thread(replies.listed, order, drawn, took), headers=timing)
+        return Response(await asyncio.to_thread(replies.picture, order, drawn), media_type="image/png", headers=timing)
     except Refused as error:
         return _error(400 if isinstance(error, Malformed) else 422, str(error))
     except Unfinished as error:

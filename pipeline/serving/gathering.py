@@ -1,59 +1,81 @@
-"""Requests that share a batch: those that have gathered while the batch before was drawn.
+"""Requests that share a batch: those that have gathered while the batches before were drawn.
 
-Nobody waits for company, and a device that is busy gets full batches. Ray Serve's own ``serve.batch`` closes a batch
-when its time is up, busy or not: without a time to wait all its batches are of one request.
+Nobody waits for company where a device is free, and a busy one gets full batches, one of them ahead of its need, so
+that it does not wait for the next. Ray Serve's own ``serve.batch`` closes a batch when its time is up, busy or not:
+without a time to wait all its batches are of one request.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Sequence
 
+from pipeline.host.errors import Outage
 from pipeline.serving.orders import Sample
 from pipeline.serving.painter import Drawn
 
+AHEAD = 2  # batches that a device may have: the one that it draws, and a full one
+
 
 class Gathering:
-    """What waits to be drawn by ``work``, at most ``batch`` samples at a time, in ``thread``; for one event loop."""
+    """What waits to be drawn by ``work``, for one event loop.
 
-    def __init__(self, work: Callable[[list[Sample]], Sequence[Drawn]], batch: int, thread: Executor) -> None:
-        self.work, self.batch, self.thread = work, batch, thread
+    Attributes:
+        work: draws at most ``batch`` samples, on the freest of ``devices`` devices.
+        queue: samples that may wait, beyond those that are with a device, when more are taken.
+    """
+
+    def __init__(
+        self, work: Callable[[list[Sample]], Awaitable[Sequence[Drawn]]], batch: int, devices: int, queue: int
+    ) -> None:
+        self.work, self.batch, self.devices, self.queue = work, batch, devices, queue
         self._waiting: deque[tuple[Sample, asyncio.Future[Drawn]]] = deque()
-        self._drawing: asyncio.Task[None] | None = None
+        self._drawing: set[asyncio.Task[None]] = set()
 
-    async def draw(self, sample: Sample) -> Drawn:
-        """The image of a sample; raises what ``work`` raised of its batch."""
+    async def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
+        """Their images, in as many batches as it takes; Outage where too many wait, or what ``work`` raised."""
+        if len(self._waiting) >= self.queue:
+            raise Outage(f"{len(self._waiting):,} images wait to be drawn already; try again.")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Drawn] = loop.create_future()
-        self._waiting.append((sample, future))
-        if self._drawing is None:
-            self._drawing = loop.create_task(self._draw_all())
-        return await future
-
-    async def _draw_all(self) -> None:
-        """Draw until nothing waits. Who has gone meanwhile is left out."""
+        futures: list[asyncio.Future[Drawn]] = [loop.create_future() for _ in samples]
+        self._waiting.extend(zip(samples, futures, strict=True))
+        self._hand_on()
         try:
-            while self._waiting:
-                taken: list[tuple[Sample, asyncio.Future[Drawn]]] = []
-                while self._waiting and len(taken) < self.batch:
-                    sample, future = self._waiting.popleft()
-                    if not future.done():
-                        taken.append((sample, future))
-                if taken:
-                    await self._draw([sample for sample, _ in taken], [future for _, future in taken])
+            return list(await asyncio.gather(*futures))
         finally:
-            self._drawing = None
+            for future in futures:  # where one has failed, nobody waits for the others
+                future.cancel()
 
-    async def _draw(self, samples: list[Sample], futures: list[asyncio.Future[Drawn]]) -> None:
+    def _hand_on(self) -> None:
+        """Give the devices what they have room for: anything to one that is free, a full batch to one that is not."""
+        while (taken := self._next()) and len(self._drawing) < self.devices * AHEAD:
+            if len(self._drawing) >= self.devices and len(taken) < self.batch:
+                return
+            for _ in taken:
+                self._waiting.popleft()
+            task = asyncio.get_running_loop().create_task(self._draw(taken))
+            self._drawing.add(task)
+            task.add_done_callback(self._done)
+
+    def _next(self) -> list[tuple[Sample, asyncio.Future[Drawn]]]:
+        """The head of the queue, a batch at most, without those who have gone, who leave the queue."""
+        if any(future.done() for _, future in self._waiting):
+            self._waiting = deque(one for one in self._waiting if not one[1].done())
+        return [self._waiting[i] for i in range(min(self.batch, len(self._waiting)))]
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._drawing.discard(task)
+        self._hand_on()
+
+    async def _draw(self, taken: list[tuple[Sample, asyncio.Future[Drawn]]]) -> None:
         try:
-            drawn = await asyncio.get_running_loop().run_in_executor(self.thread, self.work, samples)
+            drawn = await self.work([sample for sample, _ in taken])
         except Exception as error:
-            for future in futures:
+            for _, future in taken:
                 if not future.done():
                     future.set_exception(error)
             return
-        for future, one in zip(futures, drawn, strict=True):
+        for (_, future), one in zip(taken, drawn, strict=True):
             if not future.done():
                 future.set_result(one)

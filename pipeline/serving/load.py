@@ -1,7 +1,8 @@
-"""Requests at random moments, whatever has become of those before: what a server's answers take under load.
+"""What a server does under load: asked at random moments, or by clients that each wait for their answer.
 
-Arrivals are a Poisson process, and a request's time counts from its arrival and not from when the client got round to
-sending it: a server that falls behind is not asked less because of it. The client runs in this process.
+In an ``open_loop`` arrivals are a Poisson process, and a request's time counts from its arrival and not from when the
+client got round to sending it: a server that falls behind is not asked less because of it. In a ``closed_loop`` it is
+asked as much as it answers. The client runs in this process.
 """
 
 from __future__ import annotations
@@ -50,23 +51,49 @@ def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
     return moments[moments < seconds]
 
 
+def closed_loop(address: str, samples: list[Sample], clients: int, seconds: float) -> Answers:
+    """Let so many clients ask the server at ``address`` for one image after the other, for the samples in turn."""
+    return asyncio.run(_busy(address, samples, clients, seconds))
+
+
 def open_loop(address: str, samples: list[Sample], moments: np.ndarray) -> Answers:
     """Ask the server at ``address`` for an image at each of the moments, for the samples in turn."""
     return asyncio.run(_all(address, samples, moments))
 
 
+async def _busy(address: str, samples: list[Sample], clients: int, seconds: float) -> Answers:
+    upcoming, begin = itertools.cycle(samples), time.perf_counter()
+    found: list[tuple[int, float]] = []
+
+    async def ask_on(session: aiohttp.ClientSession) -> None:
+        while (now := time.perf_counter()) < begin + seconds:
+            found.append(await _one(session, next(upcoming), now))
+
+    async with _session(address) as session:
+        await asyncio.gather(*(ask_on(session) for _ in range(clients)))
+    return _answers(found, time.perf_counter() - begin)
+
+
 async def _all(address: str, samples: list[Sample], moments: np.ndarray) -> Answers:
-    connections = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(address, connector=connections) as session:
+    async with _session(address) as session:
         begin = time.perf_counter()
         calls = []
         for moment, sample in zip(moments, itertools.cycle(samples), strict=False):
             await asyncio.sleep(begin + moment - time.perf_counter())
             calls.append(asyncio.create_task(_one(session, sample, begin + moment)))
         found = await asyncio.gather(*calls)
+    return _answers(found, time.perf_counter() - begin)
+
+
+def _session(address: str) -> aiohttp.ClientSession:
+    """Of as many connections as there are requests at once."""
+    return aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0))
+
+
+def _answers(found: list[tuple[int, float]], span: float) -> Answers:
+    """Of the requests' (status, seconds)."""
     status = [code for code, _ in found]
     seconds = np.array([took if code == 200 else np.inf for code, took in found])
-    span = time.perf_counter() - begin
     return Answers(seconds, span, status.count(503), sum(code not in (200, 503) for code in status))
 
 

@@ -62,6 +62,7 @@ def listed(order: Order, drawn: Sequence[Drawn], milliseconds: float) -> dict[st
             "id": sample.id,
             "milliseconds": round(one.milliseconds, 2),
             "in_batch": one.company,
+            "batch": one.size,
         }
         for sample, one in zip(order.samples, drawn, strict=True)
     ]

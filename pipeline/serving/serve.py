@@ -21,6 +21,7 @@ from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.services import cluster
 from pipeline.services.ray_address import LOCAL, address
+from pipeline.serving.desk import Desk
 from pipeline.serving.service import Service
 from pipeline.text import encoder
 
@@ -44,9 +45,9 @@ def parser(doc: str | None) -> Parser:
     add("--replicas", type=_within(1, 10_000), default=usual.replicas, metavar="N",
         help=f"of the student, each with a CPU, and a GPU on cuda; by default {usual.replicas}")  # fmt: skip
     add("--batch", type=_within(1, BATCH), default=usual.batch, metavar="N",
-        help=f"images that go through the network together; by default {usual.batch}, at most {BATCH}")  # fmt: skip
+        help=f"images that go through the network together, 1 to {BATCH}; by default {usual.batch}")  # fmt: skip
     add("--queue", type=_within(1, 1_000_000), default=usual.queue, metavar="N",
-        help=f"requests that may wait for a replica; by default {usual.queue}")  # fmt: skip
+        help=f"images that may wait when another request is taken; by default {usual.queue}")  # fmt: skip
     add("--host", default=usual.host, help=f"address to listen on; by default {usual.host}, this machine alone")
     add("--port", type=_within(1, 65_535), default=usual.port, metavar="N", help=f"by default {usual.port}")
     return out
@@ -74,7 +75,7 @@ def checked(service: Service) -> Service:
     cluster.check_address()
     if service.device == "cuda" and address() == LOCAL and not torch.cuda.is_available():
         raise Refused("--device is cuda, and this machine has no CUDA device; leave it out for the CPU.")
-    _check_port(service)
+    _listener(service).close()
     uri = service.student
     if uri.startswith("models:/"):
         from pipeline.services import registry
@@ -95,36 +96,38 @@ def check_packages() -> None:
         raise Missing("Ray Serve's packages are not installed; pip install 'distilled-decoding[serve]' adds them.")
 
 
-def _check_port(service: Service) -> None:
-    """Refused unless something can listen there now."""
+def _listener(service: Service) -> socket.socket:
+    """A socket at the service's address, where others can listen no more; Refused where nothing can."""
     try:
         family, kind, _, _, place = socket.getaddrinfo(service.host, service.port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise Refused(f"--host is {service.host}, which is no address of a machine; 127.0.0.1 is this one.") from None
-    with socket.socket(family, kind) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else one that was just closed is taken
-        try:
-            listening.bind(place)
-        except OSError as error:
-            raise Refused(
-                f"nothing can listen on {service.host}:{service.port} ({error.strerror}); give another --port, or"
-                " --host an address of this machine."
-            ) from None
+    found = socket.socket(family, kind)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else one that was just closed is taken
+    try:
+        found.bind(place)
+    except OSError as error:
+        found.close()
+        raise Refused(
+            f"nothing can listen on {service.host}:{service.port} ({error.strerror}); give another --port, or --host an"
+            " address of this machine."
+        ) from None
+    return found
 
 
 def serve(service: Service) -> None:
-    """Serve until a signal comes; Unfinished, one sentence, where the cluster or the student fails meanwhile."""
-    from pipeline.serving import deployment  # Ray Serve, which takes seconds to import
+    """Serve until a signal comes; Unfinished, one sentence, where the cluster or the students fail meanwhile."""
+    from pipeline.serving import deployment, server  # Ray Serve, which takes seconds to import
 
-    with cluster.translated():
+    with _listener(service) as place, cluster.translated():
         cluster.enter(service.replicas + service.teacher)
         service = replace(service, device=service.device or deployment.device())
         deployment.check_free()
         print(f"Starting {_what(service)}.", file=sys.stderr, flush=True)
         try:
-            signals.interruptible(lambda: deployment.start(service))
-            print(f"{service.address} serves {service.student}; Ctrl-C stops it.", flush=True)
-            _watch(deployment.status)
+            with server.serving(service, place) as desk:
+                print(f"{service.address} serves {service.student}; Ctrl-C stops it.", flush=True)
+                _watch(deployment.status, desk)
         finally:
             if address() == LOCAL:
                 deployment.drain()  # a local Ray ends with this process, and Serve, were it ended first, not in silence
@@ -137,14 +140,13 @@ def _what(service: Service) -> str:
     return f"{replicas}{' and its teacher' * service.teacher} on {service.device}"
 
 
-def _watch(status: Callable[[], str]) -> None:
-    """Say on stderr whenever the application stands otherwise than before; never returns."""
-    said = "RUNNING"
+def _watch(status: Callable[[], str], desk: Desk) -> None:
+    """Tell the desk, and stderr, whenever the replicas stand otherwise than before; never returns."""
     while True:
         time.sleep(LOOK)
         found = signals.interruptible(status)
-        if found != said:
+        if found != desk.state:
             print(f"Ray Serve says that the student is {found}.", file=sys.stderr, flush=True)
         if found == "NOT_STARTED":
             raise Outage("the student is no longer served: somebody else has stopped Ray Serve on this cluster.")
-        said = found
+        desk.state = found

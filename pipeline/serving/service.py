@@ -14,8 +14,8 @@ class Service:
         teacher: whether its teacher is loaded, too, in a replica of its own.
         device: cpu or cuda; None: a GPU if the cluster has one.
         replicas: of the student, each with one CPU, and one GPU on cuda.
-        batch: images that go through the network together, on which an image's last bits depend.
-        queue: requests that may wait for a replica, beyond those that the replicas have.
+        batch: images that go through the network together, at most.
+        queue: images that may wait, beyond those that are with a replica, when another request is taken.
         host, port: where it listens.
     """
 
@@ -23,8 +23,8 @@ class Service:
     teacher: bool = False
     device: str | None = None
     replicas: int = 1
-    batch: int = 8
-    queue: int = 64
+    batch: int = 16
+    queue: int = 256
     host: str = "127.0.0.1"
     port: int = 8000
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import requests
@@ -27,7 +28,7 @@ from tiny import tiny
 from pipeline import Generator
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
-BATCH, QUEUE = 2, 8  # a replica takes four batches' worth; while it is handed over, a request counts as waiting
+BATCH, QUEUE = 2, 8
 JSON = {"Accept": "application/json"}
 
 
@@ -102,8 +103,6 @@ def test_bad_input_and_other_routes_are_one_sentence(running: Running) -> None:
 
 @pytest.mark.parametrize(("model", "images"), [("student", 32), ("teacher", 4)])
 def test_what_is_too_much_is_refused_at_once(running: Running, model: str, images: int) -> None:
-    """By the proxy for the student, and by the student for the teacher behind it."""
-
     def ask(_: int) -> requests.Response:
         wanted = {"labels": [1], "n": images, "model": model}
         return requests.post(f"{running.address}/images", json=wanted, timeout=240)
@@ -115,7 +114,27 @@ def test_what_is_too_much_is_refused_at_once(running: Running, model: str, image
     for answer in answers:
         if answer.status_code == 503:
             assert answer.headers["retry-after"] == "1"
-            assert "Traceback" not in answer.text
+            assert answer.json()["error"].endswith("images wait to be drawn already; try again.")
+
+
+@pytest.mark.faults("serving: a replica that dies under a request")
+def test_a_replica_that_dies_is_said_and_replaced(running: Running) -> None:
+    """Who was with it gets 503 in our words, and those after it are answered by its successor."""
+
+    def ask(_: int) -> requests.Response:
+        return requests.post(f"{running.address}/images", json={"labels": [1], "n": 64}, timeout=240)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, 0)
+        time.sleep(0.05)
+        for replica in psutil.process_iter(["cmdline"]):
+            if "ray::ServeReplica:student:student" in " ".join(replica.info["cmdline"] or []):
+                replica.kill()
+        first = asked.result()
+    assert first.status_code == 503
+    assert first.json()["error"].startswith("the process that was to draw this is gone")
+    again = requests.post(f"{running.address}/images", json={"labels": [1]}, timeout=240)
+    assert again.status_code == 200, again.text
 
 
 @pytest.mark.faults("signals: SIGTERM while a student is served")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from pipeline.host.errors import Outage
 from pipeline.serving.gathering import Gathering
 from pipeline.serving.orders import Sample
 from pipeline.serving.painter import Drawn
@@ -20,40 +19,49 @@ class Brush:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.let = threading.Event()
+        self.let = asyncio.Event()
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Drawn]:
-        self.let.wait(30)
+    async def __call__(self, samples: Sequence[Sample]) -> list[Drawn]:
         self.batches.append([sample.seed for sample in samples])
+        await self.let.wait()
         if any(sample.seed == 13 for sample in samples):
             raise ValueError("thirteen")
-        return [Drawn(np.full((3, 1, 1), sample.seed, np.uint8), 1.0, len(samples)) for sample in samples]
+        return [Drawn(np.full((3, 1, 1), sample.seed, np.uint8), 1.0, len(samples), 8) for sample in samples]
 
 
-def gathered(brush: Brush, seeds: range, gone: Sequence[int] = ()) -> list[int | str]:
-    """The first alone, the others while it is drawn; of each its pixel, or the error."""
+def sample(seed: int) -> Sample:
+    return Sample(3, seed, 0, (1,))
 
-    async def ask() -> list[Drawn | BaseException]:
-        with ThreadPoolExecutor(1) as thread:
-            gathering = Gathering(brush, 8, thread)
-            tasks = []
-            for seed in seeds:
-                tasks.append(asyncio.create_task(gathering.draw(Sample(3, seed, 0, (1,)))))
-                await asyncio.sleep(0)  # it waits now, and the first is being drawn
-                await asyncio.sleep(0)
-            for seed in gone:
-                tasks[seed].cancel()
+
+def gathered(brush: Brush, seeds: range, gone: Sequence[int] = (), devices: int = 1) -> list[int | str]:
+    """One request after the other, and none is drawn before the last has come; of each its pixel, or the error."""
+
+    async def ask() -> list[list[Drawn] | BaseException]:
+        gathering = Gathering(brush, 8, devices, 64)
+        tasks = []
+        for seed in seeds:
+            tasks.append(asyncio.create_task(gathering.draw([sample(seed)])))
             await asyncio.sleep(0)
-            brush.let.set()
-            return await asyncio.gather(*tasks, return_exceptions=True)
+        for seed in gone:
+            tasks[seed].cancel()
+        await asyncio.sleep(0)
+        brush.let.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
-    return [int(one.pixels[0, 0, 0]) if isinstance(one, Drawn) else type(one).__name__ for one in asyncio.run(ask())]
+    found = asyncio.run(ask())
+    return [int(one[0].pixels[0, 0, 0]) if isinstance(one, list) else type(one).__name__ for one in found]
 
 
 def test_a_busy_device_gets_full_batches_and_everybody_their_own() -> None:
     brush = Brush()
     assert gathered(brush, range(12)) == list(range(12))
     assert brush.batches == [[0], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
+
+
+def test_each_device_has_one_batch_and_a_full_one_ahead() -> None:
+    brush = Brush()
+    gathered(brush, range(30), devices=2)
+    assert [len(batch) for batch in brush.batches] == [1, 1, 8, 8, 8, 4]
 
 
 def test_who_has_gone_is_left_out() -> None:
@@ -70,14 +78,48 @@ def test_an_error_is_that_of_its_batch_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8, 9])
-def test_what_comes_at_once_is_drawn_at_once(count: int) -> None:
+def test_what_comes_together_is_drawn_together(count: int) -> None:
     brush = Brush()
     brush.let.set()
 
+    async def ask() -> list[Drawn]:
+        return await Gathering(brush, 8, 1, 64).draw([sample(seed) for seed in range(count)])
+
+    assert [int(one.pixels[0, 0, 0]) for one in asyncio.run(ask())] == list(range(count))
+    assert [len(batch) for batch in brush.batches] == ([count] if count <= 8 else [8, 1])
+
+
+def test_where_one_of_a_request_fails_the_others_are_not_drawn() -> None:
+    brush = Brush()
+
     async def ask() -> None:
-        with ThreadPoolExecutor(1) as thread:
-            gathering = Gathering(brush, 8, thread)
-            await asyncio.gather(*(gathering.draw(Sample(3, seed, 0, (1,))) for seed in range(count)))
+        gathering = Gathering(brush, 8, 1, 64)
+        asked = asyncio.create_task(gathering.draw([sample(seed) for seed in range(13, 45)]))
+        await asyncio.sleep(0)
+        other = asyncio.create_task(gathering.draw([sample(45)]))
+        await asyncio.sleep(0)
+        brush.let.set()
+        with pytest.raises(ValueError, match="thirteen"):
+            await asked
+        await other
 
     asyncio.run(ask())
-    assert [len(batch) for batch in brush.batches] == ([count] if count <= 8 else [8, 1])
+    assert brush.batches[-1] == [45]
+    assert not any(44 in batch for batch in brush.batches)
+
+
+def test_a_full_queue_takes_no_more_until_it_is_shorter() -> None:
+    """One request may be longer than the queue: it is taken whole, or not at all."""
+    brush = Brush()
+
+    async def ask() -> None:
+        gathering = Gathering(brush, 8, 1, 4)
+        first = asyncio.create_task(gathering.draw([sample(20 + seed) for seed in range(20)]))  # 16 are with the device
+        await asyncio.sleep(0)
+        with pytest.raises(Outage, match="4 images wait to be drawn already; try again"):
+            await gathering.draw([sample(40)])
+        brush.let.set()
+        assert len(await first) == 20
+        assert len(await gathering.draw([sample(41)])) == 1
+
+    asyncio.run(ask())

@@ -39,7 +39,7 @@ def test_requests_without_an_image_take_for_ever() -> None:
             raise Outage("too many.")
         if order.samples[0].seed == 2:
             raise RuntimeError("a fault")
-        return [Drawn(np.zeros((3, 6, 6), np.uint8), 1.0, 1)]
+        return [Drawn(np.zeros((3, 6, 6), np.uint8), 1.0, 1, 1)]
 
     with served(draw, dict) as address:
         found = load.open_loop(address, [Sample(1, seed, 0, (1,)) for seed in range(3)], np.array([0.0, 0.01, 0.02]))
@@ -49,6 +49,29 @@ def test_requests_without_an_image_take_for_ever() -> None:
     assert 0.3 <= found.quantile(0.0) < math.inf
     assert found.quantile(0.99) == math.inf
     assert 0 < found.rate <= 1 / 0.3
+
+
+def test_clients_that_wait_ask_as_much_as_is_answered() -> None:
+    open_at_once: set[int] = set()
+    most = 0
+
+    async def draw(order: Order) -> list[Drawn]:
+        nonlocal most
+        open_at_once.add(order.samples[0].seed)
+        most = max(most, len(open_at_once))
+        await asyncio.sleep(0.05)
+        open_at_once.discard(order.samples[0].seed)
+        if order.samples[0].seed == 1:
+            raise Outage("too many.")
+        return [Drawn(np.zeros((3, 6, 6), np.uint8), 1.0, 1, 1)]
+
+    with served(draw, dict) as address:
+        found = load.closed_loop(address, [Sample(1, seed, 0, (1,)) for seed in range(4)], 3, 0.5)
+    assert most == 3
+    assert len(found.seconds) >= 6
+    assert (found.refused, found.failed) == (np.isinf(found.seconds).sum(), 0)
+    assert found.refused >= 1
+    assert found.seconds.min() >= 0.05
 
 
 def test_a_sound_server_answers_all(server: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline import Generator
 from pipeline.host.errors import Refused
 from pipeline.sampling.samplers import FlowMatched, Sampler
 from pipeline.serving.orders import Sample
-from pipeline.serving.painter import Painter
+from pipeline.serving.painter import Painter, check
 
 LEVELS = 1  # of 255, that rounding may change where the batch has another size
 
@@ -46,20 +47,43 @@ def test_company_changes_no_bit(tmp_path: Path, family: Family) -> None:
     assert not np.array_equal(painter.draw([others[0]])[0].pixels, alone.pixels)
 
 
-def test_every_batch_has_one_size(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On which the last bits of larger networks than these depend."""
+def spied(generator: Generator, monkeypatch: pytest.MonkeyPatch, change: float = 0.0) -> list[int]:
+    """The sizes of the batches that are drawn from now on; those of odd ones are changed by ``change``."""
     sizes: list[int] = []
-    draw_with = generator.draw_with
+    decoded = generator.decoded
 
-    def spied(sampler: Sampler, wanted: list[int], *args: Any) -> torch.Tensor:
+    def spy(sampler: Sampler, wanted: list[int], *args: Any) -> Iterator[torch.Tensor]:
         sizes.append(len(wanted))
-        return draw_with(sampler, wanted, *args)
+        return (one + change * (len(wanted) % 2) for one in decoded(sampler, wanted, *args))
 
-    monkeypatch.setattr(generator, "draw_with", spied)
-    for count in (1, 3, 4):
-        Painter(generator, 4).draw(samples(count))
-    Painter(generator, 4).draw([*samples(2), *samples(2, (1, 2))])
-    assert sizes == [4] * 5
+    monkeypatch.setattr(generator, "decoded", spy)
+    return sizes
+
+
+def test_batches_have_the_sizes_that_change_no_bit(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that no pixel shows is enough to leave a size out."""
+    sizes = spied(generator, monkeypatch, change=1e-7)
+    painter = Painter(generator, 4)
+    assert set(sizes) == {1, 2, 3, 4}, "all that there are were tried"
+    assert set(painter.sizes) <= {2, 4}
+    painter.sizes = [2, 4]
+    sizes.clear()
+    for count in (1, 2, 3, 4):
+        assert [one.size for one in painter.draw(samples(count))] == [sizes[-1]] * count
+    painter.draw([*samples(2), *samples(3, (1, 2))[:1]])
+    assert sizes == [2, 2, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize(("batch", "tried"), [(1, {1}), (2, {1, 2}), (16, {2, 4, 6, 8, 10, 12, 14, 16})])
+def test_eighths_of_a_batch_are_tried(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, batch: int, tried: set[int]
+) -> None:
+    sizes = spied(generator, monkeypatch)
+    found = Painter(generator, batch).sizes
+    assert set(sizes) == tried
+    assert set(found) <= tried
+    assert found[-1] == batch
+    assert found == sorted(found)
 
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2)])
@@ -98,10 +122,10 @@ def test_prompts_are_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_student_lacks_is_refused(generator: Generator, sample: Sample, sentence: str) -> None:
-    painter = Painter(generator, 2)
-    painter.check(samples(2))
+    check(generator.description, generator.layout, samples(2))
+    check(generator.description, generator.layout, [Sample(1, 0, 0, ())])  # of the teacher, which takes all its steps
     with pytest.raises(Refused, match=sentence):
-        painter.check([*samples(1), sample])
+        check(generator.description, generator.layout, [*samples(1), sample])
 
 
 @pytest.mark.parametrize("batch", [0, 65])

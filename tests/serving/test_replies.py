@@ -17,7 +17,7 @@ from pipeline.serving.painter import Drawn
 
 def drawn(value: int) -> Drawn:
     pixels = np.random.default_rng(value).integers(0, 256, (3, 6, 6)).astype(np.uint8)
-    return Drawn(pixels, 12.346, 2)
+    return Drawn(pixels, 12.346, 2, 4)
 
 
 def decoded(png: bytes) -> np.ndarray:
@@ -57,6 +57,5 @@ def test_json_has_every_image_and_what_it_is() -> None:
     assert (found["model"], found["milliseconds"]) == ("student", 20.0)
     for image, sample, one in zip(found["images"], order.samples, (drawn(1), drawn(2)), strict=True):
         assert np.array_equal(decoded(base64.b64decode(image.pop("png"))), one.pixels)
-        assert image == {
-            "label": sample.wanted, "seed": sample.seed, "id": sample.id, "milliseconds": 12.35, "in_batch": 2
-        }  # fmt: skip
+        identity = {"label": sample.wanted, "seed": sample.seed, "id": sample.id}
+        assert image == identity | {"milliseconds": 12.35, "in_batch": 2, "batch": 4}
