@@ -36,7 +36,7 @@ HOMES = {  # package -> the modules that may import it
         "scoring.real_images",
         "serving.replies",
     },
-    "starlette": {"serving.application", "serving.deployment"},
+    "starlette": {"serving.application", "serving.server"},
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
     "triton": {"flow.kernel"},
