@@ -215,6 +215,10 @@ class Student(nn.Module):
         """A float32 student that starts from its teacher's weights; new parameters come from ``seed``."""
         raise NotImplementedError
 
+    def heads(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        """What the logits alone come from, and what the embeddings alone come from."""
+        raise NotImplementedError
+
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """x_t [B, n, C], t [B] int64 (AR steps from 1, may differ in a batch) -> Prediction at every position."""
         raise NotImplementedError

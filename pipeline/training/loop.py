@@ -19,7 +19,6 @@ from torch import nn
 from pipeline.host import system_metrics
 from pipeline.host.ahead import timed
 from pipeline.models.base import Student
-from pipeline.settings.train import TrainSettings
 from pipeline.text import encoder
 from pipeline.training import batches
 from pipeline.training import state as training_state
@@ -51,7 +50,7 @@ def train(config: dict[str, Any]) -> None:
     if world > 1:
         state.share(broadcast_from_rank_zero)
     prepare(student, loss)
-    network = _distributed(student, settings, device)
+    network = _distributed(student, device)
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
     observer = Observer(plan, state, loss, encode, config["report"], config["mlflow_run"]) if rank == 0 else None
@@ -102,10 +101,9 @@ def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report
     training_state.drop_after(folder, name)
 
 
-def _distributed(student: Student, settings: TrainSettings, device: torch.device) -> nn.Module:
-    """The student in DDP where there are several workers; with a weight of 0, one head has no gradient to wait for."""
+def _distributed(student: Student, device: torch.device) -> nn.Module:
+    """The student in DDP where there are several workers."""
     options = {
-        "find_unused_parameters": not (settings.cross_entropy and settings.lpips),
         "broadcast_buffers": False,  # they are constants
         "gradient_as_bucket_view": True,
     }

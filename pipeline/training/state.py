@@ -38,6 +38,9 @@ class TrainingState:
     def __init__(self, student: Student, settings: TrainSettings) -> None:
         """``student`` is on the training device already."""
         self.student, self.settings, self.step = student, settings, 0
+        for weight, head in zip((settings.cross_entropy, settings.lpips), student.heads(), strict=True):
+            for part in head if weight == 0 else ():
+                part.requires_grad_(False)  # DDP would wait for its gradients
         self.average: Student = copy.deepcopy(student).eval().requires_grad_(False)
         self.optimizers = Optimizers(student, settings)
         device = next(student.parameters()).device

@@ -66,6 +66,9 @@ class Student(base.Student):
         self.n_d_embed = nn.Embedding(2, config.dim)  # row 0 marks noise, row 1 data
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
 
+    def heads(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        return (self.norm, self.output), (self.final_layer_conti,)
+
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> base.Prediction:
         """x_t [B, n, C], t [B] int64 (AR steps from 1, may differ within a batch) -> logits and embeddings.
 

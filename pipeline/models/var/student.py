@@ -76,6 +76,9 @@ class Student(Transformer, base.Student):
         student.load_state_dict(state, assign=True)
         return student.to(teacher.codebook.device)
 
+    def heads(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        return (self.head, self.head_nm), (self.final_layer_conti,)
+
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """As base.Student; embeddings have the dtype of the weights or of autocast."""
         c = self.class_emb(labels_of(condition))
