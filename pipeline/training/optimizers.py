@@ -48,8 +48,11 @@ class Optimizers:
 
     def step(self, keep_gradients: bool) -> None:
         """One step from the gradients at hand, which are zero afterwards, or gone unless ``keep_gradients``."""
-        for part in self.parts.values():
-            part.step()
+        for name, part in self.parts.items():
+            if name == MUON and torch.distributed.is_initialized():
+                _step_together(part)
+            else:
+                part.step()
             part.zero_grad(set_to_none=not keep_gradients)
 
     def content(self) -> dict[str, Any]:
@@ -91,6 +94,50 @@ def _form(state: dict[str, Tensor]) -> dict[str, float | None]:
 def blocks_matrices(student: Student) -> list[Tensor]:
     """The weights [out, in] of all linear layers in the student's blocks."""
     return [m.weight for block in layers(student) for m in block.modules() if isinstance(m, nn.Linear)]
+
+
+@torch.no_grad()
+def _step_together(muon: Optimizer) -> None:
+    """A step of all workers: each orthogonalises its share of the matrices, and hands them to the others.
+
+    That iteration is most of Muon's work. The momenta are cheap, and every worker keeps all of them, as a checkpoint
+    needs them. The gradients are equal on all workers, and so are the weights afterwards, bit for bit.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    (group,) = muon.param_groups
+    shares = shared_out(group["params"], world)
+    others = [p for owner, share in enumerate(shares) for p in share if owner != rank]
+    gradients = [p.grad for p in others]
+    for p in others:
+        momentum = muon.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]  # as torch's step does it
+        p.grad = None  # which makes Muon pass it over
+    muon.step()
+    for p, gradient in zip(others, gradients, strict=True):
+        p.grad = gradient
+    for owner, share in enumerate(shares):
+        if share:
+            flat = torch.cat([p.flatten() for p in share])
+            torch.distributed.broadcast(flat, owner)
+            for p, values in zip(share, flat.split([p.numel() for p in share]), strict=True):
+                p.copy_(values.view_as(p))
+
+
+def shared_out(matrices: list[Tensor], workers: int) -> list[list[Tensor]]:
+    """The matrices in as many shares, about equal in the products of a Newton-Schulz iteration; the largest first."""
+    shares: list[list[Tensor]] = [[] for _ in range(workers)]
+    work = [0] * workers
+    for matrix in sorted(matrices, key=_products, reverse=True):  # stable, so that all workers agree
+        least = work.index(min(work))
+        shares[least].append(matrix)
+        work[least] += _products(matrix)
+    return shares
+
+
+def _products(matrix: Tensor) -> int:
+    """Multiplications of a round of the iteration on a matrix: two with its short side squared and its long one."""
+    short, long = sorted(matrix.shape)
+    return 2 * short * short * long + short**3
 
 
 def _adamw(student: Student, settings: TrainSettings, others: set[int]) -> AdamW:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch import Tensor
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
-from pipeline.training.optimizers import MUON, Optimizers, blocks_matrices
+from pipeline.training.optimizers import MUON, Optimizers, blocks_matrices, shared_out
 from pipeline.training.state import TrainingState
 
 MUON_SETTINGS = TrainSettings(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup=0)
@@ -144,6 +147,74 @@ def test_workers_take_the_state_of_the_first(
     assert not sent
     assert second.step == 2
     assert_the_same_next_step(first, second)
+
+
+class Ranks:
+    """torch.distributed for threads of this process: who calls it has the rank of its thread."""
+
+    def __init__(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world, self.rank = world, threading.local()
+        self.meeting, self.said = threading.Barrier(world, timeout=60), torch.zeros(0)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: self.rank.value)
+        monkeypatch.setattr(torch.distributed, "broadcast", self.broadcast)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        if self.rank.value == owner:
+            self.said = tensor.clone()
+        self.meeting.wait()
+        tensor.copy_(self.said)
+        self.meeting.wait()
+
+    def run(self, work: Callable[[int], None]) -> None:
+        def ranked(rank: int) -> None:
+            self.rank.value = rank
+            work(rank)
+
+        with ThreadPoolExecutor(self.world) as pool:
+            list(pool.map(ranked, range(self.world)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 40])
+def test_workers_share_the_orthogonalisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    """Weights, momenta and gradients of every worker are those of one alone; no matrix is done twice."""
+    alone = student(tmp_path)
+    single = Optimizers(alone, MUON_SETTINGS)
+    for seed in range(3):
+        give_gradients(alone, seed)
+        single.step(keep_gradients=True)
+    networks = [student(tmp_path) for _ in range(world)]
+    workers = [Optimizers(network, MUON_SETTINGS) for network in networks]
+    done: list[int] = []
+    muon = torch.optim._muon._zeropower_via_newtonschulz
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda *args: done.append(1) or muon(*args))
+    ranks = Ranks(world, monkeypatch)
+
+    def work(rank: int) -> None:
+        for seed in range(3):
+            give_gradients(networks[rank], seed)
+            gradients = [p.grad for p in networks[rank].parameters()]
+            workers[rank].step(keep_gradients=True)
+            assert all(p.grad is kept for p, kept in zip(networks[rank].parameters(), gradients, strict=True))
+
+    ranks.run(work)
+    assert len(done) == 3 * len(blocks_matrices(alone))
+    expected = single.parts[MUON].state_dict()["state"]
+    for network, optimizers in zip(networks, workers, strict=True):
+        for one, other in zip(alone.parameters(), network.parameters(), strict=True):
+            assert torch.equal(one, other)
+        found = optimizers.parts[MUON].state_dict()["state"]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[i]["momentum_buffer"], expected[i]["momentum_buffer"]) for i in expected)
+
+
+def test_shares_are_about_equal() -> None:
+    matrices = [torch.zeros(shape) for shape in [(384, 128), (128, 128), (352, 128), (352, 128), (128, 352)] * 6]
+    shares = shared_out(matrices, 4)
+    assert sorted(id(p) for share in shares for p in share) == sorted(map(id, matrices))
+    work = [sum(2 * 128 * 128 * (p.numel() // 128) + 128**3 for p in share) for share in shares]
+    assert max(work) < 1.1 * min(work)
 
 
 def assert_the_same_next_step(one: TrainingState, other: TrainingState) -> None:
