@@ -110,7 +110,7 @@ def _step_together(muon: Optimizer) -> None:
     gradients = [p.grad for p in others]
     for p in others:
         momentum = muon.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]  # as torch's step does it
+        momentum.lerp_(p.grad, 1 - group["momentum"])  # as torch's step does it
         p.grad = None  # which makes Muon pass it over
     muon.step()
     for p, gradient in zip(others, gradients, strict=True):
