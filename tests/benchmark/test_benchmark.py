@@ -419,9 +419,11 @@ def test_a_dry_run_plans_every_section_and_writes_nothing(recipe: Recipe) -> Non
 def test_a_served_student_stands_beside_its_bare_step(ray_cluster: None, recipe: Recipe, tmp_path: Path) -> None:
     settings = replace(recipe.benchmark, seconds=0.5, serving_seconds=2.0)
     section = students.serving(replace(recipe, benchmark=settings), str(tmp_path / "serving"))
-    light, loaded = section.rows
-    assert (light["load"], loaded["load"]) == ("10%", "80%")
+    most, light, loaded, _ = section.rows
+    assert [row["load"] for row in section.rows] == ["as much as it answers", *students.LOADS]
     assert int(loaded["requests"] or 0) > int(light["requests"] or 0)
-    (claim,) = section.claims
-    assert (claim.bound, claim.at_most, claim.value) == (3.0, True, loaded["p99 / bare step"])
+    assert float(most["images / s"] or 0) > float(light["images / s"] or 0)
+    images, late = section.claims
+    assert (images.bound, images.at_most) == (0.8, False)
+    assert (late.bound, late.at_most, late.value) == (3.0, True, loaded["p99 / bare step"])
     assert "before" in section.markdown()
