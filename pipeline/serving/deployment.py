@@ -26,9 +26,8 @@ from pipeline.serving.desk import About, Work
 from pipeline.serving.gathering import AHEAD
 from pipeline.serving.orders import Model, Sample
 from pipeline.serving.painter import Drawn, Painter
-from pipeline.serving.service import Service
+from pipeline.serving.service import DRAIN, Service
 
-DRAIN = 10.0  # seconds in which batches are finished when the server stops
 ATTEMPTS = 2  # at starting a replica, before it is said that it cannot be
 
 
@@ -94,7 +93,7 @@ def _run(service: Service, model: Model, replicas: int, quiet: LoggingConfig) ->
         "num_replicas": replicas,
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(service.device == "cuda")},
         "max_ongoing_requests": AHEAD,
-        "graceful_shutdown_timeout_s": DRAIN,
+        "graceful_shutdown_timeout_s": float(DRAIN),
         "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": ATTEMPTS,
     }

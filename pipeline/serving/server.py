@@ -15,9 +15,7 @@ from pipeline.host import signals
 from pipeline.host.errors import Outage
 from pipeline.serving import application
 from pipeline.serving.desk import Desk
-from pipeline.serving.service import Service
-
-DRAIN = 10  # seconds in which requests are finished when the server stops
+from pipeline.serving.service import DRAIN, Service
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DRAIN = 10  # seconds in which what is under way is finished when the server stops
+
 
 @dataclass(frozen=True)
 class Service:
