@@ -35,6 +35,7 @@ class Gathering:
 
     async def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """Their images, in as many batches as it takes; Outage where too many wait, or what ``work`` raised."""
+        self._forget_who_has_gone()
         if len(self._waiting) >= self.queue:
             raise Outage(f"{len(self._waiting):,} images wait to be drawn already; try again.")
         loop = asyncio.get_running_loop()
@@ -49,6 +50,7 @@ class Gathering:
 
     def _hand_on(self) -> None:
         """Give the devices what they have room for: anything to one that is free, a full batch to one that is not."""
+        self._forget_who_has_gone()
         while (taken := self._next()) and len(self._drawing) < self.devices * AHEAD:
             if len(self._drawing) >= self.devices and len(taken) < self.batch:
                 return
@@ -59,10 +61,12 @@ class Gathering:
             task.add_done_callback(self._done)
 
     def _next(self) -> list[tuple[Sample, asyncio.Future[Drawn]]]:
-        """The head of the queue, a batch at most, without those who have gone, who leave the queue."""
+        """The head of the queue, a batch at most."""
+        return [self._waiting[i] for i in range(min(self.batch, len(self._waiting)))]
+
+    def _forget_who_has_gone(self) -> None:
         if any(future.done() for _, future in self._waiting):
             self._waiting = deque(one for one in self._waiting if not one[1].done())
-        return [self._waiting[i] for i in range(min(self.batch, len(self._waiting)))]
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._drawing.discard(task)

@@ -109,6 +109,28 @@ def test_where_one_of_a_request_fails_the_others_are_not_drawn() -> None:
     assert not any(76 in batch for batch in brush.batches)
 
 
+def test_what_a_failed_request_left_in_the_queue_keeps_nobody_out() -> None:
+    """While another batch of it is still with the device, as when a replica dies and its batch goes to another."""
+    brush, stuck = Brush(), asyncio.Event()
+    brush.let.set()
+
+    async def work(samples: list[Sample]) -> list[Drawn]:
+        if samples[0].seed == 21:
+            await stuck.wait()
+        return await brush(samples)
+
+    async def ask() -> None:
+        gathering = Gathering(work, 8, 1, 4)
+        with pytest.raises(ValueError, match="thirteen"):
+            await gathering.draw([sample(seed) for seed in range(13, 77)])
+        later = asyncio.create_task(gathering.draw([sample(77)]))
+        await asyncio.sleep(0)
+        stuck.set()
+        assert len(await later) == 1
+
+    asyncio.run(ask())
+
+
 def test_a_full_queue_takes_no_more_until_it_is_shorter() -> None:
     """One request may be longer than the queue: it is taken whole, or not at all."""
     brush = Brush()
