@@ -130,7 +130,7 @@ def serving(recipe: Recipe, folder: str) -> Section:
     title = f"of a served student over the bare step, {recipe.cluster.runs_on}"
     section.claims.append(Claim(f"Images a second {title}", most.rate * step / service.batch, ENOUGH))
     late = found[LOADS[1]].quantile(0.99) / step
-    section.claims.append(Claim(f"p99 at 80 % load {title}", late, LONGEST, at_most=True))
+    section.claims.append(Claim(f"p99 at {LOADED:.0%} load {title}", late, LONGEST, at_most=True))
     return section
 
 

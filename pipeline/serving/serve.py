@@ -97,7 +97,7 @@ def check_packages() -> None:
 
 
 def _listener(service: Service) -> socket.socket:
-    """A socket at the service's address, where others can listen no more; Refused where nothing can."""
+    """A socket that is bound to the service's address; Refused where nothing can listen there."""
     try:
         family, kind, _, _, place = socket.getaddrinfo(service.host, service.port, type=socket.SOCK_STREAM)[0]
     except OSError:

@@ -109,8 +109,10 @@ def _step_together(muon: Optimizer) -> None:
     others = [p for owner, share in enumerate(shares) for p in share if owner != rank]
     gradients = [p.grad for p in others]
     for p in others:
-        momentum = muon.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - group["momentum"])  # as torch's step does it
+        state = muon.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])  # as torch's step does it
         p.grad = None  # which makes Muon pass it over
     muon.step()
     for p, gradient in zip(others, gradients, strict=True):
