@@ -17,6 +17,8 @@ from pipeline.generator import export, sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
 from pipeline.serving import serve
+from pipeline.settings.train import TrainSettings
+from pipeline.training.state import TrainingState
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -243,6 +245,14 @@ def test_the_smallest_family_draws_as_its_page_says() -> None:
     assert names["images"].shape == (8, 3, 8, 8)
     assert names["images"].abs().max() <= 1
     assert names["drawn"].shape == (8, 16, 4)
+
+
+@pytest.mark.parametrize("lpips", [0.0, 1.0])
+def test_the_student_of_the_smallest_family_can_be_trained(lpips: float) -> None:
+    student = run(ROOT / "docs" / "your-own-teacher.md")["student"]
+    TrainingState(student, TrainSettings(lpips=lpips))
+    assert {p.requires_grad for p in student.embeddings.parameters()} == {lpips > 0}
+    assert all(p.requires_grad for p in student.logits.parameters())
 
 
 @each_page

@@ -216,7 +216,7 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def heads(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-        """What the logits alone come from, and what the embeddings alone come from."""
+        """What the logits alone come from, and what the embeddings alone come from: frozen where its loss weighs 0."""
         raise NotImplementedError
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
