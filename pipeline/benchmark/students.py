@@ -24,7 +24,7 @@ from pipeline.generator.folder import Description
 from pipeline.generator.generator import BATCH, Generator
 from pipeline.generator.request import Request
 from pipeline.generator.targets import FolderTarget, NpzTarget
-from pipeline.host import signals
+from pipeline.host import collector, signals
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.models.convnet import to_uint8
@@ -32,14 +32,16 @@ from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models
 from pipeline.services import cluster
-from pipeline.serving.load import Answers, arrivals, closed_loop, open_loop
+from pipeline.serving.load import Answers, arrivals, closed_loop, open_loop, pooled
 from pipeline.serving.orders import Sample
 from pipeline.serving.service import Service
 from pipeline.text import encoder
 
 IMAGES = 8 * BATCH  # of a turn
+ROUNDS = 4  # through all loads: a machine that gets slower between two of them would be an overload
 CLIENTS = 4  # for each image of a batch, so that the server always has a full batch ahead
 LIGHT, LOADED = 0.1, 0.8  # requests a second, over the most that the server answers, or that the student draws
+MOST = "as much as it answers"
 LOADS = "10 % of that", "80 % of that", "80 % of the bare step's"
 ENOUGH = 0.8  # of the images that a student draws without a server
 LONGEST = 3.0  # times the student's step that 99 % of the answers may take at LOADED
@@ -117,31 +119,37 @@ def serving(recipe: Recipe, folder: str) -> Section:
         def asked(how: Callable[..., Answers], *args: Any) -> Answers:
             return signals.interruptible(client.submit(how, address, samples, *args).result)
 
-        most = asked(closed_loop, CLIENTS * service.batch, settings.serving_seconds / 4)
-        found = {"as much as it answers": most}
-        rates = LIGHT * most.rate, LOADED * most.rate, LOADED * service.batch / before[1]
-        for name, rate in zip(LOADS, rates, strict=True):
-            moments = arrivals(rate, settings.serving_seconds, recipe.evaluate.seed)
-            found[name] = asked(open_loop, moments)
+        rounds = [_round(recipe, asked, service.batch, before[1], turn) for turn in range(ROUNDS)]
+    found = {name: pooled([one[name] for one in rounds]) for name in rounds[0]}
     first, step = (float(np.mean(pair)) for pair in zip(before, cluster.on_actor(*bare), strict=True))
     section = Section("Serving", _of_serving(service, first, before[1], step))
     for name, answers in found.items():
         section.rows.append(_row(name, answers, step))
     title = f"of a served student over the bare step, {recipe.cluster.runs_on}"
-    section.claims.append(Claim(f"Images a second {title}", most.rate * step / service.batch, ENOUGH))
+    section.claims.append(Claim(f"Images a second {title}", found[MOST].rate * step / service.batch, ENOUGH))
     late = found[LOADS[1]].quantile(0.99) / step
     section.claims.append(Claim(f"p99 at {LOADED:.0%} load {title}", late, LONGEST, at_most=True))
     return section
+
+
+def _round(recipe: Recipe, asked: Callable[..., Answers], batch: int, step: float, turn: int) -> dict[str, Answers]:
+    """A share of each load; those that are shares of what the server answers are of what it has just answered."""
+    seconds = recipe.benchmark.serving_seconds / ROUNDS
+    out = {MOST: asked(closed_loop, CLIENTS * batch, seconds / 4)}
+    rates = LIGHT * out[MOST].rate, LOADED * out[MOST].rate, LOADED * batch / step
+    for name, rate in zip(LOADS, rates, strict=True):
+        out[name] = asked(open_loop, arrivals(rate, seconds, recipe.evaluate.seed + turn))
+    return out
 
 
 def _of_serving(service: Service, first: float, before: float, step: float) -> str:
     """What the section's figures are; seconds of the bare step of one image, and of a full batch before and at all."""
     return (
         "Requests of one image, a PNG each, over HTTP on loopback to one replica (`jobs/serve.py`, its defaults: at"
-        f" most {service.batch} images in a batch). First {CLIENTS * service.batch} clients ask for one image after the"
-        " other, which is as much as the server answers; then requests arrive at random moments (Poisson) whether or"
-        " not those before are answered, at a share of that rate, or of the bare step's, and a time counts from the"
-        " arrival. The"
+        f" most {service.batch} images in a batch), in {ROUNDS} rounds. First {CLIENTS * service.batch} clients ask for"
+        " one image after the other, which is as much as the server answers; then requests arrive at random moments"
+        " (Poisson) whether or not those before are answered, at a share of that round's rate, or of the bare step's,"
+        " and a time counts from the arrival. The"
         f" *bare step* is `Generator.draw` of {service.batch} images in one step in an actor without a server:"
         f" {_ms(step):.1f} ms, the mean of the medians before ({_ms(before):.1f} ms) and after; one image alone takes"
         f" {_ms(first):.1f} ms there. Client, server and replica are three processes of this machine."
@@ -174,6 +182,7 @@ def _other_process() -> Iterator[ProcessPoolExecutor]:
     """One process beside this one, so that who asks does not share a Python with who answers; its imports are done."""
     with ProcessPoolExecutor(1, get_context("spawn")) as out:
         out.submit(open_loop, "http://127.0.0.1", [], np.empty(0)).result()
+        out.submit(collector.settle).result()
         yield out
 
 

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pipeline.generator.generator import Generator
+from pipeline.host import collector
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.services import ray_errors
 from pipeline.serving.desk import About, Work
@@ -39,6 +40,7 @@ class PainterReplica:
         self.painter = Painter(generator, service.batch, teacher)
         # One thread, for there is one device, and beside the one in which Serve asks how the replica is.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="painter")
+        collector.settle()
 
     async def draw(self, samples: list[Sample]) -> list[Drawn]:
         """The images of a batch of samples that were checked."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -42,6 +43,13 @@ class Answers:
     def rate(self) -> float:
         """Images a second."""
         return float(np.isfinite(self.seconds).sum() / self.span)
+
+
+def pooled(answers: Sequence[Answers]) -> Answers:
+    """Those of several minutes as if they were of one."""
+    seconds = np.concatenate([one.seconds for one in answers])
+    span = sum(one.span for one in answers)
+    return Answers(seconds, span, sum(one.refused for one in answers), sum(one.failed for one in answers))
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:

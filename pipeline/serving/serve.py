@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -125,9 +126,9 @@ def serve(service: Service) -> None:
         deployment.check_free()
         print(f"Starting {_what(service)}.", file=sys.stderr, flush=True)
         try:
-            with server.serving(service, place) as desk:
+            with server.serving(service, place) as (desk, answering):
                 print(f"{service.address} serves {service.student}; Ctrl-C stops it.", flush=True)
-                _watch(deployment.status, desk)
+                _watch(deployment.status, desk, answering)
         finally:
             if address() == LOCAL:
                 deployment.drain()  # a local Ray ends with this process, and Serve, were it ended first, not in silence
@@ -140,10 +141,15 @@ def _what(service: Service) -> str:
     return f"{replicas}{' and its teacher' * service.teacher} on {service.device}"
 
 
-def _watch(status: Callable[[], str], desk: Desk) -> None:
-    """Tell the desk, and stderr, whenever the replicas stand otherwise than before; never returns."""
+def _watch(status: Callable[[], str], desk: Desk, answering: threading.Thread) -> None:
+    """Tell the desk, and stderr, whenever the replicas stand otherwise than before; Outage once nobody can be answered.
+
+    It never returns.
+    """
     while True:
         time.sleep(LOOK)
+        if not answering.is_alive():
+            raise Outage("the HTTP server has ended, which nobody asked it to; start the job again.")
         found = signals.interruptible(status)
         if found != desk.state:
             print(f"Ray Serve says that the student is {found}.", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.applications import Starlette
 
-from pipeline.host import signals
+from pipeline.host import collector, signals
 from pipeline.host.errors import Outage
 from pipeline.serving import application
 from pipeline.serving.desk import Desk
@@ -19,21 +19,22 @@ from pipeline.serving.service import DRAIN, Service
 
 
 @contextmanager
-def serving(service: Service, place: socket.socket) -> Iterator[Desk]:
-    """A student served at a bound socket, on the Ray that is joined, while the body runs.
+def serving(service: Service, place: socket.socket) -> Iterator[tuple[Desk, threading.Thread]]:
+    """A student served at a bound socket, on the Ray that is joined, while the body runs; with the thread that answers.
 
     Raises Unfinished, one sentence, where no replica can be started. It does not end Ray Serve.
     """
     from pipeline.serving import deployment  # Ray Serve, which takes seconds to import
 
     desk = Desk(service, *signals.interruptible(lambda: deployment.start(service)))
-    with listening(application.build(desk.draw, desk.health), place):
-        yield desk
+    collector.settle()
+    with listening(application.build(desk.draw, desk.health), place) as thread:
+        yield desk, thread
 
 
 @contextmanager
-def listening(routes: Starlette, place: socket.socket) -> Iterator[None]:
-    """Answer at a bound socket while the body runs; what is under way at its end is finished, in ``DRAIN``."""
+def listening(routes: Starlette, place: socket.socket) -> Iterator[threading.Thread]:
+    """A thread that answers at a bound socket while the body runs; what is under way then is finished, in ``DRAIN``."""
     config = uvicorn.Config(
         routes, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN
     )
@@ -45,7 +46,7 @@ def listening(routes: Starlette, place: socket.socket) -> Iterator[None]:
             raise Outage("the HTTP server could not be started.")
         time.sleep(0.01)
     try:
-        yield
+        yield thread
     finally:
         server.should_exit = True
         thread.join(DRAIN + 1)

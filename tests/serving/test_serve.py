@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from shared_student import shared
 from tiny import tiny
 
-from pipeline.host.errors import Missing
+from pipeline.host.errors import Missing, Outage
 from pipeline.serving import serve
 from pipeline.serving.service import Service
 
@@ -65,3 +66,13 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(serve, "NEEDED", ("a_package_that_nobody_has",))
     with pytest.raises(Missing, match=r"pip install 'distilled-decoding\[serve\]'"):
         serve.checked(Service("anywhere"))
+
+
+def test_a_server_that_has_ended_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replicas are well, and nobody can be answered."""
+    monkeypatch.setattr(serve, "LOOK", 0.0)
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    with pytest.raises(Outage, match="the HTTP server has ended"):
+        serve._watch(lambda: pytest.fail("it asked how the replicas are"), None, ended)  # type: ignore[arg-type]
