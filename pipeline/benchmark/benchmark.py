@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import legend
 from pipeline.services import cluster, tracking
 from pipeline.serving.serve import check_packages
+from pipeline.training.step import settled
 from pipeline.workflow import preflight
 
 ALONE = ("solvers", "precision", "matching", "teacher", "sampling", "images")  # sections that run in this process alone
@@ -82,8 +84,9 @@ class Bench:
     """What the sections share: the recipe, its teacher, the machine's peaks, a folder for what is made."""
 
     def __init__(self, recipe: Recipe, folder: str) -> None:
-        self.recipe, self.folder, self.curves = recipe, folder, list[Curve]()
         self.device = torch.device(recipe.cluster.runs_on)
+        recipe = replace(recipe, train=settled(recipe.train, self.device))
+        self.recipe, self.folder, self.curves = recipe, folder, list[Curve]()
         if self.device.type == "cpu":
             torch.set_num_threads(min(max(1, math.ceil(recipe.cluster.cpus)), os.cpu_count() or 1))
         set_products(recipe.teacher.precision)

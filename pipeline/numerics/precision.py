@@ -16,9 +16,11 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Wanted = Literal["fp32", "tf32", "fp16", "bf16", "auto"]
+"""As a recipe says it; auto is bf16 where devices have it in hardware, else fp32, and settled before networks run."""
 
 
-def set_products(precision: Precision) -> None:
+def set_products(precision: Wanted) -> None:
     """From here on this process multiplies float32 numbers as TF32 with tf32, and in full with the others.
 
     float16 numbers are multiplied with float32 sums: cuBLAS may else add parts of a product in float16.
@@ -68,6 +70,17 @@ def emulates_bf16() -> bool:
     return supported is not None and not supported()
 
 
+def quick_at_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, which is about twice as fast as float32 or more.
+
+    GPUs do since Ampere; CPUs with AVX512-BF16 (AMD since Zen 4, Intel's servers), AMX, or Arm's BF16.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in full float32, whatever is set around: for the search of a code.
@@ -87,6 +100,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = setting
 
 
-def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
+def autocast(precision: Wanted, device: torch.device | str) -> torch.autocast:
     """bfloat16 autocast with bf16, else none; weights, gradients and optimiser stay float32."""
+    assert precision != "auto", "it was to be settled"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")

@@ -300,7 +300,7 @@ def _rows(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
-        compute=TaskPoolStrategy(size=slots),
+        compute=TaskPoolStrategy(size=min(slots, len(tasks))),
     )
     yield from beat.rows(outcomes)
 

@@ -19,7 +19,7 @@ from pipeline.configuration.fields import (
     Uri,
     Weight,
 )
-from pipeline.numerics.precision import Precision
+from pipeline.numerics.precision import Wanted
 
 # What shapes a student where its family takes it, as it is by default. Code that draws with students asks for this
 # alone, so that provenance counts no other setting of training as a part of how they draw.
@@ -52,7 +52,8 @@ class TrainSettings:
         ema: decay of the moving average that is exported.
         seed: of the order of the pairs, of t and of the student's new parameters.
         mask: VAR students, whether a token sees its scale mates (paper) or not (released).
-        precision: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast.
+        precision: fp32, tf32 (float32 with TF32 products, on GPUs), bf16 autocast, or auto: bf16 where the devices of
+            all workers multiply it in hardware, else fp32. With auto the student is the same but for rounding.
         compile: torch.compile the student's blocks. Changes float rounding only.
         recompute: keep less for the backward pass and compute it again there (activation checkpointing): in the
             student's blocks, the decoder's and LPIPS's trunk's. The same student in less memory and longer steps.
@@ -86,7 +87,7 @@ class TrainSettings:
     ema: Share = 0.9999
     seed: Seed = 3
     mask: Literal["released", "paper"] = "released"
-    precision: Precision = "fp32"
+    precision: Wanted = "fp32"
     compile: bool = False
     recompute: bool = False
     workers: PoolOrOff = 0

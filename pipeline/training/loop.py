@@ -25,17 +25,17 @@ from pipeline.training import state as training_state
 from pipeline.training.observer import Message, Observer, Report, Window
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainingState
-from pipeline.training.step import build, device_of, prepare, step
+from pipeline.training.step import build, device_of, prepare, settled, step
 
 
 def train(config: dict[str, Any]) -> None:
     """Alg. 2 on one worker of many, or on the only one."""
     plan: TrainingPlan = config["plan"]
-    settings = plan.recipe.train
 
-    # 1. This worker's share and device.
+    # 1. This worker's share and device, and the precision, which is the same on all.
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
+    settings = settled(plan.recipe.train, device)
 
     # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
     # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.

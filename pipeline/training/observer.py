@@ -112,7 +112,7 @@ class Observer:
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         """Loss, its parts and token accuracy on the held-out pairs, from the same t at every step of training."""
-        settings, codebook = self.plan.recipe.train, self.loss.tokenizer.codebook
+        settings, codebook = self.state.settings, self.loss.tokenizer.codebook
         total = torch.zeros(len(settings.start_steps), len(losses.COLUMNS), device=codebook.device)
         size = at_once(settings)
         for begin in range(0, len(self.rows.ids), size):

@@ -14,9 +14,10 @@ from pipeline.host.stopwatch import WARM_UP, now
 from pipeline.models import checkpoints, convnet
 from pipeline.models.base import Student, Tokenizer
 from pipeline.numerics.compilation import compiled, layers
-from pipeline.numerics.precision import autocast, set_products
+from pipeline.numerics.precision import autocast, quick_at_bf16, set_products
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
+from pipeline.settings.train import TrainSettings
 from pipeline.text import encoder
 from pipeline.training import batches, perceptual
 from pipeline.training.batches import Batch
@@ -74,6 +75,16 @@ def recomputable(student: Student, tokenizer: Tokenizer, network: nn.Module | No
     return [*layers(student), *convnet.blocks(tokenizer), *stages]
 
 
+def settled(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    """The settings with a precision in the place of ``auto``, the same on all workers: bf16 if all are quick at it."""
+    if settings.precision != "auto":
+        return settings
+    quick = torch.tensor(int(quick_at_bf16(device)), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(quick, torch.distributed.ReduceOp.MIN)
+    return dataclasses.replace(settings, precision="bf16" if quick else "fp32")
+
+
 def device_of(recipe: Recipe) -> torch.device:
     """This worker's device, its products set to ``train.precision``; on a CPU, also its share of the cores."""
     set_products(recipe.train.precision)
@@ -86,8 +97,8 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def seconds_per_step(recipe: Recipe) -> float:
     """Seconds of one optimiser step on one worker's share of a batch, from made-up pairs."""
-    settings, layout = recipe.train, checkpoints.config(recipe.teacher).layout
-    device = device_of(recipe)
+    device, layout = device_of(recipe), checkpoints.config(recipe.teacher).layout
+    settings = settled(recipe.train, device)
     student, loss = build(recipe, device)
     state = TrainingState(student, settings)
     prepare(student, loss)

@@ -25,13 +25,14 @@ from pipeline.flow import matching
 from pipeline.models import checkpoints
 from pipeline.models.base import nearest
 from pipeline.models.conditions import Labels
-from pipeline.numerics.precision import autocast, full_precision, products, set_products
+from pipeline.numerics.precision import autocast, full_precision, products, quick_at_bf16, set_products
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models, WithTeacher
 from pipeline.scoring import instruments
 from pipeline.settings.cluster import ClusterSettings
+from pipeline.settings.train import TrainSettings
 from pipeline.training import step as training_step
 
 # Relative errors, |found - exact| / |exact|. bfloat16 has 8 bits, so a rounding is 0.004 at most: a few of them in a
@@ -101,6 +102,33 @@ def test_a_search_of_codes_is_exact_whatever_is_around() -> None:
 
 
 # ---- who sets what
+
+
+@pytest.mark.parametrize(("mine", "others"), [(True, True), (True, False), (False, True), (False, False)])
+def test_auto_is_the_same_on_all_workers(monkeypatch: pytest.MonkeyPatch, mine: bool, others: bool) -> None:
+    def least(value: torch.Tensor, operation: Any) -> None:
+        assert operation == torch.distributed.ReduceOp.MIN
+        value.clamp_(max=int(others))
+
+    monkeypatch.setattr(training_step, "quick_at_bf16", lambda device: mine)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", least)
+    settings, cpu = TrainSettings(precision="auto"), torch.device("cpu")
+    wanted = "bf16" if mine and others else "fp32"
+    assert training_step.settled(settings, cpu) == replace(settings, precision=wanted)
+    for said in ("fp32", "bf16"):
+        assert training_step.settled(replace(settings, precision=said), cpu).precision == said
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "quick"),
+    [({"avx512_bf16": True}, True), ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, False), ({}, False)],
+)
+def test_a_cpu_is_quick_at_bf16_if_it_has_instructions(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], quick: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert quick_at_bf16(torch.device("cpu")) is quick
 
 
 @pytest.mark.parametrize("name", ["teacher", "train", "evaluate"])

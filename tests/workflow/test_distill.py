@@ -494,6 +494,19 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
     assert not any(value.dtype == torch.bfloat16 for value in stored.values())
 
 
+def test_auto_is_what_the_device_is_quick_at(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student is that of the precision said by name, bit for bit, and its fingerprint is of neither."""
+    made = {}
+    for precision, quick in (("bf16", None), ("fp32", None), ("auto", True), ("auto", False)):
+        monkeypatch.setattr(training_step, "quick_at_bf16", lambda device, quick=quick: quick)
+        name = f"{precision}-{quick}"
+        distill(with_train(recipe, epochs=1, precision=precision, uri=f"{recipe.run}/{name}"))
+        made[name] = weights(f"{recipe.run}/{name}/model.safetensors")
+    for found, said in (("auto-True", "bf16-None"), ("auto-False", "fp32-None")):
+        assert all(torch.equal(value, made[said][key]) for key, value in made[found].items())
+    assert not all(torch.equal(value, made["bf16-None"][key]) for key, value in made["fp32-None"].items())
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 50])
 def test_gradients_add_up_over_micro_batches(
     recipe: Recipe, plan: training_plan.TrainingPlan, micro_batch: int
