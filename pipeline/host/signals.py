@@ -6,16 +6,19 @@ without a traceback and with 128 plus the signal's number.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 3.0  # seconds that a process may take to end
 _held: list[int] = []  # depth of ``held``, and the signal that came meanwhile
 _depth = 0
 _stopping = False
@@ -68,13 +71,17 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """The handlers from before the body, put back after it: Ray sets its own when it starts."""
+    """The handlers from before the body, put back after it: Ray sets its own when it starts, which exits with 15."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM and before[signal.SIGTERM] is _stop and not _stopping:
+            _raise(signal.SIGTERM)
+        raise
     finally:
         for number, handler in before.items():
             if handler is _stop:
@@ -115,5 +122,33 @@ def _raise(number: int) -> None:
     threading.excepthook = lambda failure: None  # threads of Ray's still ask it for something while it goes
     name = signal.Signals(number).name
     begin = "\n" if os.isatty(2) else ""  # there, the line may be begun: ^C
+    atexit.register(_leave, 128 + number)  # the last to be registered is the first to be called
     os.write(2, f"{begin}Stopped by {name}; what is finished is kept, and the same command goes on.\n".encode())
     raise Stopped(128 + number)
+
+
+def _leave(code: int) -> None:
+    """End the process here, once all that the job itself tidies up is done.
+
+    Ray's own way out comes later, and a thread that still asks Ray for something during it ends the process with status
+    1. A cluster notices that this process is gone, as when it is killed; a local Ray is of its children.
+    """
+    _end_children()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe that nobody reads, a stream that is closed
+            stream.flush()
+    os._exit(code)
+
+
+def _end_children() -> None:
+    """Tell all processes that this one has started to end, and end those that do not, with all that they started."""
+    import psutil  # not when a job begins, before it can be stopped
+
+    own = psutil.Process()
+    everyone = own.children(recursive=True)
+    for child in own.children():
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for process in psutil.wait_procs(everyone, timeout=GRACE)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import faulty
 import mlflow
+import psutil
 import pytest
 import ray
 from faults import said, start, wait
@@ -176,6 +177,37 @@ def test_what_a_thread_raises_after_a_signal_is_not_said() -> None:
     )
     assert (done.returncode, done.stdout) == (143, "")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_others_do_at_the_end_does_not_change_the_status() -> None:
+    """As Ray does: a thread that asks it for something while it goes ends the process with status 1."""
+    done = run(
+        "import atexit\natexit.register(os._exit, 1)\nprint('said', end='')\nos.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert (done.returncode, done.stdout) == (143, "said")
+
+
+def test_a_signal_while_ray_starts_is_one_like_any_other() -> None:
+    """Ray's own handler for SIGTERM, which it sets first, ends a process with status 15 and says nothing."""
+    done = run(
+        "import ray, threading\nthreading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "with signals.kept():\n    ray.init(num_cpus=1, include_dashboard=False)"
+    )
+    assert (done.returncode, done.stdout) == (143, "")
+    assert "Stopped by SIGTERM" in done.stderr
+
+
+def test_a_local_ray_ends_with_its_job() -> None:
+    done = run(
+        "import psutil, ray\nray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert done.returncode == 143
+    started = [int(pid) for pid in done.stdout.split()]
+    assert len(started) > 3
+    # A container's first process may never ask for the status of the dead.
+    assert all(not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in started)
 
 
 def test_the_first_signal_counts() -> None:
