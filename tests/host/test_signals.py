@@ -199,7 +199,8 @@ def test_a_signal_while_ray_starts_is_one_like_any_other() -> None:
 
 def test_a_local_ray_ends_with_its_job() -> None:
     done = run(
-        "import psutil, ray\nray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "import psutil, ray\nwith signals.kept():\n"
+        "    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
         "print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
