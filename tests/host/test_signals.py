@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,14 +202,25 @@ def test_a_local_ray_ends_with_its_job() -> None:
     done = run(
         "import psutil, ray\nwith signals.kept():\n"
         "    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
-        "print(*(child.pid for child in psutil.Process().children(recursive=True)))\n"
+        "print('started', *(child.pid for child in psutil.Process().children(recursive=True)))\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert done.returncode == 143
-    started = [int(pid) for pid in done.stdout.split()]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("started "))
+    started = [int(pid) for pid in line.split()[1:]]
     assert len(started) > 3
-    # A container's first process may never ask for the status of the dead.
-    assert all(not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in started)
+    deadline = time.monotonic() + 10
+    while any(map(alive, started)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, started))
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: a container's first process may never ask for the status of the dead."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_first_signal_counts() -> None:
