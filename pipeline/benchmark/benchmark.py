@@ -21,7 +21,19 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, students, training
+from pipeline.benchmark import (
+    actors,
+    clock,
+    growth,
+    matching,
+    networks,
+    plan,
+    rounding,
+    serving,
+    sheet,
+    students,
+    training,
+)
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.host import machine
@@ -108,7 +120,7 @@ class Bench:
                 students.images(recipe, self.teacher, self._place("images"), self._student(), settings.seconds)
             ],
             "growth": self._growth,
-            "serving": lambda: [students.serving(recipe, self._place("serving"))],
+            "serving": lambda: [serving.serving(recipe, self._place("serving"))],
         }
 
     @cached_property

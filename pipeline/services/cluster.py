@@ -304,15 +304,15 @@ class _FailedStarts(logging.Handler):
 def _warn_about_local_folder(recipe: Recipe) -> None:
     if "/working_dir_files/_ray_pkg_" in recipe.run:
         print(
-            f"warning: run is {recipe.run}, in a submitted job's working directory, which Ray deletes some time after"
-            " the job; give --run an absolute path that every node shares, or an s3:// or gs:// URI.",
+            f"warning: what is made goes to {recipe.run}, in a submitted job's working directory, which Ray deletes some"
+            " time after the job; give an absolute path that every node shares, or an s3:// or gs:// URI.",
             file=sys.stderr,
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     more_to_come = ray.cluster_resources().get("GPU", 0) < recipe.cluster.gpus
     if (len(nodes) > 1 or more_to_come) and not storage.is_remote(recipe.run):
         print(
-            f"warning: run is {recipe.run}, a local path, on a cluster of several nodes; it must be a folder that"
-            " every node shares, or an s3:// or gs:// URI.",
+            f"warning: what is made goes to {recipe.run}, a local path, on a cluster of several nodes; it must be a"
+            " folder that every node shares, or an s3:// or gs:// URI.",
             file=sys.stderr,
         )
