@@ -304,8 +304,8 @@ class _FailedStarts(logging.Handler):
 def _warn_about_local_folder(recipe: Recipe) -> None:
     if "/working_dir_files/_ray_pkg_" in recipe.run:
         print(
-            f"warning: what is made goes to {recipe.run}, in a submitted job's working directory, which Ray deletes some"
-            " time after the job; give an absolute path that every node shares, or an s3:// or gs:// URI.",
+            f"warning: what is made goes to {recipe.run}, in a submitted job's working directory, which Ray deletes"
+            " some time after the job; give an absolute path that every node shares, or an s3:// or gs:// URI.",
             file=sys.stderr,
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
