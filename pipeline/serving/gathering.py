@@ -1,8 +1,8 @@
 """Requests that share a batch: those that have gathered while the batches before were drawn.
 
-Nobody waits for company where a device is free, and a busy one gets full batches, one of them ahead of its need, so
-that it does not wait for the next. Ray Serve's own ``serve.batch`` closes a batch when its time is up, busy or not:
-without a time to wait all its batches are of one request.
+Nobody waits for company where a device is free. A busy one gets its next batch ahead of its need, once that is half
+full, so that it does not wait while one comes and goes. Ray Serve's own ``serve.batch`` closes a batch when its time is
+up, busy or not: without a time to wait all its batches are of one request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pipeline.host.errors import Outage
 from pipeline.serving.orders import Sample
 from pipeline.serving.painter import Drawn
 
-AHEAD = 2  # batches that a device may have: the one that it draws, and a full one
+AHEAD = 2  # batches that a device may have: the one that it draws, and the next
+HALF = 2  # the part of a batch, one of so many, that has to wait before a busy device gets it
 
 
 class Gathering:
@@ -49,10 +50,10 @@ class Gathering:
                 future.cancel()
 
     def _hand_on(self) -> None:
-        """Give the devices what they have room for: anything to one that is free, a full batch to one that is not."""
+        """Give the devices what they have room for: anything to one that is free, half a batch to one that is not."""
         self._forget_who_has_gone()
         while (taken := self._next()) and len(self._drawing) < self.devices * AHEAD:
-            if len(self._drawing) >= self.devices and len(taken) < self.batch:
+            if len(self._drawing) >= self.devices and HALF * len(taken) < self.batch:
                 return
             for _ in taken:
                 self._waiting.popleft()

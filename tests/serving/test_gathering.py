@@ -53,29 +53,35 @@ def gathered(brush: Brush, seeds: range, gone: Sequence[int] = (), devices: int 
     return [int(one[0].pixels[0, 0, 0]) if isinstance(one, list) else type(one).__name__ for one in found]
 
 
-def test_a_busy_device_gets_full_batches_and_everybody_their_own() -> None:
+def test_a_busy_device_gets_half_a_batch_ahead_and_then_full_ones_and_everybody_their_own() -> None:
     brush = Brush()
     assert gathered(brush, range(12)) == list(range(12))
-    assert brush.batches == [[0], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    assert brush.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11]]
 
 
-def test_each_device_has_one_batch_and_a_full_one_ahead() -> None:
+def test_each_device_has_one_batch_and_one_ahead() -> None:
     brush = Brush()
     gathered(brush, range(30), devices=2)
-    assert [len(batch) for batch in brush.batches] == [1, 1, 8, 8, 8, 4]
+    assert [len(batch) for batch in brush.batches] == [1, 1, 4, 4, 8, 8, 4]
+
+
+def test_less_than_half_a_batch_waits_until_a_device_is_free() -> None:
+    brush = Brush()
+    gathered(brush, range(4))
+    assert brush.batches == [[0], [1, 2, 3]]
 
 
 def test_who_has_gone_is_left_out() -> None:
     brush = Brush()
-    found = gathered(brush, range(5), gone=[2])
-    assert found == [0, 1, "CancelledError", 3, 4]
-    assert brush.batches == [[0], [1, 3, 4]]
+    found = gathered(brush, range(4), gone=[2])
+    assert found == [0, 1, "CancelledError", 3]
+    assert brush.batches == [[0], [1, 3]]
 
 
 def test_an_error_is_that_of_its_batch_alone() -> None:
     brush = Brush()
-    found = gathered(brush, range(20))
-    assert found == [*range(9), *["ValueError"] * 8, 17, 18, 19]
+    found = gathered(brush, range(25))
+    assert found == [*range(13), *["ValueError"] * 8, 21, 22, 23, 24]
 
 
 @pytest.mark.parametrize("count", [1, 8, 9])
