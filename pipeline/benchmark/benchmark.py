@@ -29,7 +29,6 @@ from pipeline.benchmark import (
     networks,
     plan,
     rounding,
-    serving,
     sheet,
     students,
     training,
@@ -120,7 +119,7 @@ class Bench:
                 students.images(recipe, self.teacher, self._place("images"), self._student(), settings.seconds)
             ],
             "growth": self._growth,
-            "serving": lambda: [serving.serving(recipe, self._place("serving"))],
+            "serving": lambda: [students.serving(recipe, self._place("serving"))],
         }
 
     @cached_property

@@ -9,8 +9,7 @@ from pipeline.benchmark.actors import PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
-from pipeline.benchmark.serving import LOADED
-from pipeline.benchmark.students import IMAGES
+from pipeline.benchmark.students import IMAGES, LOADED
 from pipeline.benchmark.training import ROWS, STEPS
 from pipeline.evaluation.draws import PART_IMAGES
 from pipeline.host.progress import duration

@@ -1,33 +1,50 @@
-"""Many images of a student, kept, beside images thrown away."""
+"""What a student takes in use: many images beside images thrown away, and answers over HTTP beside its bare step."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import storage
 from pipeline.benchmark.clock import turns
-from pipeline.benchmark.sheet import Claim, Section
+from pipeline.benchmark.sheet import Claim, Row, Section
+from pipeline.generator import folder as student_folder
 from pipeline.generator import spread
 from pipeline.generator.folder import Description
 from pipeline.generator.generator import BATCH, Generator
 from pipeline.generator.request import Request
 from pipeline.generator.targets import FolderTarget, NpzTarget
+from pipeline.host import collector, signals
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.models.convnet import to_uint8
 from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models
+from pipeline.services import cluster
+from pipeline.serving.apart import served
+from pipeline.serving.load import Answers, arrivals, closed_loop, open_loop, pooled
+from pipeline.serving.orders import Sample
+from pipeline.serving.service import Service
 from pipeline.text import encoder
 
 IMAGES = 8 * BATCH  # of a turn
+ROUNDS = 4  # through all loads: a machine that gets slower between two of them would be an overload
+CLIENTS = 4  # for each image of a batch, so that the server always has a full batch ahead
+LIGHT, LOADED = 0.1, 0.8  # requests a second, over the most that the server answers, or that the student draws
+MOST = "as much as it answers"
+LOADS = "10 % of that", "80 % of that", "80 % of the bare step's"
+ENOUGH = 0.8  # of the images that a student draws without a server
+LONGEST = 3.0  # times the student's step that 99 % of the answers may take at LOADED
 
 
 @torch.no_grad()
@@ -74,3 +91,106 @@ def images(recipe: Recipe, teacher: Teacher, place: str, student: str, seconds: 
         if name != "thrown away":
             section.claims.append(Claim(f"Images {name} over the bare loop, {device.type}", share, 0.95))
     return section
+
+
+class BareStudent:
+    """A student that draws as a replica of the server does, in a process of the same kind, and does nothing else."""
+
+    def __init__(self, service: Service) -> None:
+        self.generator = Generator.from_pretrained(service.student, service.device)
+
+    def times(self, batches: tuple[int, ...], wanted: list[Any], seconds: float) -> list[float]:
+        """Seconds of ``Generator.draw`` in one step, for each of the batch sizes in turns."""
+        calls = {str(size): partial(self.generator.draw, wanted[:size], range(size)) for size in batches}
+        found = turns(calls, self.generator.device, seconds)
+        return [found[str(size)] for size in batches]
+
+
+def serving(recipe: Recipe, folder: str) -> Section:
+    """A served student beside its step without a server: how many images it gives, and how long one takes."""
+    service = Service(_new_student(recipe, folder), device=recipe.cluster.runs_on)
+    settings, batches = recipe.benchmark, (1, service.batch)
+    wanted = _wanted(recipe)
+    bare = (recipe, BareStudent, (service,), "times", batches, wanted, settings.seconds)
+    before = cluster.on_actor(*bare)
+    samples = [Sample(one, seed, 0, (1,)) for seed, one in enumerate(wanted)]
+    with cluster.session(recipe, 1), served(service) as address, _client() as client:
+
+        def asked(how: Callable[..., Answers], *args: Any) -> Answers:
+            return signals.interruptible(client.submit(how, address, samples, *args).result)
+
+        rounds = [_round(recipe, asked, service.batch, before[1], turn) for turn in range(ROUNDS)]
+    found = {name: pooled([one[name] for one in rounds]) for name in rounds[0]}
+    first, step = (float(np.mean(pair)) for pair in zip(before, cluster.on_actor(*bare), strict=True))
+    section = Section("Serving", _of_serving(service, first, before[1], step))
+    for name, answers in found.items():
+        section.rows.append(_row(name, answers, step))
+    title = f"of a served student over the bare step, {recipe.cluster.runs_on}"
+    section.claims.append(Claim(f"Images a second {title}", found[MOST].rate * step / service.batch, ENOUGH))
+    late = found[LOADS[1]].quantile(0.99) / step
+    section.claims.append(Claim(f"p99 at {LOADED:.0%} load {title}", late, LONGEST, at_most=True))
+    return section
+
+
+def _round(recipe: Recipe, asked: Callable[..., Answers], batch: int, step: float, turn: int) -> dict[str, Answers]:
+    """A share of each load; those that are shares of what the server answers are of what it has just answered."""
+    seconds = recipe.benchmark.serving_seconds / ROUNDS
+    out = {MOST: asked(closed_loop, CLIENTS * batch, seconds / 4)}
+    rates = LIGHT * out[MOST].rate, LOADED * out[MOST].rate, LOADED * batch / step
+    for name, rate in zip(LOADS, rates, strict=True):
+        out[name] = asked(open_loop, arrivals(rate, seconds, recipe.evaluate.seed + turn))
+    return out
+
+
+def _of_serving(service: Service, first: float, before: float, step: float) -> str:
+    """What the section's figures are; seconds of the bare step of one image, and of a full batch before and at all."""
+    return (
+        "Requests of one image, a PNG each, over HTTP on loopback to one replica (`jobs/serve.py`, its defaults: at"
+        f" most {service.batch} images in a batch), in {ROUNDS} rounds. First {CLIENTS * service.batch} clients ask for"
+        " one image after the other, which is as much as the server answers; then requests arrive at random moments"
+        " (Poisson) whether or not those before are answered, at a share of that round's rate, or of the bare step's,"
+        " and a time counts from the arrival. The"
+        f" *bare step* is `Generator.draw` of {service.batch} images in one step in an actor without a server:"
+        f" {_ms(step):.1f} ms, the mean of the medians before ({_ms(before):.1f} ms) and after; one image alone takes"
+        f" {_ms(first):.1f} ms there. Client, server and replica are three processes of this machine."
+    )
+
+
+def _row(name: str, found: Answers, step: float) -> Row:
+    """Of the table: one load, beside the seconds of the bare step."""
+    row: Row = {"load": name, "requests": len(found.seconds), "images / s": found.rate}
+    row |= {"p50, ms": _ms(found.quantile(0.5)), "p99, ms": _ms(found.quantile(0.99))}
+    return row | {"p99 / bare step": found.quantile(0.99) / step, "answered 503": found.refused, "failed": found.failed}
+
+
+@contextmanager
+def _client() -> Iterator[ProcessPoolExecutor]:
+    """One process beside this one, so that who asks does not share a Python with who answers; its imports are done."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as out:
+        out.submit(open_loop, "http://127.0.0.1", [], np.empty(0)).result()
+        out.submit(collector.settle).result()
+        yield out
+
+
+def _new_student(recipe: Recipe, folder: str) -> str:
+    """The folder of a student as it starts from its teacher: its weights do not matter here."""
+    recipe = replace(recipe, run=folder, train=replace(recipe.train, uri=None))
+    checksums, settings = checkpoints.checksums(recipe.teacher), recipe.train
+    student = checkpoints.new_student(
+        recipe.teacher, checkpoints.teacher(recipe.teacher), settings.student_options, settings.seed
+    )
+    about = {"family": recipe.teacher.family, "config": recipe.resolved()["teacher"]["config"], "teacher": checksums}
+    about |= settings.student_options | {"split": settings.split, "start_steps": list(settings.start_steps)}
+    checkpoints.save(student, storage.join(recipe.student_uri, student_folder.WEIGHTS), about)
+    content = student_folder.described(recipe, checksums)
+    storage.write_json(storage.join(recipe.student_uri, student_folder.CONFIG), content)
+    return recipe.student_uri
+
+
+def _wanted(recipe: Recipe) -> list[Any]:
+    """What some images are drawn for, labels or prompts of the recipe's."""
+    return list(conditioning(recipe)(range(BATCH)).tolist())
+
+
+def _ms(seconds: float) -> float:
+    return 1000 * seconds

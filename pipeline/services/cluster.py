@@ -103,6 +103,12 @@ def on_actor(recipe: Recipe, cls: type, args: tuple[Any, ...], method: str, *mor
         return _result(getattr(actor, method).remote(*more))
 
 
+def gcs_address() -> str:
+    """Of the cluster that is joined: what another process on this machine takes as RAY_ADDRESS."""
+    found: str = ray.get_runtime_context().gcs_address
+    return found
+
+
 def on_one_machine(recipe: Recipe) -> bool:
     """Whether the joined cluster is this machine alone and has a place for a replica, so that none is to come."""
     return sum(node["Alive"] for node in ray.nodes()) == 1 and places(recipe) > 0

@@ -26,7 +26,6 @@ from pipeline.benchmark import (
     networks,
     plan,
     rounding,
-    serving,
     sheet,
     students,
     training,
@@ -419,9 +418,9 @@ def test_a_dry_run_plans_every_section_and_writes_nothing(recipe: Recipe) -> Non
 @pytest.mark.slow
 def test_a_served_student_stands_beside_its_bare_step(ray_cluster: None, recipe: Recipe, tmp_path: Path) -> None:
     settings = replace(recipe.benchmark, seconds=0.5, serving_seconds=2.0)
-    section = serving.serving(replace(recipe, benchmark=settings), str(tmp_path / "serving"))
+    section = students.serving(replace(recipe, benchmark=settings), str(tmp_path / "serving"))
     most, light, loaded, _ = section.rows
-    assert [row["load"] for row in section.rows] == ["as much as it answers", *serving.LOADS]
+    assert [row["load"] for row in section.rows] == ["as much as it answers", *students.LOADS]
     assert int(loaded["requests"] or 0) > int(light["requests"] or 0)
     assert float(most["images / s"] or 0) > float(light["images / s"] or 0)
     images, late = section.claims

@@ -129,7 +129,7 @@ def test_a_run_in_a_submitted_jobs_own_folder_is_warned_of(
     started: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.connect(Recipe(run="/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_71ae/runs/demo"))
-    assert "give --run an absolute path" in capsys.readouterr().err
+    assert "give an absolute path" in capsys.readouterr().err
     cluster.connect(Recipe(run="/shared/runs/demo"))
     assert "warning" not in capsys.readouterr().err
 
