@@ -59,6 +59,8 @@ def of_generation(recipe: Recipe) -> Footprint:
 def of_training(recipe: Recipe) -> Footprint:
     """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
     settings = replace(recipe.train, micro_batch=0)  # what is traced is taken at once
+    if settings.precision == "auto":
+        settings = replace(settings, precision="fp32")  # the workers settle it, and this one takes more
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
     caption = checkpoints.caption_shape(recipe.teacher)
     with torch.device("meta"):

@@ -130,3 +130,12 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
         assert cost.bytes(most) <= card * 1e9 < cost.bytes(most + 1)
     assert Footprint(fixed=30_000_000_000, sample=1).largest(24) == 0
     assert "0 on 24 GB" in Footprint(30_000_000_000, 10**9).lines(64, "train.micro_batch", gpu=True)[1]
+
+
+def test_auto_takes_as_much_as_the_larger_of_its_two(tmp_path: Path) -> None:
+    """Nobody knows yet which of them the workers settle on."""
+    found = {}
+    for precision in ("fp32", "auto"):
+        recipe = tiny(tmp_path)
+        found[precision] = footprints.of_training(replace(recipe, train=replace(recipe.train, precision=precision)))
+    assert found["auto"] == found["fp32"]
