@@ -21,18 +21,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.benchmark import (
-    actors,
-    clock,
-    growth,
-    matching,
-    networks,
-    plan,
-    rounding,
-    sheet,
-    students,
-    training,
-)
+from pipeline.benchmark import actors, clock, growth, matching, networks, plan, rounding, sheet, students, training
 from pipeline.benchmark.growth import Curve
 from pipeline.benchmark.sheet import Section
 from pipeline.host import machine

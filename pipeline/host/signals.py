@@ -145,10 +145,11 @@ def _end_children() -> None:
     import psutil  # not when a job begins, before it can be stopped
 
     own = psutil.Process()
-    everyone = own.children(recursive=True)
-    for child in own.children():
+    children, everyone = own.children(), own.children(recursive=True)
+    for child in children:
         with suppress(psutil.NoSuchProcess):
             child.terminate()
-    for process in psutil.wait_procs(everyone, timeout=GRACE)[1]:
+    psutil.wait_procs(children, timeout=GRACE)  # theirs may stay zombies where the first process asks for no status
+    for process in everyone:
         with suppress(psutil.NoSuchProcess):
             process.kill()

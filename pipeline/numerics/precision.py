@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
-Wanted = Literal["fp32", "tf32", "fp16", "bf16", "auto"]
+Wanted = Literal[Precision, "auto"]
 """As a recipe says it; auto is bf16 where devices have it in hardware, else fp32, and settled before networks run."""
 
 

@@ -135,7 +135,8 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
 def test_auto_takes_as_much_as_the_larger_of_its_two(tmp_path: Path) -> None:
     """Nobody knows yet which of them the workers settle on."""
     found = {}
-    for precision in ("fp32", "auto"):
+    for precision in ("fp32", "bf16", "auto"):
         recipe = tiny(tmp_path)
         found[precision] = footprints.of_training(replace(recipe, train=replace(recipe.train, precision=precision)))
     assert found["auto"] == found["fp32"]
+    assert found["fp32"].sample > found["bf16"].sample

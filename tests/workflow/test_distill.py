@@ -495,7 +495,7 @@ def test_bf16_trains_float32_weights(recipe: Recipe, journal: Journal) -> None:
 
 
 def test_auto_is_what_the_device_is_quick_at(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student is that of the precision said by name, bit for bit, and its fingerprint is of neither."""
+    """The student is that of the precision said by name, bit for bit."""
     made = {}
     for precision, quick in (("bf16", None), ("fp32", None), ("auto", True), ("auto", False)):
         monkeypatch.setattr(training_step, "quick_at_bf16", lambda device, quick=quick: quick)
