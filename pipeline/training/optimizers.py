@@ -1,9 +1,4 @@
-"""What turns gradients into weights: AdamW for all of a student, or Muon for the matrices of its blocks beside it.
-
-Muon (K. Jordan, 2024) steps along the orthogonalised momentum of a matrix. torch scales the step to the size of one of
-AdamW's (J. Liu et al., arXiv 2502.16982, sec. 2.2), so that one learning rate and one weight decay serve both. Its
-Newton-Schulz iteration multiplies in bfloat16 whatever ``train.precision`` is.
-"""
+"""What turns gradients into weights: AdamW for all of a student, or Muon for the matrices of its blocks beside it."""
 
 from __future__ import annotations
 
@@ -12,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from pipeline.models.base import Student
 from pipeline.numerics.compilation import layers
 from pipeline.settings.train import TrainSettings
+from pipeline.training.muon import Muon
 
 ADAMW, MUON = "optimizer", "muon"  # their names in a checkpoint
 
@@ -32,9 +28,8 @@ class Optimizers:
         orthogonalised = blocks_matrices(student) if settings.optimizer == "muon" else []
         self.parts: dict[str, Optimizer] = {ADAMW: _adamw(student, settings, {id(p) for p in orthogonalised})}
         if orthogonalised:
-            self.parts[MUON] = Muon(
-                orthogonalised, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+            self.parts[MUON] = Muon(orthogonalised, settings.lr, settings.weight_decay, dtype)
 
     @property
     def rate(self) -> float:
@@ -48,11 +43,8 @@ class Optimizers:
 
     def step(self, keep_gradients: bool) -> None:
         """One step from the gradients at hand, which are zero afterwards, or gone unless ``keep_gradients``."""
-        for name, part in self.parts.items():
-            if name == MUON and torch.distributed.is_initialized():
-                _step_together(part)
-            else:
-                part.step()
+        for part in self.parts.values():
+            part.step()
             part.zero_grad(set_to_none=not keep_gradients)
 
     def content(self) -> dict[str, Any]:
@@ -94,52 +86,6 @@ def _form(state: dict[str, Tensor]) -> dict[str, float | None]:
 def blocks_matrices(student: Student) -> list[Tensor]:
     """The weights [out, in] of all linear layers in the student's blocks."""
     return [m.weight for block in layers(student) for m in block.modules() if isinstance(m, nn.Linear)]
-
-
-@torch.no_grad()
-def _step_together(muon: Optimizer) -> None:
-    """A step of all workers: each orthogonalises its share of the matrices, and hands them to the others.
-
-    That iteration is most of Muon's work. The momenta are cheap, and every worker keeps all of them, as a checkpoint
-    needs them. The gradients are equal on all workers, and so are the weights afterwards, bit for bit.
-    """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    (group,) = muon.param_groups
-    shares = shared_out(group["params"], world)
-    others = [p for owner, share in enumerate(shares) for p in share if owner != rank]
-    gradients = [p.grad for p in others]
-    for p in others:
-        state = muon.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])  # as torch's step does it
-        p.grad = None  # which makes Muon pass it over
-    muon.step()
-    for p, gradient in zip(others, gradients, strict=True):
-        p.grad = gradient
-    for owner, share in enumerate(shares):
-        if share:
-            flat = torch.cat([p.flatten() for p in share])
-            torch.distributed.broadcast(flat, owner)
-            for p, values in zip(share, flat.split([p.numel() for p in share]), strict=True):
-                p.copy_(values.view_as(p))
-
-
-def shared_out(matrices: list[Tensor], workers: int) -> list[list[Tensor]]:
-    """The matrices in as many shares, about equal in the products of a Newton-Schulz iteration; the largest first."""
-    shares: list[list[Tensor]] = [[] for _ in range(workers)]
-    work = [0] * workers
-    for matrix in sorted(matrices, key=_products, reverse=True):  # stable, so that all workers agree
-        least = work.index(min(work))
-        shares[least].append(matrix)
-        work[least] += _products(matrix)
-    return shares
-
-
-def _products(matrix: Tensor) -> int:
-    """Multiplications of a round of the iteration on a matrix: two with its short side squared and its long one."""
-    short, long = sorted(matrix.shape)
-    return 2 * short * short * long + short**3
 
 
 def _adamw(student: Student, settings: TrainSettings, others: set[int]) -> AdamW:

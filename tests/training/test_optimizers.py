@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
 from pipeline.settings.train import TrainSettings
-from pipeline.training.optimizers import MUON, Optimizers, blocks_matrices, shared_out
+from pipeline.training.muon import Muon, shared_out
+from pipeline.training.optimizers import MUON, Optimizers, blocks_matrices
 from pipeline.training.state import TrainingState
 
 MUON_SETTINGS = TrainSettings(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup=0)
@@ -84,6 +85,27 @@ def test_a_step_is_along_the_orthogonalised_momentum(tmp_path: Path, family: Fam
         grown = lengths[values > values[0] / 5]
         assert 0.5 < grown.min() <= grown.max() < 1.5
         assert (rotated - lengths.diag()).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_is_that_of_torch_in_the_precision_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
+) -> None:
+    """Bit for bit; for float32 torch's cast to bfloat16 is left out."""
+    if precision == "fp32":
+        monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
+    networks = student(tmp_path), student(tmp_path)
+    ours = Optimizers(networks[0], replace(MUON_SETTINGS, precision=precision)).parts[MUON]
+    theirs = torch.optim.Muon(blocks_matrices(networks[1]), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        for network, optimizer in zip(networks, (ours, theirs), strict=True):
+            give_gradients(network, seed)
+            optimizer.step()
+    for one, other in zip(*map(blocks_matrices, networks), strict=True):
+        assert torch.equal(one, other)
+    found, expected = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[i]["momentum_buffer"], expected[i]["momentum_buffer"]) for i in expected)
 
 
 def test_its_steps_are_as_large_as_those_of_adamw(tmp_path: Path) -> None:
@@ -187,8 +209,8 @@ def test_workers_share_the_orthogonalisation(tmp_path: Path, monkeypatch: pytest
     networks = [student(tmp_path) for _ in range(world)]
     workers = [Optimizers(network, MUON_SETTINGS) for network in networks]
     done: list[int] = []
-    muon = torch.optim._muon._zeropower_via_newtonschulz
-    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda *args: done.append(1) or muon(*args))
+    move = Muon._move
+    monkeypatch.setattr(Muon, "_move", lambda *args: done.append(1) or move(*args))
     ranks = Ranks(world, monkeypatch)
 
     def work(rank: int) -> None:
