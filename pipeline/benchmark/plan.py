@@ -9,7 +9,7 @@ from pipeline.benchmark.actors import PARTS, SHARDS
 from pipeline.benchmark.growth import ACTORS, BATCHES, CODES, PAIRS, SIDES
 from pipeline.benchmark.networks import listed
 from pipeline.benchmark.rounding import TOKENS
-from pipeline.benchmark.students import IMAGES, LOADED
+from pipeline.benchmark.students import IMAGES, LOADS, ROUNDS, SHORT
 from pipeline.benchmark.training import ROWS, STEPS
 from pipeline.evaluation.draws import PART_IMAGES
 from pipeline.host.progress import duration
@@ -22,7 +22,7 @@ def describe(recipe: Recipe) -> str:
     budget = 0.0
     for part in recipe.benchmark.sections:
         turns, beside = SECTIONS[part](recipe)
-        budget += turns * recipe.benchmark.seconds + (part == "serving") * recipe.benchmark.serving_seconds
+        budget += turns * recipe.benchmark.seconds + (part == "serving") * _serving_seconds(recipe)
         timed = f"{turns} measurements of {recipe.benchmark.seconds:g} s" if turns else ""
         lines.append(f"{part:<12}{', '.join(filter(None, (timed, beside)))}")
     gpus = f" and {recipe.cluster.gpus:g} GPU" if recipe.cluster.gpus else ""
@@ -55,8 +55,11 @@ def _growth(recipe: Recipe) -> tuple[int, str]:
 
 
 def _serving(recipe: Recipe) -> tuple[int, str]:
-    seconds = recipe.benchmark.serving_seconds
-    return 5, f"{seconds:g} s of requests at {LOADED:.0%} of the rate of a student without a server"
+    return 2 * (ROUNDS + 1), f"{_serving_seconds(recipe):g} s of requests to a server under {1 + len(LOADS)} loads"
+
+
+def _serving_seconds(recipe: Recipe) -> float:
+    return (SHORT + len(LOADS)) * recipe.benchmark.serving_seconds
 
 
 # section -> (what takes its turn for benchmark.seconds, what else is done)

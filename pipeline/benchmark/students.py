@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,16 +34,17 @@ from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Models
 from pipeline.services import cluster
 from pipeline.serving.apart import served
-from pipeline.serving.load import Answers, arrivals, closed_loop, open_loop, pooled
+from pipeline.serving.load import Answers, arrivals, closed_loop, open_loop
 from pipeline.serving.orders import Sample
 from pipeline.serving.service import Service
 from pipeline.text import encoder
 
 IMAGES = 8 * BATCH  # of a turn
-ROUNDS = 4  # through all loads: a machine that gets slower between two of them would be an overload
+ROUNDS = 5  # through all loads: a machine that gets slower between two of them would be an overload
 CLIENTS = 4  # for each image of a batch, so that the server always has a full batch ahead
 LIGHT, LOADED = 0.1, 0.8  # requests a second, over the most that the server answers, or that the student draws
 MOST = "as much as it answers"
+SHORT = 0.25  # of the time of the others: it has no rare moments to wait for
 LOADS = "10 % of that", "80 % of that", "80 % of the bare step's"
 ENOUGH = 0.8  # of the images that a student draws without a server
 LONGEST = 3.0  # times the student's step that 99 % of the answers may take at LOADED
@@ -109,25 +112,27 @@ class BareStudent:
 def serving(recipe: Recipe, folder: str) -> Section:
     """A served student beside its step without a server: how many images it gives, and how long one takes."""
     service = Service(_new_student(recipe, folder), device=recipe.cluster.runs_on)
-    settings, batches = recipe.benchmark, (1, service.batch)
-    wanted = _wanted(recipe)
-    bare = (recipe, BareStudent, (service,), "times", batches, wanted, settings.seconds)
-    before = cluster.on_actor(*bare)
+    wanted, batches = _wanted(recipe), (1, service.batch)
+    bare = partial(cluster.on_actor, recipe, BareStudent, (service,), "times", batches, wanted)
     samples = [Sample(one, seed, 0, (1,)) for seed, one in enumerate(wanted)]
-    with cluster.session(recipe, 1), served(service) as address, _client() as client:
+    steps, rounds = [bare(recipe.benchmark.seconds)], []
+    for turn in range(ROUNDS):
+        with cluster.session(recipe, 1), served(service) as address, _client() as client:
 
-        def asked(how: Callable[..., Answers], *args: Any) -> Answers:
-            return signals.interruptible(client.submit(how, address, samples, *args).result)
+            def asked(how: Callable[..., Answers], *args: Any) -> Answers:
+                return signals.interruptible(client.submit(how, address, samples, *args).result)
 
-        rounds = [_round(recipe, asked, service.batch, before[1], turn) for turn in range(ROUNDS)]
-    found = {name: pooled([one[name] for one in rounds]) for name in rounds[0]}
-    first, step = (float(np.mean(pair)) for pair in zip(before, cluster.on_actor(*bare), strict=True))
-    section = Section("Serving", _of_serving(service, first, before[1], step))
-    for name, answers in found.items():
-        section.rows.append(_row(name, answers, step))
+            rounds.append(_round(recipe, asked, service.batch, steps[-1][1], turn))
+        steps.append(bare(recipe.benchmark.seconds))
+    beside = [(one + other) / 2 for (_, one), (_, other) in itertools.pairwise(steps)]  # of each round
+    found = {name: [one[name] for one in rounds] for name in rounds[0]}
+    in_steps = {name: [one.over(step) for one, step in zip(found[name], beside, strict=True)] for name in found}
+    section = Section("Serving", _of_serving(service, steps, in_steps[LOADS[1]]))
+    section.rows = [_row(name, found[name], in_steps[name], service.batch) for name in found]
+    most, loaded = (next(row for row in section.rows if row["load"] == name) for name in (MOST, LOADS[1]))
     title = f"of a served student over the bare step, {recipe.cluster.runs_on}"
-    section.claims.append(Claim(f"Images a second {title}", found[MOST].rate * step / service.batch, ENOUGH))
-    late = found[LOADS[1]].quantile(0.99) / step
+    section.claims.append(Claim(f"Images a second {title}", float(most["/ bare step's"] or 0), ENOUGH))
+    late = float(loaded["p99 / bare step"] or 0)
     section.claims.append(Claim(f"p99 at {LOADED:.0%} load {title}", late, LONGEST, at_most=True))
     return section
 
@@ -135,15 +140,20 @@ def serving(recipe: Recipe, folder: str) -> Section:
 def _round(recipe: Recipe, asked: Callable[..., Answers], batch: int, step: float, turn: int) -> dict[str, Answers]:
     """A share of each load; those that are shares of what the server answers are of what it has just answered."""
     seconds = recipe.benchmark.serving_seconds / ROUNDS
-    out = {MOST: asked(closed_loop, CLIENTS * batch, seconds / 4)}
+    out = {MOST: asked(closed_loop, CLIENTS * batch, SHORT * seconds)}
     rates = LIGHT * out[MOST].rate, LOADED * out[MOST].rate, LOADED * batch / step
     for name, rate in zip(LOADS, rates, strict=True):
         out[name] = asked(open_loop, arrivals(rate, seconds, recipe.evaluate.seed + turn))
     return out
 
 
-def _of_serving(service: Service, first: float, before: float, step: float) -> str:
-    """What the section's figures are; seconds of the bare step of one image, and of a full batch before and at all."""
+def _of_serving(service: Service, steps: list[list[float]], loaded: list[Answers]) -> str:
+    """What the section's figures are.
+
+    ``steps`` are the seconds of one image and of a full batch around the rounds, ``loaded`` a load of each, in steps.
+    """
+    (first, step), times = np.mean(steps, axis=0), ", ".join(f"{_ms(full):.1f}" for _, full in steps)
+    late = ", ".join(f"{one.quantile(0.99):.2f}" for one in loaded)
     return (
         "Requests of one image, a PNG each, over HTTP on loopback to one replica (`jobs/serve.py`, its defaults: at"
         f" most {service.batch} images in a batch), in {ROUNDS} rounds. First {CLIENTS * service.batch} clients ask for"
@@ -151,16 +161,22 @@ def _of_serving(service: Service, first: float, before: float, step: float) -> s
         " (Poisson) whether or not those before are answered, at a share of that round's rate, or of the bare step's,"
         " and a time counts from the arrival. The"
         f" *bare step* is `Generator.draw` of {service.batch} images in one step in an actor without a server:"
-        f" {_ms(step):.1f} ms, the mean of the medians before ({_ms(before):.1f} ms) and after; one image alone takes"
-        f" {_ms(first):.1f} ms there. Client, server and replica are three processes of this machine."
+        f" {_ms(step):.1f} ms; one image alone takes {_ms(first):.1f} ms there. It is measured before and after every"
+        f" round ({times} ms), and the mean of the two is what that round's figures are over. The table has the medians"
+        f" of the rounds, whose p99 at 80 % of what it answers was {late} bare steps. Client, server and replica are"
+        " three processes of this machine."
     )
 
 
-def _row(name: str, found: Answers, step: float) -> Row:
-    """Of the table: one load, beside the seconds of the bare step."""
-    row: Row = {"load": name, "requests": len(found.seconds), "images / s": found.rate}
-    row |= {"p50, ms": _ms(found.quantile(0.5)), "p99, ms": _ms(found.quantile(0.99))}
-    return row | {"p99 / bare step": found.quantile(0.99) / step, "answered 503": found.refused, "failed": found.failed}
+def _row(name: str, found: list[Answers], in_steps: list[Answers], batch: int) -> Row:
+    """Of the table: the rounds of one load, in seconds, and in bare steps of so many images."""
+    row: Row = {"load": name, "requests": sum(len(one.seconds) for one in found)}
+    row |= {"images / s": median(one.rate for one in found)}
+    row |= {"/ bare step's": median(one.rate / batch for one in in_steps)}
+    for share in (0.5, 0.99):
+        row |= {f"p{share:.0%}, ms".replace("%", ""): _ms(median(one.quantile(share) for one in found))}
+    row |= {"p99 / bare step": median(one.quantile(0.99) for one in in_steps)}
+    return row | {"answered 503": sum(one.refused for one in found), "failed": sum(one.failed for one in found)}
 
 
 @contextmanager

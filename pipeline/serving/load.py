@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 import numpy as np
@@ -44,12 +43,9 @@ class Answers:
         """Images a second."""
         return float(np.isfinite(self.seconds).sum() / self.span)
 
-
-def pooled(answers: Sequence[Answers]) -> Answers:
-    """Those of several minutes as if they were of one."""
-    seconds = np.concatenate([one.seconds for one in answers])
-    span = sum(one.span for one in answers)
-    return Answers(seconds, span, sum(one.refused for one in answers), sum(one.failed for one in answers))
+    def over(self, seconds: float) -> Answers:
+        """The same with ``seconds`` as the unit of time."""
+        return replace(self, seconds=self.seconds / seconds, span=self.span / seconds)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:

@@ -65,7 +65,7 @@ class BenchmarkSettings:
         sections: what is measured, in this order.
         batches: batch sizes of teacher and samplers.
         seconds: of measuring for each thing that takes its turn; more scatter less.
-        serving_seconds: of requests to a server under load; at the 99th percentile a hundredth of them count.
+        serving_seconds: of requests to a server, of each load; at the 99th percentile a hundredth of them count.
     """
 
     uri: Uri | None = None

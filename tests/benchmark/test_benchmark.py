@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,4 +427,11 @@ def test_a_served_student_stands_beside_its_bare_step(ray_cluster: None, recipe:
     images, late = section.claims
     assert (images.bound, images.at_most) == (0.8, False)
     assert (late.bound, late.at_most, late.value) == (3.0, True, loaded["p99 / bare step"])
-    assert "before" in section.markdown()
+    assert images.value == most["/ bare step's"]
+    steps = re.search(r"every round \(([\d., ]+) ms\)", section.about)
+    tails = re.search(r"answers was ([\d., ]+) bare steps", section.about)
+    assert steps
+    assert tails
+    assert len(steps[1].split(", ")) == students.ROUNDS + 1
+    assert len(tails[1].split(", ")) == students.ROUNDS
+    assert f"{late.value:.2f}" in tails[1]

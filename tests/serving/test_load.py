@@ -49,6 +49,10 @@ def test_requests_without_an_image_take_for_ever() -> None:
     assert 0.3 <= found.quantile(0.0) < math.inf
     assert found.quantile(0.99) == math.inf
     assert 0 < found.rate <= 1 / 0.3
+    in_tenths = found.over(0.1)
+    assert in_tenths.quantile(0.0) == pytest.approx(10 * found.quantile(0.0))
+    assert in_tenths.rate == pytest.approx(found.rate / 10)
+    assert (in_tenths.refused, in_tenths.failed) == (1, 1)
 
 
 def test_clients_that_wait_ask_as_much_as_is_answered() -> None:
