@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pipeline import storage
 from pipeline.ablation import plan as ablation_plan
 from pipeline.ablation import report
-from pipeline.ablation.plan import TEACHER, AblationPlan, Trial
+from pipeline.ablation.plan import AblationPlan, Trial
 from pipeline.ablation.results import AblationResults
 from pipeline.generator import folder
 from pipeline.host.errors import Unfinished
@@ -50,7 +50,7 @@ def ablate(recipe: Recipe) -> str:
     where = f"The ablation is {plan.at('ablation.md')}."
     if lost:
         raise Unfinished(
-            f"{len(lost)} of {sum(map(len, plan.trials)) + bool(plan.teacher)} reports were not made"
+            f"{len(lost)} of {sum(map(len, plan.trials)) + len(plan.teachers)} reports were not made"
             f" ({'; '.join(lost)}), see above for why; {plan.at('ablation.md')} holds the others, and the same command"
             " makes what is missing."
         )
@@ -68,7 +68,7 @@ def _work(plan: AblationPlan) -> list[str]:
     """Run the jobs: pair sets, then students, then reports; names of the reports that are missing."""
     trials = [trial for some in plan.trials for trial in some]
     students = plan.students
-    total = len(plan.sets) + len(students) + len(trials) + bool(plan.teacher)
+    total = len(plan.sets) + len(students) + len(trials) + len(plan.teachers)
     failed: set[str] = set()  # fingerprints
     done = 0
 
@@ -91,8 +91,9 @@ def _work(plan: AblationPlan) -> list[str]:
         if trial.pairs in failed or not run(distill, trial.recipe, f"student of {trial.name}"):
             failed.add(key)
     lost = []
-    if plan.teacher and not run(evaluate, plan.teacher, "images of the teacher"):
-        lost.append(TEACHER)
+    for name, recipe in plan.teachers.items():
+        if not run(evaluate, recipe, f"images of the {name}"):
+            lost.append(name)
     for trial in trials:
         if trial.student in failed or not run(evaluate, trial.recipe, f"images of {trial.name}"):
             lost.append(trial.name)
@@ -100,11 +101,10 @@ def _work(plan: AblationPlan) -> list[str]:
 
 
 def _scored(plan: AblationPlan, lost: list[str]) -> dict[str, Results]:
-    """The report of each trial that was not lost, by its name, and the teacher's."""
+    """The report of each trial and each teacher that was not lost, by its name."""
     trials = [trial for some in plan.trials for trial in some if trial.name not in lost]
     uris = {trial.name: trial.recipe.report_uri for trial in trials}
-    if plan.teacher and TEACHER not in lost:
-        uris[TEACHER] = plan.teacher.report_uri
+    uris |= {name: recipe.report_uri for name, recipe in plan.teachers.items() if name not in lost}
     return {name: storage.read_json(storage.join(uri, "report.json")) for name, uri in uris.items()}
 
 

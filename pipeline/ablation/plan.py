@@ -36,7 +36,7 @@ from pipeline.training import plan as training_plan
 SPLIT = "evaluate.samplers.split"  # the only axis that is no field: a sampler's split needs no training
 SECTIONS = ("teacher.", "pairs.", "train.")
 OWN = ("pairs.uri", "pairs.verify", "train.uri", "train.seed")  # set by the ablation itself, or no setting of a result
-TEACHER = "teacher"  # the report that is no trial's
+TEACHER = "teacher"  # the report of the base's; those of other teachers say after it whose they are
 SHORT = 12  # hexadecimal digits of a fingerprint that name a folder
 
 
@@ -89,7 +89,8 @@ class AblationPlan:
 
     ``rows`` are the values as they are listed, (axis, value, index of the variant): where two values mean the same
     recipe, or one is the base's, they share a variant. ``sets`` holds the recipe that makes each pair set, as large as
-    the largest of its trials. ``teacher`` scores the AR teacher, if the recipe lists it.
+    the largest of its trials. ``teachers`` score the AR teachers, by the names of their reports, if the recipe lists
+    one; ``teacher_of[i]`` is the name of that of ``variants[i]``.
     """
 
     recipe: Recipe
@@ -98,7 +99,8 @@ class AblationPlan:
     rows: list[tuple[str, Any, int]]
     sets: dict[str, Recipe]
     columns: list[str]
-    teacher: Recipe | None
+    teachers: dict[str, Recipe]
+    teacher_of: list[str]
 
     @property
     def students(self) -> dict[str, Trial]:
@@ -135,7 +137,7 @@ def build(recipe: Recipe) -> AblationPlan:
         largest = sets.setdefault(trial.pairs, trial.recipe)
         if trial.recipe.pairs.count > largest.pairs.count:
             sets[trial.pairs] = trial.recipe
-    return AblationPlan(recipe, variants, trials, rows, sets, _columns(variants), _teacher(recipe))
+    return AblationPlan(recipe, variants, trials, rows, sets, _columns(variants), *_teachers(recipe, variants))
 
 
 def titled(axis: str) -> bool:
@@ -297,12 +299,24 @@ def _check_changes(variants: list[Variant], trials: list[list[Trial]]) -> None:
             )
 
 
-def _teacher(recipe: Recipe) -> Recipe | None:
-    """The recipe that scores the AR teacher, what the students are compared with; None where none is listed."""
-    teachers = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
-    uri = storage.join(recipe.ablation_uri, "reports", TEACHER)
-    settings = replace(_alone(recipe), samplers=teachers, uri=uri, timing_batches=())
-    return replace(recipe, evaluate=settings, dry_run=False) if teachers else None
+def _teachers(recipe: Recipe, variants: list[Variant]) -> tuple[dict[str, Recipe], list[str]]:
+    """The recipes that score the variants' AR teachers, what the students are compared with, by name; whose each is.
+
+    Variants with the same settings of the teacher share one. There is none where the recipe lists no AR teacher.
+    """
+    listed = [entry for entry in recipe.evaluate.samplers if entry.get("name") == "Autoregressive"]
+    settings = replace(_alone(recipe), samplers=listed, timing_batches=())
+    out: dict[str, Recipe] = {}
+    names = []
+    for variant in variants:
+        teacher = variant.recipe.teacher
+        same = (name for name, other in out.items() if other.teacher == teacher)
+        name = next(same, f"{TEACHER} of {variant.label}" if out else TEACHER)
+        uri = storage.join(recipe.ablation_uri, "reports", TEACHER, *([variant.folder] if out else []))
+        evaluate = replace(settings, uri=uri)
+        out.setdefault(name, replace(recipe, teacher=teacher, evaluate=evaluate, dry_run=False))
+        names.append(name)
+    return (out if listed else {}), names
 
 
 def _alone(recipe: Recipe) -> EvaluateSettings:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.ablation.plan import SPLIT, TEACHER, AblationPlan, Variant, text, titled
+from pipeline.ablation import scaling
+from pipeline.ablation.plan import SPLIT, AblationPlan, Variant, text, titled
 from pipeline.ablation.results import AblationResults, AblationRow, ChangedCodes, Numbers, Shares, TrialSource
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest, shards
@@ -43,8 +44,6 @@ def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults
         if 0 not in [i for _, i in listed]:
             listed.insert(0, (_base_value(plan.variants[0], axis, [value for value, _ in listed]), 0))
         rows += [{"axis": axis, "value": value, "base": i == 0, **variants[i]} for value, i in listed]
-    of_teacher = scored[TEACHER]["rows"] if TEACHER in scored else []
-    teacher = next((row["score"] for row in of_teacher if "sampler" in row), None)
     results: AblationResults = {
         "name": plan.recipe.name,
         "title": reports[0]["title"] if reports else "distance",
@@ -52,8 +51,8 @@ def summarise(plan: AblationPlan, scored: dict[str, Results]) -> AblationResults
         "evaluation_seed": plan.recipe.evaluate.seed,
         "seeds": list(plan.recipe.ablate.seeds),
         "columns": plan.columns,
-        "teacher": teacher,
         "rows": rows,
+        "laws": scaling.laws(plan.columns, rows),
     }
     return json.loads(json.dumps(results))
 
@@ -81,11 +80,13 @@ def _numbers(plan: AblationPlan, i: int, scored: dict[str, Results], codes: Chan
         )
     complete = [[score for score in column if score is not None] for column in scores]
     recipe = plan.trials[i][0].recipe
+    of_teacher = scored[plan.teacher_of[i]]["rows"] if plan.teacher_of[i] in scored else []
     return {
         "scores": scores,
         "mean": [fmean(column) if column else None for column in complete],
         "spread": [stdev(column) if len(column) > 1 else None for column in complete],
         "pairs": {"uri": recipe.pairs_uri, "fingerprint": plan.trials[i][0].pairs, "count": recipe.pairs.count},
+        "teacher": next((row["score"] for row in of_teacher if "sampler" in row), None),
         "trials": trials,
         "codes": codes,
     }
@@ -161,14 +162,15 @@ def table(results: AblationResults) -> str:
     """One line per value of each axis, the base on top: mean and spread of every few-step sampler."""
     base = results["rows"][0]
     coded = any(row["codes"] for row in results["rows"])
-    headers = ["varied", "value"]
+    taught = len({row["teacher"] for row in results["rows"]}) > 1
+    headers = ["varied", "value"] + ([f"{results['title']}, its AR teacher"] if taught else [])
     for column in results["columns"]:
         headers += [f"{results['title']}, {column}", "/ base"]
     headers += ["codes that differ", "after equal codes"] if coded else []
     lines = []
     for row in results["rows"]:
         value = "-" if not row["axis"] else text(row["value"]) + (" (base)" if row["base"] else "")
-        cells = [row["axis"] or "base", value]
+        cells = [row["axis"] or "base", value] + ([_pair(row["teacher"], None)] if taught else [])
         for mean, spread, of_base in zip(row["mean"], row["spread"], base["mean"], strict=True):
             cells += [_pair(mean, spread), f"{mean / of_base:.2f}" if mean is not None and of_base else "-"]
         codes = row["codes"]
@@ -199,8 +201,9 @@ def markdown(results: AblationResults) -> str:
         f" are scored on the same labels and the same noise (seed {results['evaluation_seed']}).",
         "* **/ base**: over the base's mean, 1.00 is no change.",
     ]
-    if results["teacher"] is not None:
-        legend.append(f"* The AR teacher's own {title} on these labels is {results['teacher']:.2f}.")
+    teacher = results["rows"][0]["teacher"]
+    if teacher is not None:
+        legend.append(f"* The AR teacher's own {title} on these labels is {teacher:.2f}.")
     if "DD at its start steps" in results["columns"]:
         legend.append(
             "* **DD at its start steps**: Alg. 3 at the line's own train.start_steps, which it was trained for."
@@ -215,10 +218,12 @@ def markdown(results: AblationResults) -> str:
         "* The paper's own ablations are its figures 7 and 8, curves of FID over training with 5,000 images; compare"
         " which way a change goes, and by which factor, never the values."
     )
+    laws = scaling.sentences(results["laws"], title)
     parts = [
         f"# {results['name']}: ablation",
         table(results),
         "\n".join(legend),
+        *(["## Power laws", "\n".join(laws)] if laws else []),
         "![distance over the values of each axis](ablation.png)",
         "## Where the numbers come from",
         "\n".join(_sources(results)),
@@ -274,8 +279,11 @@ def _panel(panel: Any, axis: str, rows: list[AblationRow], results: AblationResu
             (x, score) for x, row in zip(places, rows, strict=True) for score in row["scores"][i] if score is not None
         ]
         panel.scatter(*zip(*dots, strict=True), s=16, color=line(i)["color"], zorder=3) if dots else None
-    if results["teacher"] is not None:
-        panel.axhline(results["teacher"], linestyle="--", linewidth=1.5, color="#555555", label="teacher, AR")
+    teachers = [np.nan if row["teacher"] is None else row["teacher"] for row in rows]
+    if len(set(teachers)) == 1 and rows[0]["teacher"] is not None:
+        panel.axhline(teachers[0], linestyle="--", linewidth=1.5, color="#555555", label="teacher, AR")
+    elif not np.isnan(teachers).all():
+        panel.plot(places, teachers, linestyle="--", linewidth=1.5, color="#555555", label="teacher, AR")
     names = [text(row["value"]).replace(", ", ",\n" if isinstance(row["value"], dict) else ", ") for row in rows]
     labels = [name + ("\n(base)" if row["base"] else "") for name, row in zip(names, rows, strict=True)]
     panel.set_xticks(list(places), labels, fontsize=8)

@@ -70,6 +70,7 @@ class Numbers(TypedDict):
         mean: over the seeds; None where all are lost.
         spread: standard deviation (n - 1) over the seeds; None of fewer than two.
         pairs: where its pairs are.
+        teacher: the distance of its AR teacher; None where none is listed, or it was lost.
         trials: where the numbers are from, seed after seed.
         codes: None of the base's own set, and of sets of other noise.
     """
@@ -78,6 +79,7 @@ class Numbers(TypedDict):
     mean: list[float | None]
     spread: list[float | None]
     pairs: PairsSource
+    teacher: float | None
     trials: list[TrialSource]
     codes: ChangedCodes | None
 
@@ -96,6 +98,32 @@ class AblationRow(Numbers):
     base: bool
 
 
+class PowerLaw(TypedDict):
+    """(distance - teacher's) = factor * x^exponent, by least squares of the logarithms.
+
+    Attributes:
+        axis: whose values are x.
+        column: whose distances they are.
+        over: the field that x is.
+        factor: above the teacher's distance at x = 1.
+        exponent: below 0 where more is better.
+        error: standard error of the exponent, from how far the points lie off the line.
+        points: distances that were fitted, of all seeds.
+        lowest: x of the first point.
+        highest: x of the last one.
+    """
+
+    axis: str
+    column: str
+    over: str
+    factor: float
+    exponent: float
+    error: float
+    points: int
+    lowest: float
+    highest: float
+
+
 class AblationResults(TypedDict):
     """The JSON value of ablation.json.
 
@@ -106,8 +134,8 @@ class AblationResults(TypedDict):
         evaluation_seed: of the images' noise.
         seeds: of the trainings.
         columns: names of the few-step samplers.
-        teacher: the AR teacher's distance; None where it is not listed or was lost.
         rows: the base on top, then every axis with its values.
+        laws: power laws of the axes whose values are numbers.
         mlflow_run: id of the ablation's run.
     """
 
@@ -117,6 +145,6 @@ class AblationResults(TypedDict):
     evaluation_seed: int
     seeds: list[int]
     columns: list[str]
-    teacher: float | None
     rows: list[AblationRow]
+    laws: list[PowerLaw]
     mlflow_run: NotRequired[str]

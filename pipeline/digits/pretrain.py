@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,16 +24,18 @@ from pipeline.host.errors import Refused
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher, TrainableTokenizer, nearest
 from pipeline.models.conditions import Labels
+from pipeline.numerics.precision import quick_at_bf16
 from pipeline.settings.teacher import TeacherSettings
 
 PLACES = 10  # of every digit in the training set of a teacher
 CARRIED = (".safetensors", ".parquet", ".json")  # what the card lists
+MADE = {"trained_by": "jobs/train_digits.py"}  # in every file's metadata
 Report = Callable[[str], None]
 
 
 def cheap() -> torch.autocast:
-    """bf16 autocast: less time on a CPU with instructions for it, and the same curves."""
-    return torch.autocast("cpu", torch.bfloat16)
+    """bf16 autocast on a CPU with instructions for it, which takes less time and has the same curves; else fp32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=quick_at_bf16(torch.device("cpu")))
 
 
 def batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -223,7 +225,7 @@ def make_classifier(name: str, folder: str) -> None:
         net = train_classifier(networks.Perceptual(), networks.Perceptual.classify, steps=300, seed=11, report=report)
     else:
         net = train_classifier(networks.Scorer(), lambda n, x: n(x)[1], steps=500, seed=12, report=report)
-    checkpoints.save(net, f"{folder}/{name}.safetensors", {"trained_by": "jobs/train_digits.py"}, torch.float16)
+    checkpoints.save(net, f"{folder}/{name}.safetensors", MADE, torch.float16)
 
 
 def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, folder: str) -> None:
@@ -239,12 +241,24 @@ def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, fol
     checkpoints.load(perceptual, f"{folder}/perceptual.safetensors")
     perceptual.requires_grad_(False)
     best = train_tokenizer(tokenizer, perceptual, plan.tokenizer_steps, 64, 2e-3, plan.seed, report)
-    made = {"trained_by": "jobs/train_digits.py"}
-    checkpoints.save(best, shipped := f"{folder}/{name}-tokenizer.safetensors", made, torch.float16)
+    checkpoints.save(best, shipped := f"{folder}/{name}-tokenizer.safetensors", MADE, torch.float16)
     checkpoints.load(best, shipped)  # the codes to learn are those of the file, rounded as it is
     teacher.tokenizer = best
     network = train_teacher(teacher, plan, plan.seed + 1, report)
-    checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", made, torch.float16)
+    checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", MADE, torch.float16)
+
+
+def make_wide(name: str, settings: TeacherSettings, width: int, plan: PretrainingPlan, folder: str) -> None:
+    """Train and save a teacher of a family in another width alone (``name``-teacher-``width``), on its tokenizer."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(plan.seed)
+    settings = replace(settings, config=settings.config | {"dim": width})
+    teacher: Teacher = checkpoints.family(settings).Teacher(checkpoints.config(settings), settings.filter)
+    teacher.tokenizer = checkpoints.tokenizer(settings)
+    report = reporter(f"{name}, {width} wide")
+    network = train_teacher(teacher, plan, plan.seed + 1, report)
+    checkpoints.save(network, f"{folder}/{name}-teacher-{width}.safetensors", MADE, torch.float16)
 
 
 def make_card(folder: str, plans: dict[str, PretrainingPlan], more: Sequence[str] = ()) -> str:

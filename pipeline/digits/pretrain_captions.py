@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.digits import captioned, captions, networks, properties, text_encoder
-from pipeline.digits.pretrain import Averaged, Report, batches, reporter
+from pipeline.digits.pretrain import MADE, Averaged, Report, batches, reporter
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
 from pipeline.models.conditions import Captions
@@ -132,7 +132,6 @@ def make_captions(name: str, settings: TeacherSettings, plan: CaptionPlan, folde
     warm_start(teacher.network, of_classes.network)
     encoder_folder = f"{folder}/text-encoder"
     text_encoder.write_tokenizer(encoder_folder)
-    made = {"trained_by": "jobs/train_digits.py"}
     for both in train(teacher, text_encoder.new(), text_encoder.Reader(encoder_folder), plan, report):
-        checkpoints.save(both.network, f"{folder}/{name}-text-teacher.safetensors", made, torch.float16)
+        checkpoints.save(both.network, f"{folder}/{name}-text-teacher.safetensors", MADE, torch.float16)
         text_encoder.save(both.encoder, encoder_folder)

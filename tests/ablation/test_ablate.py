@@ -213,7 +213,7 @@ def test_a_dry_run_says_what_is_there(recipe: Recipe) -> None:
 def test_the_recipe_of_make_ablate_plans() -> None:
     files = [str(DEFAULT), str(DEFAULT.with_name("ablate-digits.yaml"))]
     plan = ablation_plan.build(parse(None, [f"--config={file}" for file in files]))
-    assert (len(plan.sets), len(plan.students), plan.columns) == (4, 18, ["DD 1 step", "DD at its start steps"])
+    assert (len(plan.sets), len(plan.students), plan.columns) == (6, 28, ["DD 1 step", "DD at its start steps"])
 
 
 # ---- numbers
@@ -276,7 +276,7 @@ def test_the_table_holds_means_spreads_and_gaps(recipe: Recipe) -> None:
     assert by_label["train.start_steps", "[1]"]["scores"] == [[5.5, None], [5.5, None]], "one sampler, two columns"
     assert by_label["train.start_steps", "[1, 3]"]["mean"] == [None, None]
     assert by_label["train.lr", "0.0001"]["base"], "the base's value stands beside the axis's"
-    assert results["teacher"] == 2.5
+    assert [row["teacher"] for row in results["rows"]] == [2.5] * 6
 
     lines = ablation_report.table(results).splitlines()
     assert len({len(line) for line in lines}) == 1, "the source lines up"
@@ -291,6 +291,69 @@ def test_the_table_holds_means_spreads_and_gaps(recipe: Recipe) -> None:
     assert "seed 13: student not made in" in text
     assert ablation_report.scalars(results)["train.lr_0.001/DD_1_step/mean"] == 2.0
     assert ablation_report.plot(results).startswith(b"\x89PNG")
+
+
+def test_every_teacher_is_scored_once(recipe: Recipe) -> None:
+    listed = replace(recipe, evaluate=replace(recipe.evaluate, samplers=LISTED))
+    filters = [{"teacher.filter.guidance": 3.0, "train.lr": lr} for lr in (1e-3, 2e-3)]
+    plan = planned(listed, {"train.lr": [1e-3], "teacher at rates": filters, "teacher.filter.top_k": [2]}, 3)
+    other = "teacher of teacher at rates teacher.filter.guidance 3.0, train.lr 0.001"
+    third = "teacher of teacher.filter.top_k 2"
+    assert plan.teacher_of == ["teacher", "teacher", other, other, third]
+    assert [one.teacher.filter.guidance for one in plan.teachers.values()] == [
+        recipe.teacher.filter.guidance,
+        3.0,
+        recipe.teacher.filter.guidance,
+    ]
+    assert len({one.report_uri for one in plan.teachers.values()}) == 3
+    assert all(one.evaluate.samplers == LISTED[:1] for one in plan.teachers.values())
+    scores = {trial.name: [10.0, 8.0] for some in plan.trials for trial in some}
+    results = ablation_report.summarise(plan, scored(plan, scores) | {third: {"title": "FD", "rows": [{}]}})
+    assert [row["teacher"] for row in results["rows"] if row["axis"] == "teacher at rates"] == [2.5, None, None]
+    lines = ablation_report.table(results).splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")][2] == "FD, its AR teacher"
+    assert "| 2.50 |" in lines[2].replace("  ", "")
+    assert ablation_report.plot(results).startswith(b"\x89PNG")
+    assert planned(recipe_without_teacher(listed), {"train.lr": [1e-3]}, 3).teachers == {}
+
+
+def recipe_without_teacher(recipe: Recipe) -> Recipe:
+    return replace(recipe, evaluate=replace(recipe.evaluate, samplers=LISTED[1:]))
+
+
+def test_power_laws_are_those_that_made_the_scores(recipe: Recipe) -> None:
+    """40 pairs above, 1 epoch: 2.5 for the teacher, and 30 n^-0.5 (one step), 8 n^-0.25 (two) above it."""
+    axes = {"train.epochs": [2, 4, 8], "train.lr": [1e-3], "pairs": [{"count": 24, "dtype": "float32"}]}
+    plan = planned(recipe, axes)
+    scores = {}
+    for some in plan.trials:
+        for trial, off in zip(some, (1.0, 1.1), strict=True):
+            n = trial.recipe.train.epochs
+            scores[trial.name] = [2.5 + 30 * n**-0.5 * off, 2.5 + 8 * n**-0.25]
+    results = ablation_report.summarise(plan, scored(plan, scores))
+    first, second = results["laws"]
+    assert (first["axis"], first["over"], first["column"], first["points"]) == (
+        "train.epochs",
+        "train.epochs",
+        "DD 1 step",
+        8,
+    )
+    assert first["exponent"] == pytest.approx(-0.5)
+    assert first["factor"] == pytest.approx(30 * 1.1**0.5)
+    assert (first["lowest"], first["highest"]) == (pytest.approx(1), pytest.approx(8))
+    residuals = np.log(1.1) / 2  # of all eight points, on both sides
+    x = np.log([1, 2, 4, 8] * 2)
+    assert first["error"] == pytest.approx((8 * residuals**2 / 6 / ((x - x.mean()) ** 2).sum()) ** 0.5)
+    assert second["exponent"] == pytest.approx(-0.25)
+    assert second["error"] == pytest.approx(0, abs=1e-9)
+    text = ablation_report.markdown(results)
+    line = f"* **train.epochs**, DD 1 step: train.epochs^(-0.50 ± {first['error']:.2f}), from 1 to 8, 8 students"
+    assert line in text
+    none = ablation_report.summarise(
+        plan, {name: one for name, one in scored(plan, scores).items() if name != "teacher"}
+    )
+    assert none["laws"] == []
+    assert "Power laws" not in ablation_report.markdown(none)
 
 
 def write_set(recipe: Recipe, other: float) -> None:

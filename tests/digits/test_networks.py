@@ -210,6 +210,14 @@ def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: p
     assert torch.equal(taught[0], made.codebook), "the teacher learns the codes of the file"
     shipped = checkpoints.teacher(settings)
     assert not torch.equal(shipped.codebook, made.codebook)
+    if name == "digits-llamagen":
+        pretrain.make_wide("new", settings, 64, plan, str(tmp_path))
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+        place = f"{tmp_path}/new-teacher-64.safetensors"
+        wide = dataclasses.replace(settings, config=settings.config | {"dim": 64}, checkpoint=place)
+        assert checkpoints.teacher(wide).network.tok_embeddings.weight.shape[1] == 64
+        assert torch.equal(taught[1], shipped.codebook), "on the tokenizer of the settings"
     card = pretrain.make_card(str(tmp_path), {"new": plan})
     assert "| `new-teacher.safetensors` |" in card
     assert "teacher 2 steps of 64 sequences" in card
