@@ -73,13 +73,13 @@ class PairStream:
     ) -> Iterator[tuple[int, Pairs]]:
         """(epoch, rank ``rank``'s share) of the global batches of some epochs, the first of them from ``start`` on.
 
-        A share has batch / world rows. Batches and windows are made one ahead in threads, the next epoch's first ones
-        while this one's last are used. Raises ValueError for a batch that the ranks cannot share or that is larger than
-        the set.
+        The shares follow each other in the batch, and where they cannot be equal some have one row more. Batches and
+        windows are made one ahead in threads, the next epoch's first ones while this one's last are used. Raises
+        ValueError for a batch that has no row for each of the ranks or that is larger than the set.
         """
-        if batch % world or not 0 <= rank < world:
+        if not 0 <= rank < world <= batch:
             raise ValueError(
-                f"a batch of {batch} cannot be shared by {world} workers (rank {rank}); make it a multiple."
+                f"a batch of {batch} cannot be shared by {world} workers (rank {rank}); make it that large."
             )
         if batch > self.count:
             raise ValueError(f"a batch of {batch} is larger than the pair set, which has {self.count} rows; reduce it.")
@@ -91,7 +91,7 @@ class PairStream:
         return ahead(
             (epoch, self._pairs(rows))
             for epoch, group in groupby(windows, key=itemgetter(0))
-            for rows in _cut((rows for _, rows in group), batch // world)
+            for rows in _cut((rows for _, rows in group), len(_share(batch, rank, world)))
         )
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
@@ -112,12 +112,12 @@ class PairStream:
 
     def _windows(self, epoch: int, seed: int, batch: int, start: int, rank: int, world: int) -> Iterator[Rows]:
         """This rank's rows of every window, in order."""
-        share, before = batch // world, 0
+        share, before = _share(batch, rank, world), 0
         for group, places in self._plan(epoch, seed):
             position = before + np.arange(len(places))
             before += len(places)
             due = (position >= start * batch) & (position < self.steps(batch) * batch)
-            mine = places[due & (position % batch // share == rank)]
+            mine = places[due & (position % batch >= share.start) & (position % batch < share.stop)]
             if len(mine):
                 yield self._gather(group, mine)
 
@@ -160,6 +160,11 @@ def _permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
     """A permutation of range(count) from raw Philox bits, which no numpy version changes."""
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream]).random_raw(count)
     return np.argsort(bits, kind="stable")
+
+
+def _share(batch: int, rank: int, world: int) -> range:
+    """The places in a batch that are rank ``rank``'s."""
+    return range(rank * batch // world, (rank + 1) * batch // world)
 
 
 def _cut(windows: Iterator[Rows], size: int) -> Iterator[Rows]:

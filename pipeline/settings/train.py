@@ -58,6 +58,8 @@ class TrainSettings:
         recompute: keep less for the backward pass and compute it again there (activation checkpointing): in the
             student's blocks, the decoder's and LPIPS's trunk's. The same student in less memory and longer steps.
         workers: DDP workers; 0 trains in the driver's process.
+        hang_minutes: how long the workers wait for one of them. One that hangs, or whose network does, ends them all
+            then; they are replaced and go on from the last checkpoint. Exports and checkpoints of rank 0 count, too.
         checkpoint_every: optimiser steps between checkpoints.
         keep: newest checkpoints kept.
         log_every: optimiser steps between logged metrics and progress lines.
@@ -91,6 +93,7 @@ class TrainSettings:
     compile: bool = False
     recompute: bool = False
     workers: PoolOrOff = 0
+    hang_minutes: Annotated[float, Range(0.05, 10_000, "0.05 or more, and at most 10,000")] = 15.0
     checkpoint_every: Count = 500
     keep: Pool = 2
     log_every: Count = 20

@@ -2,6 +2,9 @@
 
 What a run computes is a function of its facts: batches are arithmetic in (seed, epoch), t in (seed, epoch, sample id),
 so neither the number of workers nor an interruption changes it beyond float rounding.
+
+Where Ray is told that a node with a worker is about to be taken away, as a cloud says of a spot node, all workers
+stop after the same step and its checkpoint; the driver goes on from it on other nodes, and no step is lost.
 """
 
 from __future__ import annotations
@@ -75,12 +78,20 @@ def train(config: dict[str, Any]) -> None:
                 if observer and looking:
                     observer.snapshot()
                     window.begin()
-                if observer and saving:
+                leaving = state.step < plan.total and _notice()
+                if observer and (saving or leaving):
                     writer.write(state)
+                if leaving:
+                    break
 
     # 6. The result comes last: whoever finds it knows that nothing is missing.
-    if observer:
+    if observer and state.step == plan.total:
         observer.export(plan.result)
+
+
+def _notice() -> bool:
+    """Whether a worker's node is about to be taken away; all workers ask together, and get the same answer."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _of_machine(state: TrainingState, report: Report) -> Callable[[dict[str, float]], None]:

@@ -22,7 +22,9 @@ from pipeline.training.perceptual import TRUNKS, trunk_file
 
 # Fields of TrainSettings that change where a run lies, how fast it is or how often it speaks, but not its student.
 SPEED = ("workers", "micro_batch", "compile", "recompute")
-NOT_FACTS = (*SPEED, "uri", "checkpoint_every", "keep", "log_every", "snapshots", "export", "tokenizer")
+NOT_FACTS = (
+    *SPEED, "uri", "hang_minutes", "checkpoint_every", "keep", "log_every", "snapshots", "export", "tokenizer",
+)  # fmt: skip
 
 # Fields that came after students had been made: where they say what was done before them, facts do not name them, so
 # that those students keep their fingerprints.

@@ -29,15 +29,20 @@ MEASURED = 3  # steps that a dry run times in steady state
 
 
 def step(network: nn.Module, loss: Loss, state: TrainingState, batch: Batch, total: int) -> tuple[Tensor, Tensor]:
-    """One optimiser step on this worker's share of a batch; the loss's sums and the gradient norm, on the device."""
+    """One optimiser step on this worker's share of a batch; the loss's sums and the gradient norm, on the device.
+
+    Shares need not be equal. DDP takes the mean over the workers, so each weighs what it has against an equal share.
+    """
     parts, sums = batch.parts(state.settings.micro_batch), []
+    workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 0
+    equal = state.settings.batch / workers if workers else len(batch.t)
     ddp = network if isinstance(network, DistributedDataParallel) else None
     for number, part in enumerate(parts, 1):
         with ddp.no_sync() if ddp and number < len(parts) else nullcontext():  # workers meet once a step
             with autocast(state.settings.precision, part.x_t.device):
                 prediction = network(part.x_t, part.t, part.condition)
                 value, part_sums = loss(prediction, part.tokens, part.t)
-            (value * (len(part.t) / len(batch.t))).backward()
+            (value * (len(part.t) / equal)).backward()
         sums.append(part_sums)
     return torch.stack(sums).sum(0), state.advance(total)
 

@@ -8,6 +8,7 @@ through a queue. Running the same command again goes on from the last checkpoint
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -39,6 +40,7 @@ from pipeline.workflow import costs, preflight, status
 
 FAILURES = 2  # groups of workers that are replaced before a training without a new checkpoint gives up
 SHOWN = ("loss", "images_per_second", "held_out/loss")  # on the progress line
+TAKEN_AWAY = "a node of theirs is about to be taken away"  # of which Ray was told, and the workers by Ray
 WAITING = 0.02  # share of the time from which waiting for data is shown there, too
 
 
@@ -195,25 +197,29 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
 
     A worker's own Refused or Unfinished is the last word: it would be raised again.
     """
-    folder, total = config["plan"].at("checkpoints"), config["plan"].total
-    lost, done = 0, training_state.steps_done(folder)
+    plan: TrainingPlan = config["plan"]
+    folder, lost = plan.at("checkpoints"), 0
+    done = training_state.steps_done(folder)
     while True:
+        reason = TAKEN_AWAY
         try:
             _fit_once(recipe, config)
-            return
         except Exception as error:
             if not cluster.is_ray(error):
                 raise
             found = cluster.translation(error)
-        if found.__class__ is not cluster.Lost:
-            raise found
+            if found.__class__ is not cluster.Lost:
+                raise found from None
+            reason = found.reason
+        if storage.exists(plan.result):
+            return
         before, done = done, training_state.steps_done(folder)
         lost = 1 if done > before else lost + 1
         if lost > FAILURES:
             break
-        print(f"Lost workers ({found.reason}); going on from the checkpoint of step {done:,}.", flush=True)
+        print(f"Lost workers ({reason}); going on from the checkpoint of step {done:,}.", flush=True)
     raise Unfinished(
-        f"training stopped ({found.reason}) after step {done:,} of {total:,}; what was learnt until then is in"
+        f"training stopped ({reason}) after step {done:,} of {plan.total:,}; what was learnt until then is in"
         f" {folder}, and the same command goes on from there."
     )
 
@@ -231,7 +237,10 @@ def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
         use_gpu=bool(gpu),
         resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )
-    backend = TorchConfig(backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo")
+    backend = TorchConfig(
+        backend="nccl" if recipe.cluster.runs_on == "cuda" else "gloo",
+        timeout_s=math.ceil(60 * recipe.train.hang_minutes),
+    )
     with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             train,

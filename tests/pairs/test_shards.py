@@ -647,6 +647,15 @@ def test_the_stream_resumes_within_an_epoch(recipe: Recipe, window: int, start: 
     assert ids(stream.batches(3, 9, 12, start, rank=1, world=2)) == whole[start:]
 
 
+@pytest.mark.parametrize("world", [3, 4, 7, 10])
+def test_any_number_of_workers_shares_a_batch(recipe: Recipe, world: int) -> None:
+    uri, _, _ = write_set(with_pairs(recipe, count=70))
+    stream = PairStream.open(uri, window=1)
+    shares = [ids(stream.batches(3, 9, 10, rank=rank, world=world)) for rank in range(world)]
+    assert [joined(parts) for parts in zip(*shares, strict=True)] == ids(stream.batches(3, 9, 10))
+    assert {len(part) for share in shares for part in share} <= {10 // world, -(-10 // world)}
+
+
 def test_batches_may_be_larger_than_a_shard(recipe: Recipe) -> None:
     uri, _, _ = write_set(with_pairs(recipe, count=70))
     stream = PairStream.open(uri, window=1)
@@ -727,7 +736,7 @@ def test_the_next_epoch_is_read_before_this_one_ends(
 def test_batches_that_cannot_be_shared_or_filled_are_refused(recipe: Recipe) -> None:
     uri, _, _ = write_set(recipe)
     stream = PairStream.open(uri)
-    with pytest.raises(ValueError, match=r"a batch of 10 cannot be shared by 3 workers"):
-        stream.batches(0, 1, 10, rank=0, world=3)
+    with pytest.raises(ValueError, match=r"a batch of 10 cannot be shared by 11 workers"):
+        stream.batches(0, 1, 10, rank=0, world=11)
     with pytest.raises(ValueError, match=r"a batch of 41 is larger than the pair set, which has 40 rows"):
         stream.batches(0, 1, 41)

@@ -6,7 +6,9 @@ alone, the whole node at once, or with the notice that a spot node gets.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import faulty
+import psutil
 import pytest
 import torch
-from faults import finish, kill, said, scores, shards, start, wait
+from faults import finish, kill, said, scores, shards, start, wait, workers
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 from tiny import IMAGES, tiny, with_pairs
@@ -79,6 +83,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         tests = Path(__file__).parents[1]
         patch.setenv("PYTHONPATH", f"{tests}/support:{tests.parent}")
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
         made = Nodes(folder)
         yield made
         made.cluster.shutdown()
@@ -170,6 +175,60 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
     expected, found = (load_file(f"{place}/model.safetensors") for place in (tmp_path / "straight", recipe.student_uri))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def busy(nodes: Nodes, worker: str) -> Any:
+    """A node with a process of that name; None while there is none."""
+    for node in nodes.cluster.worker_nodes:
+        (raylet,) = node.all_processes["raylet"]
+        if any(worker in " ".join(child.cmdline()) for child in psutil.Process(raylet.process.pid).children()):
+            return node
+    return None
+
+
+def give_notice(nodes: Nodes, node: Any, seconds: int) -> None:
+    """Tell Ray that the node is taken away in so many seconds, as a cloud does."""
+    from ray.core.generated import autoscaler_pb2
+
+    why = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int(1000 * (time.time() + seconds))
+    accepted, why_not = GcsClient(address=nodes.address).drain_node(node.node_id, why, "", deadline)
+    assert accepted, why_not
+
+
+@pytest.mark.faults("student: notice that a node will be taken away")
+def test_no_step_is_lost_where_notice_was_given(full: Nodes, tmp_path: Path) -> None:
+    """The only checkpoints of a long run are its last one, and the one of the moment of the notice."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
+    finish(start("generate_pairs", recipe, tmp_path, full.address))
+    settings: dict[str, Any] = {"epochs": 100, "checkpoint_every": 10**6, "log_every": 5, "lpips": 0.0, "split": 9}
+    recipe = trained(recipe, **settings, workers=1)
+    finish(start("distill", trained(recipe, uri=str(tmp_path / "straight"), workers=0), tmp_path, full.address))
+    job = start("distill", recipe, tmp_path, full.address)
+    wait(job, lambda: int(busy(full, "RayTrainWorker") is not None), 1)
+    node = busy(full, "RayTrainWorker")
+    give_notice(full, node, seconds=60)
+    wait(job, partial(steps, recipe), 1)
+    at = steps(recipe)
+    full.cluster.remove_node(node, allow_graceful=False)
+    out = finish(job)
+    assert f"about to be taken away); going on from the checkpoint of step {at:,}." in out
+    assert f"from step {at:,} of" in out
+    expected, found = (load_file(f"{place}/model.safetensors") for place in (tmp_path / "straight", recipe.student_uri))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.faults("student: worker hangs")
+def test_a_worker_that_hangs_is_replaced(full: Nodes, tmp_path: Path) -> None:
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
+    finish(start("generate_pairs", recipe, tmp_path, full.address))
+    settings: dict[str, Any] = {"epochs": 60, "checkpoint_every": 20, "log_every": 5, "lpips": 0.0, "split": 9}
+    job = start("distill", trained(recipe, **settings, workers=2, hang_minutes=0.1), tmp_path, full.address)
+    wait(job, partial(steps, recipe), 20)
+    os.kill(workers("RayTrainWorker")[0], signal.SIGSTOP)
+    out = finish(job)
+    assert "Lost workers (" in out
+    assert "Resuming" in out
 
 
 @pytest.mark.faults("report: node lost")
