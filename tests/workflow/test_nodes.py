@@ -23,7 +23,7 @@ import faulty
 import psutil
 import pytest
 import torch
-from faults import finish, kill, said, scores, shards, start, wait, workers
+from faults import LOGS, finish, kill, said, scores, shards, start, wait, workers
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
@@ -178,12 +178,10 @@ def test_a_student_survives_the_loss_of_nodes_and_other_numbers_of_workers(
 
 
 def busy(nodes: Nodes, worker: str) -> Any:
-    """A node with a process of that name; None while there is none."""
-    for node in nodes.cluster.worker_nodes:
-        (raylet,) = node.all_processes["raylet"]
-        if any(worker in " ".join(child.cmdline()) for child in psutil.Process(raylet.process.pid).children()):
-            return node
-    return None
+    """The node with a process of that name."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes.cluster.worker_nodes}
+    (found,) = {psutil.Process(process).ppid() for process in workers(worker)}
+    return raylets[found]
 
 
 def give_notice(nodes: Nodes, node: Any, seconds: int) -> None:
@@ -205,7 +203,7 @@ def test_no_step_is_lost_where_notice_was_given(full: Nodes, tmp_path: Path) -> 
     recipe = trained(recipe, **settings, workers=1)
     finish(start("distill", trained(recipe, uri=str(tmp_path / "straight"), workers=0), tmp_path, full.address))
     job = start("distill", recipe, tmp_path, full.address)
-    wait(job, lambda: int(busy(full, "RayTrainWorker") is not None), 1)
+    wait(job, lambda: LOGS[job.pid].read_text().count("steps "), 1)
     node = busy(full, "RayTrainWorker")
     give_notice(full, node, seconds=60)
     wait(job, partial(steps, recipe), 1)
