@@ -39,7 +39,7 @@ HOMES = {  # package -> the modules that may import it
     "starlette": {"serving.application", "serving.server"},
     "matplotlib": {"report.lettering", "report.plots", "ablation.report", "benchmark.growth"},
     "mlxtend": {"digits.networks"},
-    "triton": {"flow.kernel"},
+    "triton": {"flow.kernel", "flow.passes"},
     "transformers": {"digits.text_encoder", "scoring.clip", "scoring.dinov2", "text.encoder"},
     "tokenizers": {"digits.text_encoder"},
     "ftfy": {"text.cleaning"},

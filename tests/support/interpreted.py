@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/support/interpreted.py. A token takes 
 
 import math
 
+import passes
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that few codes fill several; `plain` goes around the kernel."""
     monkeypatch.setattr(matching, "has_kernel", lambda codebook, solver: solver.name == "adaptive")
-    monkeypatch.setattr(kernel, "TILE", 1024)
+    monkeypatch.setattr(kernel, "PART", 256)
+    monkeypatch.setattr(kernel, "PARTS", 4)
     monkeypatch.setattr(kernel, "LIST", 128)
 
 
@@ -51,6 +53,18 @@ def assert_as_in_torch(noise: Tensor, log_p: Tensor, codebook: Tensor) -> tuple[
     return codes, counts
 
 
+def counted(noise: Tensor, log_p: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, evaluations and passes of the kernel."""
+    matcher = Matcher(codebook)
+    found = kernel.solve_counted(noise, log_p, matcher.padded, matcher.solver.tolerance, matcher.flags)
+    matcher.check()
+    return found
+
+
+def passes_of(noise: Tensor, log_p: Tensor, codebook: Tensor) -> Tensor:
+    return counted(noise, log_p, codebook)[2]
+
+
 @pytest.mark.parametrize(
     ("codes", "dimension", "tokens", "kept"),
     [(24, 3, 6, None), (300, 5, 5, 70), (1024, 32, 5, 200), (260, 8, 4, None), (129, 3, 3, None)],
@@ -68,7 +82,7 @@ def test_every_step_ends_where_it_does_in_torch(monkeypatch: pytest.MonkeyPatch)
     """Read off early, the code nearest to y / u on a fine grid is a measurement of y; large steps, so that all terms
     of the method count."""
     monkeypatch.setattr(posterior, "EXIT_WEIGHT", 2.0)
-    monkeypatch.setattr(kernel, "TILE", 8192)
+    monkeypatch.setattr(kernel, "PART", 2048)
     monkeypatch.setattr(kernel, "LIST", 8192)
     codebook, solver = torch.linspace(-1, 1, 8192)[:, None], Solver(tolerance=0.1)
     noise, log_p = torch.tensor([[-0.8], [0.1], [1.5]]), (2 * torch.cos(9 * codebook[:, 0])).expand(3, -1)
@@ -122,15 +136,63 @@ def test_a_token_stops_when_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_striking_codes_off_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sharp p nearly all codes go; a cut that is far too high shows that the list is really shortened."""
-    given = case(400, 8, 3, sharpness=5.0)
-    codes, counts = assert_as_in_torch(*given)
-    monkeypatch.setattr(kernel, "CUT", math.inf)
-    whole, whole_counts = matching.match_counted(*given)
+    """With a sharp p nearly all codes go, which saves passes; a LOST that is far too high changes codes."""
+    monkeypatch.setattr(kernel, "LIST", 512)  # a list in one pass, of what takes four
+    noise, log_p, codebook = case(400, 8, 2, sharpness=10.0)
+    codes, counts = assert_as_in_torch(noise, log_p, codebook)
+    few = passes_of(noise, log_p, codebook)
+    monkeypatch.setattr(kernel, "LOST", 0.0)
+    whole, whole_counts = matching.match_counted(noise, log_p, codebook)
     assert torch.equal(codes, whole)
     assert torch.equal(counts, whole_counts)
-    monkeypatch.setattr(kernel, "CUT", 1e-3)
-    assert torch.equal(matching.match(*given), given[1].argmax(-1))
+    assert (passes_of(noise, log_p, codebook) > few).all()
+    monkeypatch.setattr(kernel, "LOST", 50.0)
+    assert not torch.equal(matching.match(noise, log_p, codebook), codes)
+
+
+@pytest.mark.parametrize("kept", [None, 100], ids=["whole", "listed"])
+def test_all_codes_equally_likely(kept: int | None) -> None:
+    """Nothing is struck off at first: all rows are streamed, from the codebook or a list."""
+    noise, log_p, codebook = case(260, 8, 2, kept)
+    assert_as_in_torch(noise, log_p.masked_fill(log_p > -math.inf, 0), codebook)
+
+
+def test_codes_that_nearly_coincide() -> None:
+    """Pairs of them stay undecided for long, at exponents so large that rounding is more than a nat."""
+    noise, log_p, codebook = case(70, 8, 2)
+    near = torch.cat([codebook, codebook + 1e-2 * torch.randn(70, 8, generator=torch.Generator().manual_seed(1))])
+    _, counts = assert_as_in_torch(noise, torch.cat([log_p, log_p.flip(0)], 1), near)
+    assert counts.min() > 12
+
+
+def test_company_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory the tokens before it leave behind, a token's evaluations and passes are its own."""
+    tokens = [*zip(*case(300, 5, 2, 100)[:2], strict=True), *zip(*case(300, 5, 2, sharpness=5.0)[:2], strict=True)]
+    codebook = case(300, 5, 1)[2]
+    noise, log_p = (torch.stack(part) for part in zip(*tokens, strict=True))
+    alone = [counted(x[None], p[None], codebook) for x, p in tokens]
+    for programs, order in ((1, [3, 1, 0, 2]), (3, [2, 0, 1, 3])):
+        monkeypatch.setattr(kernel, "at_once", lambda device, programs=programs: programs)
+        for together, apart in zip(
+            counted(noise[order], log_p[order], codebook), zip(*alone, strict=True), strict=True
+        ):
+            assert torch.equal(together, torch.cat(apart)[order])
+
+
+@pytest.mark.parametrize("name", passes.LIKE)
+def test_the_model_counts_the_passes_of_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens of full size, on the kernel's own tiles; and the codes are those of torch."""
+    monkeypatch.setattr(kernel, "PART", 2048)
+    monkeypatch.setattr(kernel, "PARTS", 8)
+    monkeypatch.setattr(kernel, "LIST", 4096)
+    recipe = passes.LIKE[name]
+    assert (passes.LOST, passes.TILE, passes.LIST) == (kernel.LOST, kernel.PART * kernel.PARTS, kernel.LIST)
+    noise, log_p, codebook = passes.like(recipe, 2)
+    seen = [passes.watch(x, p, codebook) for x, p in zip(noise, log_p, strict=True)]
+    codes, counts, made = counted(noise, log_p, codebook)
+    assert made.tolist() == [passes.passes(token, recipe.dimension)[0] for token in seen]
+    assert counts.tolist() == [len(token) + 0.5 for token in seen]
+    assert torch.equal(codes, plain(noise, log_p, codebook)[0])
 
 
 def test_types_strides_and_launches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +200,7 @@ def test_types_strides_and_launches_do_not_matter(monkeypatch: pytest.MonkeyPatc
     codes, counts = assert_as_in_torch(noise, log_p, codebook)
     wide, shifted = torch.zeros(3, 200), torch.zeros(90, 7, 4)
     wide[:, 100:190], shifted[:, 3] = log_p, codebook
-    monkeypatch.setattr(kernel, "SCRATCH_BYTES", 2 * 8 * 90)  # two tokens in a launch, then one
+    monkeypatch.setattr(kernel, "at_once", lambda device: 1)  # one program takes all tokens, in the same memory
     found, again = matching.match_counted(noise.double(), wide[:, 100:190], shifted[:, 3])
     assert torch.equal(found, codes)
     assert torch.equal(again, counts)
