@@ -174,9 +174,8 @@ class Session:
                 self.stopped = step, outcome_of(step, "stopped", seconds, time.monotonic() - begun, log, notes)
                 raise
             else:
-                state = "measured" if status == 0 else "failed"
-                if step.kind == "tests" and suite.ended(log.read_text(errors="replace")):
-                    state = "measured"  # whether or not some failed: that is a figure
+                whole = suite.FINISHED if step.kind == "tests" else (0,)
+                state = "measured" if status in whole else "failed"
         found = outcome_of(step, state, seconds, time.monotonic() - begun, log, notes)
         if found.state == "failed":
             died = f"Signal {-status} ended its process." if status and status < 0 else ""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.command_line import parse, with_settings
-from pipeline.generator.arguments import Parser, truth
 from pipeline.device import formula, memory, plan, production, speed
 from pipeline.device.notes import Notes
+from pipeline.generator.arguments import Parser, truth
 from pipeline.host import startup
 from pipeline.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""What a step's own process hands over: figures as they are found, so that they outlast it, and the time it has left."""
+"""What a step's own process hands over, figures as they are found, so that they outlast it, and its time."""
 
 from __future__ import annotations
 

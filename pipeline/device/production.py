@@ -42,9 +42,7 @@ def measure(recipe: Recipe, folder: Path, notes: Notes) -> None:
     sizes = manifest.shards_among(storage.sizes(recipe.pairs_uri))
     written = sorted(when for name, when in storage.modified(recipe.pairs_uri).items() if name in sizes)
     if len(written) < 2:
-        raise Unfinished(
-            f"{len(written)} shard(s) of {recipe.pairs.shard_rows} pairs were written, and a rate is of two."
-        )
+        raise Unfinished(f"{len(written)} shards of {recipe.pairs.shard_rows} pairs were written; a rate needs two.")
     rows, seconds = recipe.pairs.shard_rows * (len(written) - 1), written[-1] - written[0]
     notes.put(pairs_rate=rows / seconds, pairs=rows, seconds=seconds, starting=written[0] - begun)
     notes.put(row_bytes=sum(sizes.values()) / len(sizes) / recipe.pairs.shard_rows)

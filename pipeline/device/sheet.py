@@ -156,24 +156,18 @@ def _claims(sheet: dict[str, Any], every: Sequence[Step]) -> str:
 
 
 def _table(sheet: dict[str, Any], steps: Sequence[Step]) -> str:
-    """The figures of one kind, a column for each recipe; what misses its bound is bold."""
-    columns = [{one.key: one for one in _found(sheet, step)} for step in steps]
-    cells = []
-    for one in steps[0].figures:
-        values = [
-            f"**{_cell(found[one.key])}**" if found[one.key].met is False else _cell(found[one.key])
-            for found in columns
-        ]
-        cells.append([one.text, one.unit, *values])
+    """The figures of one kind, a column for each recipe."""
+    columns = [{one.key: _cell(one) for one in _found(sheet, step)} for step in steps]
+    cells = [[one.text, one.unit, *(column[one.key] for column in columns)] for one in steps[0].figures]
     return as_markdown(Table(["", "unit", *(step.recipe or "found" for step in steps)], cells, 2))
 
 
 def _cell(figure: Figure) -> str:
-    """A number as tables print it, whole ones without a point; empty where nothing was measured."""
-    value = figure.value
-    if value is None:
+    """A number as tables print it, whole ones without a point, bold where it misses its bound; empty without one."""
+    if figure.value is None:
         return ""
-    return number(int(value) if float(value).is_integer() else value)
+    value = number(int(figure.value) if float(figure.value).is_integer() else figure.value)
+    return f"**{value}**" if figure.met is False else value
 
 
 def _remarks(sheet: dict[str, Any], steps: Iterable[Step]) -> list[str]:
@@ -186,9 +180,8 @@ def _remarks(sheet: dict[str, Any], steps: Iterable[Step]) -> list[str]:
         said = [] if found["state"] == "measured" else [SAID[found["state"]]]
         said += [f"It had {found['given']:.0f} s of the {step.wanted:g} that it wants."] if found["shortened"] else []
         said += found["about"]
-        said += [
-            f"{name}: {', '.join(f'`{one}`' for one in names)}." for name, names in found["details"].items() if names
-        ]
+        named = {name: ", ".join(f"`{one}`" for one in names) for name, names in found["details"].items() if names}
+        said += [f"{name}: {names}." for name, names in named.items()]
         lines += [f"- {step.name}: {' '.join(said)}"] if said else []
     return ["\n".join(lines)] if lines else []
 

@@ -7,6 +7,7 @@ import sys
 
 FILES = ("flow/test_kernel", "numerics/test_precision", "models/test_float16", "models/test_graphs")
 NAMES = "gpu or cuda or kernel or wait_for"  # in a test's name; the tests that compile on a GPU come last
+FINISHED = (0, 1)  # statuses of pytest that has run all tests, whether or not some failed
 LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
 COUNTED = {"passed": ("PASSED",), "failed": ("FAILED", "ERROR"), "skipped": ("SKIPPED",)}
 
@@ -19,12 +20,7 @@ def command() -> list[str]:
 
 def counted(said: str) -> tuple[dict[str, float | None], dict[str, list[str]]]:
     """Tests by how they ended, and the names of those that failed or were skipped, from all that pytest has printed."""
-    ended = {name: end for name, end in LINE.findall(said)}
+    ended = dict(LINE.findall(said))
     names = {key: [name for name, end in ended.items() if end in ends] for key, ends in COUNTED.items()}
     values: dict[str, float | None] = {key: len(found) for key, found in names.items()}
     return values, {"Failed": names["failed"], "Skipped": names["skipped"]}
-
-
-def ended(said: str) -> bool:
-    """Whether pytest came to its end: its last line says how long it took."""
-    return bool(re.search(r"^=+ .* in [\d.:]+s?.* =+\s*\Z", said, re.M))
