@@ -14,7 +14,7 @@ State = Literal["measured", "cut", "failed", "stopped", "left"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """How a step ended.
 
     ``state`` is measured; cut, where its time ended before all was measured; failed; stopped, by a signal; or left,
@@ -58,8 +58,8 @@ class Budget:
 
 
 def conduct(
-    steps: Iterable[Step], budget: Budget, carry_out: Callable[[Step, float], Outcome]
-) -> Iterator[tuple[Step, Outcome]]:
+    steps: Iterable[Step], budget: Budget, carry_out: Callable[[Step, float], Ending]
+) -> Iterator[tuple[Step, Ending]]:
     """The steps in their order, each with its outcome as soon as it has one; a later, cheaper step may still fit.
 
     Whatever ``carry_out(step, seconds)`` raises passes, a signal among it.
@@ -70,4 +70,4 @@ def conduct(
             yield step, carry_out(step, seconds)
         else:
             left = f"{max(budget.left, 0):.0f} s were left, and it needs {step.least:g}."
-            yield step, Outcome("left", about=[left])
+            yield step, Ending("left", about=[left])

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.device import plan, sheet, suite
-from pipeline.device.budget import CLOSING, Budget, Outcome, State, conduct
+from pipeline.device.budget import CLOSING, Budget, Ending, State, conduct
 from pipeline.device.plan import Step
 from pipeline.generator.arguments import Parser, truth
 from pipeline.host import provenance, signals
@@ -63,6 +63,7 @@ def check(asked: argparse.Namespace) -> str:
     budget, folder = Budget(60 * asked.minutes), Path(asked.out).resolve()
     card = card_of(device)
     storage.check_writable(str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
     found = sheet.onto(read(folder), card)
     run = {"begun": provenance.now(), "asked": [step.name for step in steps], "minutes_given": asked.minutes}
     session = Session(folder, device, asked.graphs, budget)
@@ -135,9 +136,9 @@ class Session:
 
     def __init__(self, folder: Path, device: str, graphs: bool, budget: Budget) -> None:
         self.folder, self.device, self.graphs, self.budget = folder, device, graphs and device == "cuda", budget
-        self.stopped: tuple[Step, Outcome] | None = None  # the step that a signal met, with what it had found
+        self.stopped: tuple[Step, Ending] | None = None  # the step that a signal met, with what it had found
 
-    def carry_out(self, step: Step, seconds: float) -> Outcome:
+    def carry_out(self, step: Step, seconds: float) -> Ending:
         """One step. Where it fails on CUDA graphs and time is left, it is tried again without them."""
         print(f"{step.name}: at most {seconds:.0f} s.", file=sys.stderr, flush=True)
         recorded = self.graphs and step.kind in plan.ON_GRAPHS
@@ -150,9 +151,9 @@ class Session:
             f"With CUDA graphs it failed ({' '.join(outcome.about)}); these figures are without them.",
             *eager.about,
         ]
-        return Outcome(**vars(eager) | {"about": said})
+        return Ending(**vars(eager) | {"about": said})
 
-    def _once(self, step: Step, seconds: float, graphs: bool) -> Outcome:
+    def _once(self, step: Step, seconds: float, graphs: bool) -> Ending:
         """One try of a step in a process of its own, which is ended when its time is over."""
         begun, log = time.monotonic(), self.folder / f"{step.name}.log"
         notes = self.folder / f"{step.name}.notes.json"
@@ -180,7 +181,7 @@ class Session:
         if found.state == "failed":
             died = f"Signal {-status} ended its process." if status and status < 0 else ""
             said = last_line(log.read_text(errors="replace"))
-            return Outcome(**vars(found) | {"about": [*found.about, *filter(None, [died, f"Its last words: {said}"])]})
+            return Ending(**vars(found) | {"about": [*found.about, *filter(None, [died, f"Its last words: {said}"])]})
         return found
 
     def _command(self, step: Step, seconds: float, graphs: bool, notes: Path) -> list[str]:
@@ -191,7 +192,7 @@ class Session:
         return [sys.executable, "-m", "pipeline.device.measure", step.name, *flags]
 
 
-def outcome_of(step: Step, state: State, given: float, seconds: float, log: Path, notes: Path) -> Outcome:
+def outcome_of(step: Step, state: State, given: float, seconds: float, log: Path, notes: Path) -> Ending:
     """How a step ended, with all that it had found by then; cut, where that is not all that it should find."""
     content: dict[str, Any] = {"values": {}, "about": []}
     details: dict[str, list[str]] = {}
@@ -203,7 +204,7 @@ def outcome_of(step: Step, state: State, given: float, seconds: float, log: Path
     if state == "measured" and {one.key for one in step.figures} - content["values"].keys():
         state = "cut"
     shortened = given < step.wanted
-    return Outcome(state, given, seconds, shortened, content["values"], content["about"], details)
+    return Ending(state, given, seconds, shortened, content["values"], content["about"], details)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> int:

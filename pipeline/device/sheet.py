@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline.benchmark.sheet import number
-from pipeline.device.budget import Outcome
+from pipeline.device.budget import Ending
 from pipeline.device.plan import KINDS, Figure, Kind, Step
 from pipeline.host import provenance
 from pipeline.host.errors import Refused
@@ -68,7 +68,7 @@ def onto(earlier: dict[str, Any] | None, card: dict[str, Any]) -> dict[str, Any]
     return earlier | {"card": card}
 
 
-def record(sheet: dict[str, Any], step: Step, outcome: Outcome, card: dict[str, Any]) -> None:
+def record(sheet: dict[str, Any], step: Step, outcome: Ending, card: dict[str, Any]) -> None:
     """Lay a step's outcome over what the sheet has of it; one that was not begun leaves earlier figures alone."""
     if outcome.state == "left" and step.name in sheet["steps"]:
         return

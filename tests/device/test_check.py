@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.device import check, plan, sheet, suite
-from pipeline.device.budget import CLOSING, Budget, Outcome, conduct
+from pipeline.device.budget import CLOSING, Budget, Ending, conduct
 from pipeline.device.check import Session
 from pipeline.device.plan import Step
 from pipeline.host.errors import Refused, Unfinished
@@ -41,14 +41,14 @@ def whole(step: Step, value: float = 1.0) -> dict[str, float | None]:
     return {one.key: value for one in step.figures}
 
 
-def outcomes(minutes: float, takes: dict[str, float], steps: list[Step] = STEPS) -> dict[str, Outcome]:
+def outcomes(minutes: float, takes: dict[str, float], steps: list[Step] = STEPS) -> dict[str, Ending]:
     """Steps that take so many seconds, or all that they are given, on a clock of their own."""
     clock = Clock()
 
-    def carry_out(step: Step, seconds: float) -> Outcome:
+    def carry_out(step: Step, seconds: float) -> Ending:
         took = min(seconds, takes.get(step.name, seconds))
         clock.now += took
-        return Outcome("measured", seconds, took, seconds < step.wanted, whole(step))
+        return Ending("measured", seconds, took, seconds < step.wanted, whole(step))
 
     return {step.name: outcome for step, outcome in conduct(steps, Budget(60 * minutes, clock), carry_out)}
 
@@ -111,7 +111,7 @@ def recorded(**states: Any) -> dict[str, Any]:
 
 
 def test_the_sheet_has_every_figure_with_its_unit_measured_or_not() -> None:
-    found = recorded(pairs_var_d16=Outcome("measured", 95, 90, False, whole(BY_NAME["pairs-var-d16"], 120.5)))
+    found = recorded(pairs_var_d16=Ending("measured", 95, 90, False, whole(BY_NAME["pairs-var-d16"], 120.5)))
     assert found["format"] == "distilled-decoding gpu-check 1"
     assert found["card"] == CARD
     step = found["steps"]["pairs-var-d16"]
@@ -128,7 +128,7 @@ def test_the_sheet_has_every_figure_with_its_unit_measured_or_not() -> None:
 
 def test_claims_say_whether_they_are_met() -> None:
     values = whole(BY_NAME["benchmark-llamagen-l"], 1.0) | {"ar_rate": 229.0, "one_step_ms": 11.5, "alg1_large": None}
-    found = recorded(benchmark_llamagen_l=Outcome("measured", 95, 90, False, values))
+    found = recorded(benchmark_llamagen_l=Ending("measured", 95, 90, False, values))
     figures = {one["key"]: one for one in found["steps"]["benchmark-llamagen-l"]["figures"]}
     assert [figures[key]["met"] for key in ("ar_rate", "one_step_ms", "alg1_large", "fm_ms")] == [
         False,
@@ -146,10 +146,10 @@ def test_claims_say_whether_they_are_met() -> None:
 
 
 def test_it_says_what_is_left_and_the_command_for_it() -> None:
-    measured = {step.name.replace("-", "_"): Outcome("measured", values=whole(step)) for step in STEPS}
-    measured["pairs_var_d16"] = Outcome("cut", about=["Odd."])
-    measured["memory_var_d16"] = Outcome("failed", about=["Its last words: out of memory"])
-    measured["training_var_d16"] = Outcome("left")
+    measured = {step.name.replace("-", "_"): Ending("measured", values=whole(step)) for step in STEPS}
+    measured["pairs_var_d16"] = Ending("cut", about=["Odd."])
+    measured["memory_var_d16"] = Ending("failed", about=["Its last words: out of memory"])
+    measured["training_var_d16"] = Ending("left")
     found = recorded(**measured)
     command = "python jobs/gpu_check.py --out 'a folder' --only pairs-var-d16,training-var-d16 --minutes 3"
     assert found["left"] == {
@@ -164,10 +164,10 @@ def test_it_says_what_is_left_and_the_command_for_it() -> None:
 
 
 def test_a_step_that_is_not_begun_leaves_earlier_figures_alone() -> None:
-    found = recorded(tests=Outcome("measured", values=whole(BY_NAME["tests"], 7)))
-    sheet.record(found, BY_NAME["tests"], Outcome("left"), CARD)
+    found = recorded(tests=Ending("measured", values=whole(BY_NAME["tests"], 7)))
+    sheet.record(found, BY_NAME["tests"], Ending("left"), CARD)
     assert found["steps"]["tests"]["figures"][0]["value"] == 7
-    sheet.record(found, BY_NAME["tests"], Outcome("cut", values={"passed": 3}), CARD)
+    sheet.record(found, BY_NAME["tests"], Ending("cut", values={"passed": 3}), CARD)
     assert [one["value"] for one in found["steps"]["tests"]["figures"]] == [3, None, None]
 
 
@@ -280,11 +280,12 @@ def check_on(folder: Path, monkeypatch: pytest.MonkeyPatch, only: str = "", minu
 def test_runs_lie_over_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
-    def carry_out(self: Session, step: Step, seconds: float) -> Outcome:
+    def carry_out(self: Session, step: Step, seconds: float) -> Ending:
         taken.append(step.name)
-        return Outcome("measured", seconds, 1.0, False, whole(step, len(taken)))
+        return Ending("measured", seconds, 1.0, False, whole(step, len(taken)))
 
     monkeypatch.setattr(Session, "carry_out", carry_out)
+    tmp_path /= "not there yet"
     first = check_on(tmp_path, monkeypatch, "tests,pairs")
     assert "Left: benchmark-var-d16" in first
     second = check_on(tmp_path, monkeypatch, "pairs-llamagen-l,benchmark,memory,training")
@@ -298,9 +299,7 @@ def test_runs_lie_over_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failure_is_written_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Session, "carry_out", lambda self, step, seconds: Outcome("failed", about=["Its last words: x"])
-    )
+    monkeypatch.setattr(Session, "carry_out", lambda self, step, seconds: Ending("failed", about=["Its last words: x"]))
     with pytest.raises(Unfinished, match="pairs-var-d16, pairs-llamagen-l failed; the logs lie in"):
         check_on(tmp_path, monkeypatch, "pairs")
     assert "It failed. Its last words: x" in (tmp_path / check.MARKDOWN).read_text()
@@ -330,16 +329,16 @@ check.main(None, ["--out", {out!r}])
 def test_a_signal_writes_the_sheet(tmp_path: Path) -> None:
     """The process of the step is ended, too, and its figures are kept."""
     line = "tests/a.py::test_b PASSED"
-    script = SLOW.format(card=CARD, line=line, out=str(tmp_path))
+    script = SLOW.format(card=CARD, line=line, out=str(tmp_path / "new"))
     job = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log, deadline = tmp_path / "tests.log", time.monotonic() + 120
+    log, deadline = tmp_path / "new" / "tests.log", time.monotonic() + 120
     while not (log.exists() and line in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
     out, said = job.communicate(timeout=60)
     assert job.returncode == 128 + signal.SIGTERM, said
-    found = json.loads((tmp_path / check.JSON).read_text())
+    found = json.loads((tmp_path / "new" / check.JSON).read_text())
     assert found["steps"]["tests"]["state"] == "stopped"
     assert found["steps"]["tests"]["figures"][0]["value"] == 1
     assert found["left"]["steps"] == list(BY_NAME)
