@@ -78,7 +78,7 @@ def filled(module: nn.Module, salt: str) -> dict[str, Tensor]:
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     named = [(name, shape, rule) for name, shape in shapes.items() if (rule := scale_and_offset(name, shape))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy's loops let the other threads run
-        values = pool.map(lambda one: _value(*one, salt), named)
+        values = pool.map(lambda one: _value(one[0], one[1], one[2], salt), named)
         return {name: value for (name, _, _), value in zip(named, values, strict=True)}
 
 

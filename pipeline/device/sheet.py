@@ -131,6 +131,8 @@ def _where(sheet: dict[str, Any]) -> str:
         f" {_days(sheet)}; {minutes:.1f} minutes in {len(sheet['runs'])} run(s). Weights are by formula:"
         " shapes and speed are those of the real networks, images and probabilities are not."
     )
+    if card.get("changed"):
+        text += " The code is not quite that of the commit: files were changed."
     if card["rehearsal"]:
         text += " **No GPU took part: small recipes stand in for the large ones, and no figure is of a GPU.**"
     return text
