@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 # A text as one word of the shell, whatever is in it: folders may have spaces and quotes in their names.
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: setup demo demo-text full ablate test test-slow test-faults lint format assets bench ui clean
+.PHONY: setup demo demo-text full ablate test test-slow test-faults lint format assets bench gpu-check ui clean
 
 setup: .venv/ready
 
@@ -67,6 +67,12 @@ assets: setup
 
 bench: setup
 	$(BIN)/python jobs/benchmark.py
+
+# On a machine with a GPU, ten minutes: tests, speed, pairs, memory, training, one sheet. Installs and downloads nothing.
+# The Python of .venv if that is there, else the one at hand; CHECK='--only pairs' has flags of jobs/gpu_check.py.
+CHECK ?=
+gpu-check:
+	$(or $(wildcard $(BIN)/python),python3) jobs/gpu_check.py $(CHECK)
 
 # MLflow 3 opens on its page for language models; the address that is printed leads to the runs of the three jobs.
 RUN ?= runs/demo

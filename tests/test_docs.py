@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.ablation.plan import titled
 from pipeline.command_line import CONFIG, DEFAULT, FIELDS, PRINT, parse, with_settings
+from pipeline.device import check
 from pipeline.generator import export, sample
 from pipeline.models import checkpoints
 from pipeline.sampling import selection
@@ -32,7 +33,8 @@ ELSEWHERE = (
     "runs/",
 )  # what a snippet reads that a test has not; another test may, as tests/pairs does
 # Of the jobs that take no recipe.
-OWN = {"sample": sample.parser(None), "export": export.parser(None), "serve": serve.parser(None)}
+OWN = {"sample": sample, "export": export, "serve": serve, "gpu_check": check}
+OWN = {job: module.parser(None) for job, module in OWN.items()}
 OF_OWN = {flag for parser in OWN.values() for action in parser._actions for flag in action.option_strings}
 SEPARATORS = {"&&", "||", "|", ";", "&"}
 NOT_OURS = {"AWS_MAX_ATTEMPTS"}  # botocore reads it

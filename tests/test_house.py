@@ -63,6 +63,7 @@ FLOORS = [
     {"evaluation"},
     {"workflow"},
     {"ablation", "benchmark"},
+    {"device"},
 ]
 INTERFACE = {"Config", "Tokenizer", "Teacher", "Student"}  # of a family of models
 AT_THE_ROOT, IN_A_ROOM, DEEP = 4, 12, 3  # modules, modules, folders below the root of the repository

@@ -1,4 +1,4 @@
-"""The command lines of the jobs that take a student and no recipe."""
+"""The command lines of the jobs that take no recipe."""
 
 from __future__ import annotations
 

@@ -56,21 +56,37 @@ def with_large(recipe: Recipe, name: str) -> Recipe:
 # ---- the same numbers, nearly
 
 
+def logits_in(recipe: Recipe, precision: str, device: str = "cpu") -> torch.Tensor:
+    """What the teacher says of three images, its weights well stirred."""
+    teacher = checkpoints.teacher(in_(recipe, precision).teacher)
+    stirred(teacher.network)
+    teacher, layout = teacher.to(device), teacher.layout
+    codes = torch.randint(layout.vocabulary, (3, layout.length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = teacher(Labels(torch.arange(3, device=device)), codes.to(device))
+    teacher.check()
+    assert teacher.codebook.dtype == torch.float32
+    return out.cpu()
+
+
 @FAMILIES
 def test_fp16_is_several_times_nearer_than_bf16(tmp_path: Path, family: Family) -> None:
-    recipe, logits = tiny(tmp_path, family), {}
-    for precision in ("fp32", "fp16", "bf16"):
-        teacher = checkpoints.teacher(in_(recipe, precision).teacher)
-        stirred(teacher.network)
-        layout = teacher.layout
-        codes = torch.randint(layout.vocabulary, (3, layout.length), generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            logits[precision] = teacher(Labels(torch.arange(3)), codes)
-        teacher.check()
-        assert teacher.codebook.dtype == torch.float32
+    recipe = tiny(tmp_path, family)
+    logits = {precision: logits_in(recipe, precision) for precision in ("fp32", "fp16", "bf16")}
     assert logits["fp16"].dtype == torch.float32
     low, lower = (error(logits[precision], logits["fp32"]) for precision in ("fp16", "bf16"))
     assert 1e-6 < low < lower / 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@FAMILIES
+def test_fp16_on_a_gpu(tmp_path: Path, family: Family) -> None:
+    """By a GPU's own products of float16, which a CPU makes through float32."""
+    recipe = tiny(tmp_path, family)
+    exact = logits_in(recipe, "fp32")
+    low, lower = (error(logits_in(recipe, precision, "cuda"), exact) for precision in ("fp16", "bf16"))
+    assert low < lower / 3
+    assert low < 3 * error(logits_in(recipe, "fp16"), exact)
 
 
 @FAMILIES

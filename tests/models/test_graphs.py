@@ -255,7 +255,9 @@ def test_graphs_need_a_gpu(tmp_path: Path) -> None:
 
 @GPU
 @pytest.mark.parametrize(("family", "config"), [("var", {}), ("llamagen", {}), ("llamagen", CAPTIONS)])
-@pytest.mark.parametrize("how", [{}, {"compile": True}, {"precision": "bf16"}, {"compile": True, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"precision": "fp16"}, {"precision": "bf16"}, {"compile": True}, {"compile": True, "precision": "bf16"}]
+)
 def test_cuda_graphs_draw_what_eager_steps_draw(tmp_path: Path, family: Family, config: dict, how: dict) -> None:
     settings = replace(tiny(tmp_path, family, **config).teacher, **how)
     eager, recorded = checkpoints.teacher(settings), checkpoints.teacher(replace(settings, graphs=True))

@@ -49,7 +49,7 @@ def write(name: str, folder: Path) -> Path:
         "checkpoint": folder / official.checkpoint.rsplit("/", 1)[1],
     }
     for module, salt, file in zip((teacher.tokenizer, teacher.network), SALTS[kind], files.values(), strict=True):
-        state = dict(fill.filled(module, salt))
+        state = fill.filled(module, salt)
         torch.save({"model": state} if kind == "llamagen" else state, file)
     overlay = folder / f"{name}-cpu.yaml"
     settings = {
