@@ -1,7 +1,7 @@
 """What cluster/ holds is valid, agrees with the code, and carries no secret.
 
-Ray validates its YAML as `ray up` does first; test_kubernetes.py has the Kubernetes files, test_iam.py the policies; the
-rest is checked here. Nothing is started and nothing leaves the machine.
+Ray validates its YAML as `ray up` does first; test_kubernetes.py has the Kubernetes files, test_iam.py the policies;
+the rest is checked here. Nothing is started and nothing leaves the machine.
 """
 
 from __future__ import annotations

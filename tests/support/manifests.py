@@ -1,4 +1,4 @@
-"""The Kubernetes files of cluster/, and a JSON schema of what surrounds their pods, which no package on PyPI carries."""
+"""The Kubernetes files of cluster/, and a JSON schema of what surrounds their pods, of which PyPI has none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ WHOLE, TEXT, FLAG, MAPPING = (
     {"type": "object"},
 )
 TEXTS = {"type": "object", "additionalProperties": TEXT}
-ANY: dict[str, Any] = {}
 
 
 def exactly(required: dict[str, Any], **others: Any) -> dict[str, Any]:
