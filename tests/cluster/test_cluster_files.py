@@ -1,7 +1,7 @@
 """What cluster/ holds is valid, agrees with the code, and carries no secret.
 
-Ray validates its YAML as `ray up` does first; kubernetes-validate, where installed, the pods; the rest is checked here.
-Nothing is started and nothing leaves the machine.
+Ray validates its YAML as `ray up` does first; test_kubernetes.py has the Kubernetes files, test_iam.py the policies;
+the rest is checked here. Nothing is started and nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import yaml
+from manifests import clusters, groups, load
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from pipeline.training import perceptual
 
@@ -32,10 +34,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CLOUDS = ("aws.yaml", "gcp.yaml")
 README = (FOLDER / "README.md").read_text()
 DOCKERFILE = (FOLDER / "Dockerfile").read_text()
-
-
-def load(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / name).read_text())
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+LOCKED: dict[str, set[str]] = {}  # the versions of each package: of some there is another for another Python
+for package in LOCK["package"]:
+    LOCKED.setdefault(package["name"], set()).add(package["version"])
 
 
 def module(name: str) -> Any:
@@ -122,127 +124,6 @@ def test_credentials_of_nodes_are_roles() -> None:
     head, *workers = aws.values()
     assert all(w["node_config"]["IamInstanceProfile"] != head["node_config"]["IamInstanceProfile"] for w in workers)
     assert all(gcp[kind]["node_config"]["serviceAccounts"] for kind in ("gpu_spot", "gpu_on_demand"))
-
-
-# --- Kubernetes
-
-OBJECT = {"apiVersion", "kind", "metadata", "spec"}
-JOB = {
-    "entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-    "rayClusterSpec", "runtimeEnvYAML", "metadata", "activeDeadlineSeconds", "jobId", "entrypointNumCpus",
-    "entrypointNumGpus", "entrypointResources", "submitterPodTemplate", "submitterConfig", "clusterSelector",
-    "suspend", "managedBy", "deletionStrategy",
-}  # fmt: skip
-CLUSTER = {
-    "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
-    "headServiceAnnotations", "suspend", "managedBy", "gcsFaultToleranceOptions", "upgradeStrategy",
-}  # fmt: skip
-AUTOSCALER = {
-    "version", "idleTimeoutSeconds", "upscalingMode", "resources", "image", "imagePullPolicy", "securityContext",
-    "env", "envFrom", "volumeMounts",
-}  # fmt: skip
-HEAD = {"serviceType", "headService", "enableIngress", "rayStartParams", "template", "resources", "labels"}
-WORKERS = {
-    "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template",
-    "idleTimeoutSeconds", "scaleStrategy", "suspend", "resources", "labels",
-}  # fmt: skip
-
-
-def strict(given: dict[str, Any], known: set[str], where: str) -> None:
-    """KubeRay's API server drops keys that it does not know, silently: a typo would simply have no effect."""
-    assert given.keys() <= known, f"{where}: {sorted(given.keys() - known)}"
-
-
-def check_cluster(spec: dict[str, Any]) -> None:
-    """The keys and types of a RayClusterSpec of ray.io/v1 (KubeRay 1.5 to 1.7), which no package on PyPI carries."""
-    strict(spec, CLUSTER, "cluster")
-    strict(spec["autoscalerOptions"], AUTOSCALER, "autoscaler")
-    strict(spec["headGroupSpec"], HEAD, "head")
-    strict(spec["authOptions"], {"mode", "secretName", "enableK8sTokenAuth"}, "auth")
-    assert spec["autoscalerOptions"]["version"] in ("v1", "v2")
-    assert spec["autoscalerOptions"]["upscalingMode"] in ("Default", "Aggressive", "Conservative")
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "Ray's parameters are strings"
-        assert group["template"].keys() <= {"metadata", "spec"}
-    for group in spec["workerGroupSpecs"]:
-        strict(group, WORKERS, group["groupName"])
-        assert all(isinstance(group[key], int) for key in ("replicas", "minReplicas", "maxReplicas"))
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-
-
-def clusters() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "raycluster.yaml", load("raycluster.yaml")["spec"]
-    yield "rayjob.yaml", load("rayjob.yaml")["spec"]["rayClusterSpec"]
-
-
-def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-
-
-def test_kuberay_knows_every_key() -> None:
-    for name, kind in (("raycluster.yaml", "RayCluster"), ("rayjob.yaml", "RayJob")):
-        found = load(name)
-        strict(found, OBJECT, name)
-        assert (found["apiVersion"], found["kind"]) == ("ray.io/v1", kind)
-    strict(load("rayjob.yaml")["spec"], JOB, "job")
-    for _, spec in clusters():
-        check_cluster(spec)
-    assert load("rayjob.yaml")["spec"]["rayClusterSpec"] == load("raycluster.yaml")["spec"], "one cluster, two files"
-
-
-@pytest.mark.parametrize(
-    ("place", "key"), [((), "enableAutoscaling"), (("autoscalerOptions",), "idleTimeout"), (("headGroupSpec",), "tmpl")]
-)
-def test_a_misspelt_key_is_noticed(place: tuple[str, ...], key: str) -> None:
-    spec = deepcopy(load("raycluster.yaml")["spec"])
-    inner = spec
-    for name in place:
-        inner = inner[name]
-    inner[key] = 1
-    with pytest.raises(AssertionError, match=key):
-        check_cluster(spec)
-
-
-def test_kubernetes_scales_gpus_from_zero_on_spot_nodes() -> None:
-    for _, spec in clusters():
-        head = spec["headGroupSpec"]
-        assert spec["enableInTreeAutoscaling"] is True
-        assert 0 < spec["autoscalerOptions"]["idleTimeoutSeconds"] <= 600
-        assert spec["authOptions"] == {"mode": "token"}
-        assert head["rayStartParams"]["num-cpus"] == "0"
-        assert head["serviceType"] == "ClusterIP"
-        spot, on_demand = spec["workerGroupSpecs"]
-        assert (spot["minReplicas"], spot["replicas"], spot["maxReplicas"]) == (0, 0, 8)
-        assert (on_demand["minReplicas"], on_demand["replicas"], on_demand["maxReplicas"]) == (0, 0, 0)
-        assert spot["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-        assert "cloud.google.com/gke-spot" not in on_demand["template"]["spec"]["nodeSelector"]
-        for group in groups(spec):
-            pod = group["template"]["spec"]
-            (container,) = pod["containers"]
-            assert pod["restartPolicy"] == "Never", "autoscaler v2 asks for it"
-            assert pod["serviceAccountName"], "the bucket is opened by a service account"
-            assert pod["securityContext"]["runAsNonRoot"] is True
-            assert not {"livenessProbe", "readinessProbe", "startupProbe"} & container.keys(), "the operator's"
-            assert "nvidia.com/gpu" in container["resources"]["limits"] or group is head
-            memory = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
-            assert int(group["rayStartParams"]["object-store-memory"]) < memory / 2
-            for variable in container["env"]:
-                if variable["name"] != "RAY_USAGE_STATS_ENABLED":
-                    assert variable.keys() == {"name", "valueFrom"}, "by reference only"
-                    assert variable["valueFrom"]["secretKeyRef"].keys() >= {"name", "key"}
-        assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
-
-
-def test_kubernetes_accepts_the_pods() -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="pip install 'distilled-decoding[kubernetes]'")
-    for name, spec in clusters():
-        for group in groups(spec):
-            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
-            validate.validate(pod, "1.31", strict=True)
-            pod["spec"] = pod["spec"] | {"nodeSelectors": {}}
-            with pytest.raises(validate.ValidationError):
-                validate.validate(pod, "1.31", strict=True)
-            assert pod["spec"]["containers"], name
 
 
 # --- jobs
@@ -374,21 +255,62 @@ def test_the_image_copies_what_exists_and_the_context_allows() -> None:
     assert all((ROOT / source).exists() for source in copied)
 
 
+def test_the_image_is_built_from_the_lock() -> None:
+    """Both of its steps install what uv.lock has, the same extras, beside the image's Python."""
+    lines = re.findall(r"(?m)^RUN (uv .*)$", DOCKERFILE)
+    synced = [(set(re.findall(r"--extra (\w+)", line)), set(re.findall(r"--(?!extra)[\w-]+", line))) for line in lines]
+    (extras, first), (again, last) = synced
+    assert extras == again <= PROJECT["optional-dependencies"].keys()
+    assert "dev" not in extras
+    assert first == {"--locked", "--inexact", "--no-install-project"}
+    assert last == {"--locked", "--inexact", "--no-editable"}
+    assert "ENV UV_PROJECT_ENVIRONMENT=/usr/local " in DOCKERFILE, "a login shell resets PATH"
+    assert DOCKERFILE.index("COPY pyproject.toml uv.lock") < DOCKERFILE.index("RUN uv sync")
+    installed = [parts for parts in instructions("RUN") if parts[:2] == ["pip", "install"]]
+    assert [parts[2].partition("==")[0] for parts in installed] == ["uv", "mlflow"], "by version, beside the lock"
+    assert {parts[0] for parts in instructions("FROM")} - {"scratch", "python"} == {"python:3.11-slim-bookworm"}
+
+
 def test_the_image_has_the_versions_of_the_project() -> None:
-    installed = " ".join(" ".join(parts) for parts in instructions("RUN"))
-    pins = dict(re.findall(r"(torch|torchvision)==([\d.]+)", " ".join(PROJECT["dependencies"])))
-    assert pins.keys() == {"torch", "torchvision"}
-    assert dict(re.findall(r"\b(torch|torchvision)==([\d.]+)", installed)) == pins
-    ray_pin = re.search(r"ray\[data,default,train\]==([\d.]+)", installed)[1]  # type: ignore[index]
-    assert "ray[data,default,train]==" + ray_pin.rsplit(".", 1)[0] + ".*" in PROJECT["dependencies"]
-    assert load("raycluster.yaml")["spec"]["rayVersion"] == ray_pin == ray.__version__
-    extras = re.search(r"'\.\[(.*?)\]'", installed)[1].split(",")  # type: ignore[index]
-    assert set(extras) <= PROJECT["optional-dependencies"].keys()
-    python = {parts[0] for parts in instructions("FROM")} - {"scratch", "python"}
-    assert python == {"python:3.11-slim-bookworm"}
+    mlflow = re.search(r"mlflow==([\d.]+)", DOCKERFILE)[1]  # type: ignore[index]
+    assert {mlflow} == LOCKED["mlflow"], "the server is the version that the jobs have"
+    assert mlflow == importlib.metadata.version("mlflow"), "and were tested with"
+    assert {load("raycluster.yaml")["spec"]["rayVersion"]} == LOCKED["ray"] == {ray.__version__}
     assert "3.11" in PROJECT["requires-python"]
-    mlflow = re.search(r"mlflow==([\d.]+)", installed)[1]  # type: ignore[index]
-    assert mlflow == importlib.metadata.version("mlflow"), "the server is the version that the jobs were tested with"
+
+
+# --- uv.lock
+
+
+def test_the_lock_is_that_of_pyproject() -> None:
+    """What uv wrote down of pyproject.toml is what stands there; `uv lock` brings it up to date."""
+    (own,) = (package for package in LOCK["package"] if package["name"] == PROJECT["name"])
+    asked = {("", text) for text in PROJECT["dependencies"]}
+    asked |= {(extra, text) for extra, texts in PROJECT["optional-dependencies"].items() for text in texts}
+    wanted: Counter[tuple[str, str, str]] = Counter()
+    for extra, text in asked:
+        requirement = Requirement(text)
+        wanted[extra, requirement.name.lower().replace("_", "-"), str(requirement.specifier)] += 1
+    found: Counter[tuple[str, str, str]] = Counter()
+    for line in own["metadata"]["requires-dist"]:
+        extra = re.search(r"extra == '(\w+)'", line.get("marker", ""))
+        found[extra[1] if extra else "", line["name"], str(SpecifierSet(line.get("specifier", "")))] += 1
+    assert found == wanted
+    assert set(own["metadata"]["provides-extras"]) == PROJECT["optional-dependencies"].keys()
+    assert LOCK["requires-python"] == PROJECT["requires-python"]
+
+
+def test_the_lock_is_for_everybody() -> None:
+    """Every package is PyPI's, with hashes; nothing in it is of the machine on which it was made."""
+    for package in LOCK["package"]:
+        if package["name"] == PROJECT["name"]:
+            assert package["source"] == {"editable": "."}
+            continue
+        assert package["source"] == {"registry": "https://pypi.org/simple"}, package["name"]
+        for file in [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]:
+            assert file["url"].startswith("https://files.pythonhosted.org/")
+            assert re.fullmatch(r"sha256:[0-9a-f]{64}", file["hash"])
+    assert LOCKED["torch"] == {"2.13.0"}, "not a +cpu of somewhere else"
 
 
 def test_the_image_has_the_trunk_that_training_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
