@@ -71,7 +71,7 @@ def train(config: dict[str, Any]) -> None:
     pairs = batches.stream(plan)
     window = Window(settings, device)
     watched = system_metrics.sampled(_of_machine(state, report)) if observer else nullcontext()
-    with watched, training_state.Writer(folder, settings.keep) as writer:
+    with watched, training_state.Writer(folder, settings.keep, _of_checkpoint(report)) as writer:
         for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
             window.waited += waited
             batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook, encode)
@@ -118,6 +118,11 @@ def recorded(report: Report, record: Callable[[dict[str, float]], object]) -> Re
 def _of_machine(state: TrainingState, report: Report) -> Callable[[dict[str, float]], None]:
     """What tells the driver how busy this machine is: its own may be another one."""
     return lambda values: report(Message(state.step, {}, [], machine=values))
+
+
+def _of_checkpoint(report: Report) -> Callable[[int, str], None]:
+    """What tells the driver of a checkpoint that is whole."""
+    return lambda step, uri: report(Message(step, {}, [], checkpoint=uri))
 
 
 def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report) -> None:
