@@ -101,6 +101,7 @@ class Replica:
         whole, flow = (Stopwatch(torch.device(self.device)) for _ in range(2))
 
         def choose(step: int, log_p: Tensor) -> Tensor:
+            """Flow matching's codes of a step, timed; with a prefix, those of the prefix."""
             with flow:
                 codes = matcher(x[:, layout.span(step)], log_p)
             if prefix is None or answers is None:

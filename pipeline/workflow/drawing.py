@@ -75,8 +75,8 @@ def collect(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Shelf:
             if parts[i] == draw.items:
                 _finish(plan, draw, growing.pop(draw))
             progress.update(note=draw.name)
-            part = {"draw": draw.name, "part": parts[i], "parts": draw.items}
-            events.tell("part", folder=plan.recipe.report_uri, **part, done=progress.done, total=total)
+            which = {"draw": draw.name, "part": parts[i], "parts": draw.items}
+            events.tell("part", folder=plan.recipe.report_uri, **which, done=progress.done, total=total)
     return Shelf(plan, draws)
 
 
