@@ -9,17 +9,18 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from pipeline.configuration import fields, recipe_file, usage
-from pipeline.host import signals
+from pipeline.files.places import resolve
+from pipeline.host import events, signals
 from pipeline.host.errors import Refused, Unfinished
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, fingerprint
 
 DEFAULT = Path(__file__).parents[1] / "jobs" / "recipes" / "digits-llamagen.yaml"
 CONFIG, PRINT = "--config", "--print_config"
@@ -144,9 +145,30 @@ def main(doc: str | None, job: Callable[[Recipe], str]) -> None:
     with redirect_stdout(Output(sys.stdout)):
         recipe = parse(doc)
         try:
-            print(job(recipe), flush=True)
+            with _events(recipe):
+                summary = job(recipe)
+                events.tell("finished", status=0, text=summary.splitlines()[-1] if summary else "")
+                print(summary, flush=True)
         except (Refused, Unfinished) as error:
             stop(error, error.status)
+
+
+@contextmanager
+def _events(recipe: Recipe) -> Iterator[None]:
+    """The log of events that the recipe asks for, around a job; none of what only prints something.
+
+    Where it is standard output, that has nothing else: whatever the job prints goes to standard error.
+    """
+    place = recipe.events
+    if place is None or recipe.dry_run or recipe.status:
+        yield
+        return
+    out = place == events.STDOUT
+    job = Path(sys.argv[0]).stem
+    with events.written(place if out else resolve(place), job=job, run=resolve(recipe.run)):
+        events.tell("started", name=recipe.name, recipe=fingerprint(recipe.resolved()), process=os.getpid())
+        with redirect_stdout(sys.stderr) if out else nullcontext():
+            yield
 
 
 class Output:

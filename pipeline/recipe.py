@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
-from pipeline.configuration.fields import Name, Uri
+from pipeline.configuration.fields import Lines, Name, Uri
 from pipeline.files.places import check_no_credentials
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.evaluate import EvaluateSettings
@@ -41,6 +41,9 @@ class Recipe:
         ablate: what the ablation varies; the three jobs take no notice of it.
         benchmark: what the benchmark measures, likewise.
         preflight: whose inputs a job checks before it begins: of all jobs that follow it, too, or of this one alone.
+        events: a file that gets one JSON object a line for what happens (started, shard, step, checkpoint, snapshot,
+            part, warning, finished, failed and so on), after what is in it. "-" is standard output, which then has
+            these lines alone; all else that a job prints goes to standard error.
         dry_run: print the resolved recipe, what is missing for the three jobs and what they will cost; run nothing.
         status: print what is there, what is missing, rate and last activity of a run, without Ray; run nothing.
     """
@@ -57,6 +60,7 @@ class Recipe:
     ablate: AblationSettings = field(default_factory=AblationSettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     preflight: Literal["all", "this"] = "all"
+    events: Lines | None = None
     dry_run: bool = False
     status: bool = False
 

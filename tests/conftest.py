@@ -41,6 +41,7 @@ def ray_cluster() -> Iterator[str]:
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=folder,
+            _system_config={"metrics_report_interval_ms": 2000},  # and not 10,000, for which a test would wait
         )
     yield folder
     ray.shutdown()

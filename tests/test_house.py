@@ -16,6 +16,7 @@ HOMES = {  # package -> the modules that may import it
         "pairs.passes",
         "services.cluster",
         "services.heartbeat",
+        "services.metrics",
         "services.parts",
         "services.ray_address",
         "training.loop",

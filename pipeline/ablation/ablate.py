@@ -7,7 +7,6 @@ A training or an evaluation that fails is named, the others are made, and the ta
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 
 from pipeline import storage
@@ -16,6 +15,7 @@ from pipeline.ablation import report
 from pipeline.ablation.plan import AblationPlan, Trial
 from pipeline.ablation.results import AblationResults
 from pipeline.generator import folder
+from pipeline.host import events
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import manifest
@@ -80,7 +80,7 @@ def _work(plan: AblationPlan) -> list[str]:
         try:
             print(job(recipe).splitlines()[-1], flush=True)
         except Unfinished as error:  # shards, steps or images that the job could not make
-            print(f"{what} failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            events.warn(f"{what} failed: {' '.join(str(error).split())}")
             return False
         return True
 

@@ -43,6 +43,21 @@ class Address:
             _check_path(value, name)
 
 
+@dataclass(frozen=True)
+class Appended:
+    """What a file has to be that lines are added to: a path, or ``-`` for standard output."""
+
+    text: str = "a path, or - for standard output"
+
+    def check(self, value: str, name: str) -> None:
+        """Raises Refused, which names the field ``name``, for what is neither, and for a bucket."""
+        if value == "-":
+            return
+        Address().check(value, name)
+        if "://" in value and not value.startswith("file://"):
+            raise Refused(f"{name} is {value}, to which no line can be added; give {self.text}.")
+
+
 def check_printable(value: str, name: str) -> None:
     """Raises Refused for line breaks, control characters, and bytes of the command line that are no text."""
     if not value.isprintable():

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pipeline.configuration.addresses import Address, check_printable
+from pipeline.configuration.addresses import Address, Appended, check_printable
 from pipeline.host.errors import Refused
 
 LARGEST = sys.float_info.max  # finite, unlike infinity
@@ -57,6 +57,7 @@ Weight = Annotated[float, Range(0, LARGEST, "0 or more, and finite")]
 Positive = Annotated[float, Range(math.nextafter(0, 1), LARGEST, "above 0, and finite")]
 Share = Annotated[float, Range(0, math.nextafter(1, 0), "0 or more, and below 1")]
 Uri = Annotated[str, Address()]
+Lines = Annotated[str, Appended()]  # a file that lines are added to
 Name = Annotated[str, Text("a name")]
 
 

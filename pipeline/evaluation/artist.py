@@ -36,6 +36,7 @@ from pipeline.scoring.instruments import Features
 from pipeline.scoring.real_images import RealImages
 from pipeline.scoring.tally import Sight, Statistics
 from pipeline.services import cluster
+from pipeline.services.metrics import Recorder
 from pipeline.text import encoder
 
 VERSIONS = ("torch", "numpy", "scipy", "ray")
@@ -59,7 +60,7 @@ class Artist:
     ) -> None:
         torch.set_num_threads(max(1, int(plan.recipe.cluster.cpus)))
         set_products("fp32")  # of what scores; the models set their own
-        self.plan, self.draws, self.working = plan, draws, working
+        self.plan, self.draws, self.working, self.record = plan, draws, working, Recorder(plan.recipe)
         self.models = load_models(plan, frequencies)
         arrays = None if weights is None else ray.get(weights)
         network = instruments.features(plan.recipe.evaluate, plan.device, arrays)
@@ -78,6 +79,8 @@ class Artist:
                 if cluster.device_error(error):
                     cluster.end_process(error)
                 raise
+        made = {"dd_evaluation_images_total": len(draw.places(item)), "dd_evaluation_seconds_total": statistics.seconds}
+        self.record(made, sampler=draw.name)
         return {"draw": batch["draw"], "item": batch["item"], "statistics": [statistics.pack()]}
 
     @torch.no_grad()

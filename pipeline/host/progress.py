@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline.host import events
+
 
 class Progress:
     """``with Progress(40, "shards") as progress: progress.update(note="1,520 rows/s")``, written to stderr.
@@ -51,8 +53,8 @@ class Progress:
             print(", ".join(filter(None, [self._count(), note, self._left()])), file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
-        """Write a line of its own, above the bar if there is one."""
-        tqdm.write(line, file=sys.stderr)
+        """Write a line of its own, above the bar if there is one; it is a warning among the events."""
+        events.warn(line)
 
     @property
     def seconds(self) -> float:

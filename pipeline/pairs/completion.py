@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from pipeline.host import events
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress, pace
 from pipeline.pairs import manifest, shards
@@ -97,6 +98,8 @@ def _make(recipe: Recipe, gap: Gap, new: list[Shard], record: Callable[[], None]
             progress.update(note=f"{pace(speed)} rows/s, {pace(rate)} MB/s")
             values = {"shards": progress.done, "rows_per_second": speed, "megabytes_per_second": rate}
             run.metrics(values, step=progress.done)
+            committed = {"number": outcome.number, "rows": outcome.shard.rows, "bytes": outcome.shard.bytes}
+            events.tell("shard", folder=recipe.pairs_uri, **committed, done=progress.done, total=total)
             if time.monotonic() - last > LEDGER:
                 record()
                 last = time.monotonic()

@@ -39,6 +39,7 @@ from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.services.heartbeat import Announcer, Heartbeat
+from pipeline.services.metrics import Recorder
 from pipeline.services.ray_errors import device_error
 
 TRIES = 2  # passes in which a shard has to fail, or in a row that make nothing
@@ -105,7 +106,9 @@ class ReplicaWorker:
         self, replica: type[Replica], recipe: Recipe, facts: PairFacts, more: dict[str, Any], announcer: Announcer
     ) -> None:
         self.host, self.recipe, self.facts, self.announcer = socket.gethostname(), recipe, facts, announcer
+        self.record = Recorder(recipe)
         self.replica = replica(recipe, facts, **more)
+        self.replica.spent = self.count
 
     def __call__(self, task: dict[str, np.ndarray]) -> Any:
         """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or a row with the failure.
@@ -124,6 +127,11 @@ class ReplicaWorker:
             self.announcer.tell(text, text)
             cluster.end_process(RuntimeError(outcome.text))
         return _row(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
+
+    def count(self, rows: int, teacher: float, flow: float) -> None:
+        """Tell Prometheus how a batch was made, as ``Replica.spent`` hears of it."""
+        seconds = {"dd_pairs_teacher_seconds_total": teacher, "dd_pairs_flow_seconds_total": flow}
+        self.record({"dd_pairs_drawn_total": rows} | seconds)
 
     def attempt(self, number: int, rows: int) -> pa.Table | Failure:
         """The table, or why there is none: an error is handed on as a value, and the other shards go on."""
@@ -177,15 +185,17 @@ def _free(device: str) -> str:
     return f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"
 
 
-def commit(table: pa.Table, uri: str, facts: PairFacts, hours: float, announcer: Announcer) -> dict[str, np.ndarray]:
+def commit(
+    table: pa.Table, uri: str, facts: PairFacts, hours: float, announcer: Announcer, record: Recorder
+) -> dict[str, np.ndarray]:
     """Write the Arrow table of one shard, if the folder still belongs to its set, or hand on what came instead of it.
 
-    While the storage does not answer it is asked again, for so many hours.
+    While the storage does not answer it is asked again, for so many hours. ``record`` hears of what is committed.
     """
     if "error" in table.column_names:
         return {name: table[name].to_numpy() for name in table.column_names}
     number = facts.shard_of(int(table["sample_id"][0].as_py()))
-    write = partial(write_owned, uri, facts, table["host"][0].as_py(), table)
+    write, begun = partial(write_owned, uri, facts, table["host"][0].as_py(), table), time.monotonic()
 
     def say(text: str) -> None:
         announcer.tell(uri, text)
@@ -194,6 +204,8 @@ def commit(table: pa.Table, uri: str, facts: PairFacts, hours: float, announcer:
     try:
         shard = patiently(write, hours, say)
         announcer.go_on(number, uri)
+        seconds = time.monotonic() - begun
+        record({"dd_pairs_committed_total": shard.rows, "dd_pairs_commit_seconds_total": seconds})
         return _row(number, shard)
     except (Refused, Unfinished) as error:
         return _row(number, error=str(error), fatal=type(error).__name__)
@@ -296,7 +308,7 @@ def _rows(
     settings = {"uri": recipe.pairs_uri, "facts": gap.facts, "hours": recipe.pairs.patience_hours}
     outcomes = tables.map_batches(
         commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
-        fn_kwargs=settings | {"announcer": beat.announcer},
+        fn_kwargs=settings | {"announcer": beat.announcer, "record": Recorder(recipe)},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,

@@ -1,10 +1,12 @@
 """Alg. 1: a teacher and flow matching turn the noise of sample ids into tokens.
 
-A ``Replica`` knows neither Ray nor Arrow nor files, and whatever goes wrong it raises; ``passes`` puts it to work.
+A ``Replica`` knows neither Ray nor Arrow nor files, and whatever goes wrong it raises; ``passes`` puts it to work, and
+hears from it how its time is spent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from pipeline.flow import matching
 from pipeline.host.ahead import ahead
-from pipeline.host.stopwatch import now, warm_up
+from pipeline.host.stopwatch import Stopwatch, now, warm_up
 from pipeline.models import checkpoints
 from pipeline.models.conditions import of_column
 from pipeline.numerics.precision import set_products
@@ -22,9 +24,17 @@ from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.text import encoder
 
+Spent = Callable[[int, float, float], object]
+"""Is told of a batch: its rows, seconds in the teacher, seconds in flow matching."""
+
 
 class Replica:
-    """A teacher on a device of its own, and the settings under which it makes rows."""
+    """A teacher on a device of its own, and the settings under which it makes rows.
+
+    ``spent`` is called after every batch; whoever wants to hear of them sets it.
+    """
+
+    spent: Spent = staticmethod(lambda rows, teacher, flow: None)
 
     def __init__(self, recipe: Recipe, facts: PairFacts) -> None:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
@@ -87,17 +97,23 @@ class Replica:
         answers: list[Tensor] | None = None,
     ) -> Tensor:
         """Codes [B, n] of the noise; with ``prefix`` the teacher goes on from those, its own codes into ``answers``."""
-        x = torch.from_numpy(gaussian.astype(np.float32)).to(self.device)
-        matcher, layout = matching.Matcher(self.teacher.codebook, self.recipe.pairs.solver), self.teacher.layout
+        x, layout = torch.from_numpy(gaussian.astype(np.float32)).to(self.device), self.teacher.layout
+        whole, flow = (Stopwatch(torch.device(self.device)) for _ in range(2))
 
         def choose(step: int, log_p: Tensor) -> Tensor:
-            codes = matcher(x[:, layout.span(step)], log_p)
+            """Flow matching's codes of a step, timed; with a prefix, those of the prefix."""
+            with flow:
+                codes = matcher(x[:, layout.span(step)], log_p)
             if prefix is None or answers is None:
                 return codes
             answers.append(codes)
             return prefix[:, layout.span(step)]
 
-        tokens = self.teacher.generate(self.encode(of_column(conditions)), choose)
+        with whole:
+            with flow:
+                matcher = matching.Matcher(self.teacher.codebook, self.recipe.pairs.solver)
+            tokens = self.teacher.generate(self.encode(of_column(conditions)), choose)
         self.teacher.check()
         matcher.check()
+        self.spent(len(x), whole.seconds - flow.seconds, flow.seconds)
         return tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,13 +17,12 @@ from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import NodeDiedError, RaySystemError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
 from pipeline.files.places import is_relative
-from pipeline.host import signals
+from pipeline.host import events, signals
 from pipeline.host.errors import Outage, Refused
 from pipeline.recipe import Recipe
 from pipeline.services.heartbeat import Heartbeat as Heartbeat
@@ -164,7 +162,7 @@ def waiting(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[N
             except Exception:  # the cluster is gone, which the body hears, too
                 return
             if found != said or (not found and silent >= REMIND):
-                tqdm.write(_waiting_for(recipe, found, replicas, what), file=sys.stderr)
+                events.warn(_waiting_for(recipe, found, replicas, what))
                 said, silent = found, 0.0
             silent += LOOK
             stop.wait(LOOK)
@@ -304,21 +302,19 @@ class _FailedStarts(logging.Handler):
         if record.exc_info and record.exc_info[1]:
             found = translation(record.exc_info[1])
             reason = found.reason if isinstance(found, Lost) else found
-            tqdm.write(f"An actor could not start and is started again: {reason}", file=sys.stderr)
+            events.warn(f"An actor could not start and is started again: {reason}")
 
 
 def _warn_about_local_folder(recipe: Recipe) -> None:
     if "/working_dir_files/_ray_pkg_" in recipe.run:
-        print(
+        events.warn(
             f"warning: what is made goes to {recipe.run}, in a submitted job's working directory, which Ray deletes"
-            " some time after the job; give an absolute path that every node shares, or an s3:// or gs:// URI.",
-            file=sys.stderr,
+            " some time after the job; give an absolute path that every node shares, or an s3:// or gs:// URI."
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     more_to_come = ray.cluster_resources().get("GPU", 0) < recipe.cluster.gpus
     if (len(nodes) > 1 or more_to_come) and not storage.is_remote(recipe.run):
-        print(
+        events.warn(
             f"warning: what is made goes to {recipe.run}, a local path, on a cluster of several nodes; it must be a"
-            " folder that every node shares, or an s3:// or gs:// URI.",
-            file=sys.stderr,
+            " folder that every node shares, or an s3:// or gs:// URI."
         )

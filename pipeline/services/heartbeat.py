@@ -8,7 +8,6 @@ A unit of which nothing comes is either long or hangs. The driver says now and t
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
-from pipeline.host import signals
+from pipeline.host import events, signals
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import duration
 
@@ -215,7 +213,7 @@ class Heartbeat:
         ray.kill(one.actor, no_restart=False)
 
     def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
+        events.warn(line)
         self._said = time.monotonic()
 
     def _in_work(self, patience: float) -> list[Work]:

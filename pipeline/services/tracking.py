@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 
 from pipeline import storage
-from pipeline.host import system_metrics
+from pipeline.host import events, system_metrics
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.signals import Stopped, held
 from pipeline.recipe import Recipe
@@ -91,10 +91,9 @@ class Run:
             missing = self._outbox.close(PATIENCE if kind is None else HASTE)
         if missing:
             again = "; the same command tries again" if self._folder and kind is None else ""
-            print(
+            events.warn(
                 f"MLflow at {without_credentials(self.uri)} did not take all of this run: {missing} of its entries are"
                 f" missing{again}.",
-                file=sys.stderr,
             )
         elif self._folder and kind is None:
             with suppress(Refused, Unfinished):  # the next run of the same command only logs again
@@ -249,7 +248,7 @@ class Run:
     def _adopt(self, run_id: str, tags: dict[str, str]) -> None:
         other = _active(self._client, run_id)
         if other is None:
-            print(f"MLflow run {run_id} is not in this store any more; nothing links to it.", file=sys.stderr)
+            events.warn(f"MLflow run {run_id} is not in this store any more; nothing links to it.")
             return
         mine = self._client.get_run(self.id)
         links = {mine.data.tags["job"]: self.id} | tags
@@ -262,17 +261,15 @@ class Run:
             self._set_tag(run_id, key, value)
 
     def _warn(self, error: Exception) -> None:
-        print(
+        events.warn(
             f"MLflow at {without_credentials(self.uri)} does not take this run's data ({first_line(error)}); the job"
             " goes on, and what is missing is tried again at its end.",
-            file=sys.stderr,
         )
 
     def _warn_of_room(self) -> None:
-        print(
+        events.warn(
             f"MLflow at {without_credentials(self.uri)} is so far behind that the oldest metrics and images waiting for"
             " it are dropped.",
-            file=sys.stderr,
         )
 
 
@@ -284,7 +281,7 @@ def complete(recipe: Recipe, job: Job, folder: str, log: Callable[[Run], None]) 
     try:
         run = Run.start(recipe, job, storage.read_json(place)["mlflow_run"])
     except Refused as error:
-        print(f"The MLflow run of {folder} is not complete, and stays so for now: {error}", file=sys.stderr)
+        events.warn(f"The MLflow run of {folder} is not complete, and stays so for now: {error}")
         return
     with run:
         print(f"Completing the MLflow run of {folder} ({run.id}).", file=sys.stderr)
@@ -312,7 +309,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
         experiment = client.get_experiment_by_name(name)  # another job was faster
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-        print(f"The MLflow experiment {name} had been deleted; it and its runs are restored.", file=sys.stderr)
+        events.warn(f"The MLflow experiment {name} had been deleted; it and its runs are restored.")
     return experiment.experiment_id
 
 
@@ -341,7 +338,7 @@ def _active(client: Any, run_id: str) -> Any:
 def _reopened(client: Any, run_id: str) -> str | None:
     """``run_id`` set to running again; None, said aloud, where the store was moved or the run deleted."""
     if _active(client, run_id) is None:
-        print(f"MLflow run {run_id} is not in this store any more; a new run takes its place.", file=sys.stderr)
+        events.warn(f"MLflow run {run_id} is not in this store any more; a new run takes its place.")
         return None
     client.update_run(run_id, status="RUNNING")
     return run_id

@@ -22,6 +22,7 @@ from torch import nn
 from pipeline.host import system_metrics
 from pipeline.host.ahead import timed
 from pipeline.models.base import Student
+from pipeline.services.metrics import Recorder
 from pipeline.text import encoder
 from pipeline.training import batches
 from pipeline.training import state as training_state
@@ -29,6 +30,16 @@ from pipeline.training.observer import Message, Observer, Report, Window
 from pipeline.training.plan import TrainingPlan
 from pipeline.training.state import TrainingState
 from pipeline.training.step import build, device_of, prepare, settled, step
+
+# What Prometheus is told of a message's metrics, by their names.
+GAUGES = {
+    "loss": "dd_train_loss",
+    "held_out/loss": "dd_train_held_out_loss",
+    "gradient_norm": "dd_train_gradient_norm",
+    "lr": "dd_train_learning_rate",
+    "images_per_second": "dd_train_images_per_second",
+    "data_wait": "dd_train_data_wait_ratio",
+}
 
 
 def train(config: dict[str, Any]) -> None:
@@ -39,6 +50,7 @@ def train(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world, device = context.get_world_rank(), context.get_world_size(), device_of(plan.recipe)
     settings = settled(plan.recipe.train, device)
+    report = recorded(config["report"], Recorder(plan.recipe))
 
     # 2. The student goes on where the last checkpoint left it, or starts from its teacher, of which only the tokenizer
     # stays. Rank 0 alone reads either; what it sees counts, should a folder be slow to show.
@@ -47,7 +59,7 @@ def train(config: dict[str, Any]) -> None:
     student, loss = build(plan.recipe, device, fresh=rank == 0 and not newest)
     state, encode = TrainingState(student, settings), encoder.conditioner(plan.recipe.text, device)
     if newest and rank == 0:
-        resume(plan, state, newest, config["report"])
+        resume(plan, state, newest, report)
 
     # 3. The workers become one.
     if world > 1:
@@ -56,13 +68,13 @@ def train(config: dict[str, Any]) -> None:
     network = _distributed(student, device)
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
-    observer = Observer(plan, state, loss, encode, config["report"], config["mlflow_run"]) if rank == 0 else None
+    observer = Observer(plan, state, loss, encode, report, config["mlflow_run"]) if rank == 0 else None
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     pairs = batches.stream(plan)
     window = Window(settings, device)
-    watched = system_metrics.sampled(_of_machine(state, config["report"])) if observer else nullcontext()
-    with watched, training_state.Writer(folder, settings.keep) as writer:
+    watched = system_metrics.sampled(_of_machine(state, report)) if observer else nullcontext()
+    with watched, training_state.Writer(folder, settings.keep, _of_checkpoint(report)) as writer:
         for waited, (epoch, share) in timed(batches.batches(plan, pairs, state.step, rank, world)):
             window.waited += waited
             batch = batches.noised(share, epoch, settings, plan.layout, loss.tokenizer.codebook, encode)
@@ -94,9 +106,34 @@ def _notice() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
+def recorded(report: Report, record: Callable[[dict[str, float]], object]) -> Report:
+    """A ``report`` that also has ``record`` told of the numbers of a message, as this process's gauges.
+
+    Ray forgets within twenty seconds what a gauge shows, so they are told again with every message, and one of how busy
+    the machine is comes every ten.
+    """
+    shown: dict[str, float] = {}
+
+    def both(message: Message) -> None:
+        """The gauges come first: the driver's queue may take its time."""
+        if message.metrics:
+            shown["dd_train_step"] = message.step
+            shown.update({GAUGES[name]: value for name, value in message.metrics.items() if name in GAUGES})
+        if shown:
+            record(dict(shown))
+        report(message)
+
+    return both
+
+
 def _of_machine(state: TrainingState, report: Report) -> Callable[[dict[str, float]], None]:
     """What tells the driver how busy this machine is: its own may be another one."""
     return lambda values: report(Message(state.step, {}, [], machine=values))
+
+
+def _of_checkpoint(report: Report) -> Callable[[int, str], None]:
+    """What tells the driver of a checkpoint that is whole."""
+    return lambda step, uri: report(Message(step, {}, [], checkpoint=uri))
 
 
 def resume(plan: TrainingPlan, state: TrainingState, newest: str, report: Report) -> None:

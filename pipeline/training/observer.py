@@ -27,7 +27,7 @@ class Message(NamedTuple):
     """What the driver is told: metrics at a step, the rows of a sample grid, uint8 [columns, 3, H, W] each, a line.
 
     ``conditions`` [columns] are the labels or the prompts of the grid, ``machine`` what ``system_metrics.now`` says of
-    rank 0's machine.
+    rank 0's machine, ``checkpoint`` the place of one that is whole.
     """
 
     step: int
@@ -36,6 +36,7 @@ class Message(NamedTuple):
     line: str = ""  # to print
     conditions: np.ndarray | None = None
     machine: dict[str, float] | None = None
+    checkpoint: str = ""
 
 
 Report = Callable[[Message], None]
@@ -100,10 +101,10 @@ class Observer:
         self.report(Message(self.state.step, metrics | also, []))
 
     def snapshot(self) -> None:
-        """Report the held-out loss and a sample grid of this step, and export the student."""
+        """Export the student of this step, then report its held-out loss and a sample grid."""
+        self.export(self.plan.at(f"step-{self.state.step:06d}.safetensors"))
         metrics = {f"held_out/{name}": value for name, value in self.held_out().items()}
         self.report(Message(self.state.step, metrics, self.grid(), conditions=self.rows.conditions[:GRID]))
-        self.export(self.plan.at(f"step-{self.state.step:06d}.safetensors"))
 
     def export(self, uri: str) -> None:
         """Write the moving average as safetensors, with the settings that a sampler needs."""

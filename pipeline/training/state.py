@@ -134,11 +134,11 @@ class Writer:
     """Writes checkpoints in a thread, one at a time, while training goes on; use it as a context.
 
     An error of one is raised when the next is due, or at the end. A process that is killed meanwhile leaves the
-    checkpoints from before.
+    checkpoints from before. ``written`` is called with the step and the place of each one that is whole, in the thread.
     """
 
-    def __init__(self, folder: str, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: str, keep: int, written: Callable[[int, str], object] = lambda step, uri: None) -> None:
+        self.folder, self.keep, self.written = folder, keep, written
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -158,9 +158,13 @@ class Writer:
         """
         self._wait()
         if state.needs_room:
-            _write(state.content(), self.folder, self.keep)
+            self._finish(state.content())
         else:
-            self._last = self._pool.submit(_write, _copied(state.content()), self.folder, self.keep)
+            self._last = self._pool.submit(self._finish, _copied(state.content()))
+
+    def _finish(self, content: dict[str, Any]) -> None:
+        _write(content, self.folder, self.keep)
+        self.written(content["step"], storage.join(self.folder, name_of(content["step"])))
 
     def _wait(self) -> None:
         last, self._last = self._last, None
@@ -169,10 +173,15 @@ class Writer:
 
 
 def _write(content: dict[str, Any], folder: str, keep: int) -> None:
-    with storage.replacing(storage.join(folder, f"step-{content['step']:08d}{SUFFIX}")) as file:
+    with storage.replacing(storage.join(folder, name_of(content["step"]))) as file:
         torch.save(content, file)
     for name in saved(folder)[:-keep]:
         storage.remove(storage.join(folder, name))
+
+
+def name_of(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step-{step:08d}{SUFFIX}"
 
 
 def _copied(value: Any) -> Any:

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.generator import card, folder
-from pipeline.host import signals
+from pipeline.host import events, signals
 from pipeline.host.errors import Unfinished
 from pipeline.host.progress import Progress, duration
 from pipeline.models import checkpoints
@@ -64,6 +64,7 @@ def distill(recipe: Recipe) -> str:
             return " ".join(changed)
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
     storage.check_writable(plan.at())
+    events.tell("begun", folder=plan.at(), fingerprint=plan.fingerprint, unit="step", total=plan.total)
     if workers := plan.recipe.train.workers:
         with cluster.session(plan.recipe, workers, "training workers"):
             preflight.check_workers(plan.recipe, "distill", plan.at())
@@ -128,10 +129,13 @@ def fit(plan: TrainingPlan, run: tracking.Run) -> float | None:
     with Progress(plan.total, "steps", done=done) as progress:
 
         def receive(message: Message) -> None:
-            """A worker's message as progress and as MLflow metrics and pictures, or printed."""
+            """A worker's message as progress, as an event, and as MLflow metrics and pictures, or printed."""
             nonlocal loss
+            _tell(plan, message)
             if message.line:
                 print(message.line, flush=True)
+                return
+            if message.checkpoint:
                 return
             if message.machine:
                 run.system_metrics(message.machine)
@@ -151,6 +155,18 @@ def fit(plan: TrainingPlan, run: tracking.Run) -> float | None:
         with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
             _fit(recipe, config | {"report": report})
     return loss
+
+
+def _tell(plan: TrainingPlan, message: Message) -> None:
+    """A worker's message as an event; how busy the machine is, is none."""
+    about = {"folder": plan.at(), "step": message.step}
+    if message.line:
+        events.tell("note", **about, text=message.line)
+    elif message.checkpoint:
+        events.tell("checkpoint", **about, uri=message.checkpoint)
+    elif message.metrics:
+        event = "snapshot" if message.grid else "step"
+        events.tell(event, **about, total=plan.total, metrics=message.metrics)
 
 
 def noteworthy(metrics: dict[str, float]) -> str:
@@ -217,7 +233,9 @@ def _fit(recipe: Recipe, config: dict[str, Any]) -> None:
         lost = 1 if done > before else lost + 1
         if lost > FAILURES:
             break
-        print(f"Lost workers ({reason}); going on from the checkpoint of step {done:,}.", flush=True)
+        text = f"Lost workers ({reason}); going on from the checkpoint of step {done:,}."
+        print(text, flush=True)
+        events.tell("warning", text=text)
     raise Unfinished(
         f"training stopped ({reason}) after step {done:,} of {plan.total:,}; what was learnt until then is in"
         f" {folder}, and the same command goes on from there."

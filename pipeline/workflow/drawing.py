@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.draws import Draw
 from pipeline.evaluation.plan import EvaluationPlan
-from pipeline.host import provenance
+from pipeline.host import events, provenance
 from pipeline.host.progress import Progress
 from pipeline.sampling import sample_files
 from pipeline.scoring import instruments
@@ -75,6 +75,8 @@ def collect(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Shelf:
             if parts[i] == draw.items:
                 _finish(plan, draw, growing.pop(draw))
             progress.update(note=draw.name)
+            which = {"draw": draw.name, "part": parts[i], "parts": draw.items}
+            events.tell("part", folder=plan.recipe.report_uri, **which, done=progress.done, total=total)
     return Shelf(plan, draws)
 
 

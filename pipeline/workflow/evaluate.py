@@ -20,6 +20,7 @@ from pipeline.evaluation import summary, timing
 from pipeline.evaluation.plan import EvaluationPlan, prepare
 from pipeline.evaluation.timing import Times
 from pipeline.generator import card, folder
+from pipeline.host import events
 from pipeline.pairs import shards
 from pipeline.recipe import Recipe, fingerprint
 from pipeline.report import legend, markdown, page, plots
@@ -56,12 +57,16 @@ def evaluate(recipe: Recipe) -> str:
         return status.of_evaluation(plan)
     others = other_reports.read(plan, instruments.title(recipe.evaluate))
     for sentence in said_of(plan):
-        print(sentence, file=sys.stderr, flush=True)
+        events.warn(sentence)
     last, times = _last_report(plan), timing.recalled(plan)
     frame = times and {"shown": summary.frame(plan, others), "timing": times.measurement["key"]}
     if last and _frame_of(last) == frame and _complete(plan, last):
         return f"{markdown.table(last)}\n\n{_nothing_missing(plan, last)}"
-    if drawing.in_cache(plan) != plan.draws():
+    about = {"folder": recipe.report_uri, "fingerprint": plan.fingerprint()}
+    finished = drawing.in_cache(plan)
+    done, total = (sum(draw.items for draw in some) for some in (finished, plan.draws()))
+    events.tell("begun", **about, unit="part", done=done, total=total)
+    if finished != plan.draws():
         with cluster.session(recipe, recipe.evaluate.actors, "sampling actors"):
             preflight.check_workers(recipe, "evaluate", recipe.report_uri)
     with tracking.Run.start(recipe, "evaluate") as run:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import storage
+from pipeline.host import events
 from pipeline.host.progress import duration
 from pipeline.pairs import completion, manifest, verification
 from pipeline.pairs.facts import PairFacts
@@ -48,6 +49,8 @@ def generate(recipe: Recipe) -> str:
         print(f"{described(PromptList.open(recipe.captions.uri, recipe.captions.column))}.", flush=True)
     if gap.names:
         print(f"{uri} holds {len(gap.names)} of {len(gap.present)} shards; making the others.", flush=True)
+    done, total = len(gap.present) - len(gap.missing), len(gap.present)
+    events.tell("begun", folder=uri, fingerprint=facts.fingerprint, unit="shard", done=done, total=total)
     with _at_work(recipe, gap), tracking.Run.start(recipe, "pairs") as run:
         manifest.claim(uri, facts, recipe)
         run.mark(uri)

@@ -9,7 +9,6 @@ the folders and files that this process sees, and whether what a replica holds f
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from pipeline import storage
 from pipeline.evaluation import plan
 from pipeline.files.local import TEMPORARY
+from pipeline.host import events
 from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
@@ -202,10 +202,9 @@ def warn_of_bf16(recipe: Recipe, job: Job, emulated: bool) -> None:
         return
     for section in (*NETWORKS[job], *["text"] * bool(recipe.text.encoder)):
         if getattr(recipe, section).precision == "bf16":
-            print(
+            events.warn(
                 f"warning: {section}.precision is bf16, for which the CPU has no instructions: products take several"
-                f" times as long as in fp32. --{section}.precision fp32 is faster; its numbers differ in rounding.",
-                file=sys.stderr,
+                f" times as long as in fp32. --{section}.precision fp32 is faster; its numbers differ in rounding."
             )
 
 
@@ -240,4 +239,4 @@ def check_memory(recipe: Recipe, job: Job, view: View) -> None:
     if need.fixed + need.sample * batch > room:
         raise Refused(text)
     if need.bytes(batch) > room:
-        print(f"warning: {text}", file=sys.stderr)
+        events.warn(f"warning: {text}")

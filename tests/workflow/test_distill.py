@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import noise, storage
+from pipeline.host import events
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.models import checkpoints
 from pipeline.models.conditions import labels_of
@@ -173,6 +175,23 @@ def test_the_student_learns_and_is_exported(recipe: Recipe, journal: Journal) ->
     assert (settings["mask"], settings["split"], settings["start_steps"]) == ("released", 1, [1, 2])
     codebook = checkpoints.tokenizer(recipe.teacher).codebook
     checkpoints.student(recipe.teacher, f"{recipe.student_uri}/model.safetensors", codebook, {"mask": settings["mask"]})
+
+
+def test_events_tell_of_steps_checkpoints_and_snapshots(recipe: Recipe, journal: Journal, tmp_path: Path) -> None:
+    """What they name is there when they tell of it."""
+    log, plan = tmp_path / "events.jsonl", training_plan.check(recipe)
+    with events.written(str(log), job="distill", run=recipe.run):
+        distill(recipe)
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["folder"] for line in told} == {plan.at()}
+    assert (told[0]["event"], told[0]["fingerprint"], told[0]["total"]) == ("begun", plan.fingerprint, 8)
+    steps = {kind: [line for line in told if line["event"] == kind] for kind in ("step", "snapshot", "checkpoint")}
+    assert [line["step"] for line in steps["step"]] == list(range(1, 9))
+    assert {line["metrics"]["loss"] for line in steps["step"]} == set(journal.curve().values())
+    assert [line["step"] for line in steps["snapshot"]] == list(plan.snapshot_steps)
+    assert all("held_out/loss" in line["metrics"] for line in steps["snapshot"])
+    assert sorted(line["step"] for line in steps["checkpoint"]) == [3, 6, 8]
+    assert Path(steps["checkpoint"][-1]["uri"]).exists()
 
 
 def test_the_authors_layout_is_written_by_option(recipe: Recipe, journal: Journal) -> None:

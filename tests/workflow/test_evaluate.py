@@ -22,7 +22,7 @@ from pipeline.evaluation import draws, plan, students, summary, timing
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.draws import Draw
 from pipeline.generator import card, folder
-from pipeline.host import machine, provenance
+from pipeline.host import events, machine, provenance
 from pipeline.models import checkpoints
 from pipeline.models.convnet import to_uint8
 from pipeline.pairs import manifest
@@ -109,8 +109,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipe]:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Recipe, ray_cluster: None) -> tuple[Recipe, str]:
-    """The recipe after one evaluation, and what the job returned."""
-    return recipe, evaluate.evaluate(recipe)
+    """The recipe after one evaluation, whose events are in the run's folder, and what the job returned."""
+    with events.written(f"{recipe.run}/events.jsonl", job="evaluate"):
+        return recipe, evaluate.evaluate(recipe)
 
 
 def copy_report(recipe: Recipe, place: Path) -> None:
@@ -198,6 +199,16 @@ def test_the_report_is_written_and_returned(finished: tuple[Recipe, str]) -> Non
         assert row["kid"] > 0
         assert row["score_std"] is None, "of fewer images than twice the features"
     assert results["rows"][0]["accuracy"] > 0.97
+
+
+def test_events_tell_of_each_part(finished: tuple[Recipe, str]) -> None:
+    recipe, _ = finished
+    told = [json.loads(line) for line in Path(recipe.run, "events.jsonl").read_text().splitlines()]
+    begun, parts = told[0], [line for line in told if line["event"] == "part"]
+    assert (begun["event"], begun["done"], begun["total"]) == ("begun", 0, len(parts))
+    assert begun["fingerprint"] == results_of(recipe)["fingerprint"]
+    assert [line["done"] for line in parts] == [*range(1, len(parts) + 1)]
+    assert {line["draw"] for line in parts} == {draw.name for draw in plan.prepare(recipe).draws()}
 
 
 def test_the_card_of_the_student_has_the_scores(finished: tuple[Recipe, str]) -> None:

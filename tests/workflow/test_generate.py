@@ -26,6 +26,7 @@ import yaml
 from tiny import tiny, tiny_text, with_pairs
 
 from pipeline import storage
+from pipeline.host import events
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import completion, manifest, verification
@@ -127,6 +128,21 @@ def test_a_set_of_prompts_grows_is_mended_and_is_verified(tmp_path: Path, capsys
     assert rows.conditions[60:].tolist() == rows.conditions[:10].tolist()
     assert not np.array_equal(rows.tokens[60:], rows.tokens[:10])
     assert "Verified" in generate(with_pairs(grown, verify=True))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_events_tell_of_each_shard_and_of_none_that_is_there(tmp_path: Path) -> None:
+    recipe, log = with_pairs(tiny(tmp_path), count=20, shard_rows=8, batch=4), tmp_path / "events.jsonl"
+    with events.written(str(log), job="generate_pairs", run=recipe.run):
+        generate(recipe)
+        generate(with_pairs(recipe, count=24))
+        generate(with_pairs(recipe, count=24))
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["folder"] for line in told} == {recipe.pairs_uri}
+    assert [line.get("number") for line in told] == [None, 0, 1, 2, None, 2]
+    assert [(line["done"], line["total"]) for line in told] == [(0, 3), (1, 3), (2, 3), (3, 3), (2, 3), (3, 3)]
+    assert told[0]["fingerprint"] == PairFacts.of(recipe).fingerprint
+    assert [line["rows"] for line in told if line["event"] == "shard"] == [8, 8, 4, 8]
 
 
 @pytest.mark.usefixtures("one_process", "in_process")
