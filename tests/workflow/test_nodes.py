@@ -206,7 +206,7 @@ def test_no_step_is_lost_where_notice_was_given(full: Nodes, tmp_path: Path) -> 
     wait(job, lambda: LOGS[job.pid].read_text().count("steps "), 1)
     node = busy(full, "RayTrainWorker")
     give_notice(full, node, seconds=60)
-    wait(job, partial(steps, recipe), 1)
+    wait(job, lambda: LOGS[job.pid].read_text().count("about to be taken away"), 1)
     at = steps(recipe)
     full.cluster.remove_node(node, allow_graceful=False)
     out = finish(job)
