@@ -104,7 +104,7 @@ def card_of(device: str) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Of the processes: this checkout comes first, whatever is installed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # what this process finds, its step finds too
     return os.environ | QUIET | {"PYTHONPATH": path}
 
 
