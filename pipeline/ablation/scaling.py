@@ -54,18 +54,17 @@ def _numbers(axis: str, rows: Sequence[AblationRow]) -> tuple[str, list[float]]:
 
 def _fit(points: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
     """The line through (log x, log distance), and the standard error of its slope."""
-    x, y = np.log(np.array(points)).T
-    slope, start = np.polyfit(x, y, 1)
-    freedom = len(points) - 2
-    residuals = y - (start + slope * x)
-    error = math.sqrt((residuals @ residuals) / freedom / ((x - x.mean()) @ (x - x.mean())))
+    log_x, log_y = np.log(np.array(points)).T
+    slope, start = np.polyfit(log_x, log_y, 1)
+    residuals, spread = log_y - (start + slope * log_x), log_x - log_x.mean()
+    error = math.sqrt((residuals @ residuals) / (len(points) - 2) / (spread @ spread))
     return {
         "factor": math.exp(start),
         "exponent": float(slope),
         "error": error,
         "points": len(points),
-        "lowest": float(np.exp(x.min())),
-        "highest": float(np.exp(x.max())),
+        "lowest": min(x for x, _ in points),
+        "highest": max(x for x, _ in points),
     }
 
 

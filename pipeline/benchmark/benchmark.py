@@ -39,7 +39,6 @@ from pipeline.training.step import settled
 from pipeline.workflow import preflight
 
 ALONE = ("solvers", "precision", "matching", "teacher", "sampling", "images")  # sections that run in this process alone
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def benchmark(recipe: Recipe) -> str:
@@ -118,10 +117,8 @@ class Bench:
 
     @cached_property
     def peaks(self) -> clock.Peaks:
-        """Of this device in the teacher's precision; a CPU multiplies fp16 through float32."""
-        dtype = DTYPES[self.recipe.teacher.precision]
-        through_float32 = self.device.type == "cpu" and dtype == torch.float16
-        return clock.peaks(self.device, torch.float32 if through_float32 else dtype)
+        """Of this device in the teacher's precision."""
+        return clock.peaks(self.device, self.recipe.teacher.precision)
 
     @property
     def device_name(self) -> str:

@@ -10,9 +10,11 @@ from statistics import median
 import torch
 
 from pipeline.host.stopwatch import once, warm_up
+from pipeline.numerics.precision import Precision
 
 MOST = 20  # repetitions of a call
 SIZE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the machine's peak
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 READ = {"cpu": 1 << 27, "cuda": 1 << 28}  # float32 numbers that are read for the machine's bandwidth
 
 
@@ -45,9 +47,13 @@ class Peaks:
 
 
 @torch.no_grad()
-def peaks(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> Peaks:
-    """Measured, not looked up: the best of some large products and of some passes over much memory."""
-    size = SIZE[device.type]
+def peaks(device: torch.device, precision: Precision, seconds: float = 2.0) -> Peaks:
+    """Measured, not looked up: the best of some large products and of some passes over much memory.
+
+    The products are those of a teacher's ``precision``; a CPU multiplies fp16 through float32.
+    """
+    through_float32 = device.type == "cpu" and precision == "fp16"
+    size, dtype = SIZE[device.type], torch.float32 if through_float32 else DTYPES[precision]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     much = torch.zeros(READ[device.type], device=device)
     products, reads = _best(lambda: a @ b, device, seconds), _best(lambda: much.sum(), device, seconds)

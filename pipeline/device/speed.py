@@ -12,7 +12,6 @@ from pipeline.models import checkpoints
 from pipeline.numerics.precision import set_products
 from pipeline.recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TURNS = 8  # things that take their turn in the three sections, at two batches
 LONGEST = 5.0  # seconds of one; more scatter less, and a session is short
 
@@ -32,8 +31,7 @@ def measure(recipe: Recipe, batch: int, notes: Notes) -> None:
     if notes.left > 0:
         _sampled(networks.sampling(recipe, teacher, (1, batch), seconds).rows, recipe, batch, notes)
     if notes.left > 0:
-        through_float32 = device.type == "cpu" and recipe.teacher.precision == "fp16"
-        peaks = clock.peaks(device, torch.float32 if through_float32 else DTYPES[recipe.teacher.precision])
+        peaks = clock.peaks(device, recipe.teacher.precision)
         (row,) = networks.teachers(teacher, recipe.teacher, (PLAIN,), seconds, peaks).rows
         notes.put(plain=_of(row, "plain / ours"), roofline=_of(row, "roofline, %"))
 

@@ -248,14 +248,21 @@ def make_family(name: str, settings: TeacherSettings, plan: PretrainingPlan, fol
     checkpoints.save(network, f"{folder}/{name}-teacher.safetensors", MADE, torch.float16)
 
 
-def make_wide(name: str, settings: TeacherSettings, width: int, plan: PretrainingPlan, folder: str) -> None:
-    """Train and save a teacher of a family in another width alone (``name``-teacher-``width``), on its tokenizer."""
+def widened(settings: TeacherSettings, width: int) -> TeacherSettings:
+    """The same family in another width of its transformer; Refused for one that it cannot have."""
+    out = replace(settings, config=settings.config | {"dim": width})
+    checkpoints.config(out)
+    return out
+
+
+def make_wide(name: str, settings: TeacherSettings, plan: PretrainingPlan, folder: str) -> None:
+    """Train and save a ``widened`` teacher alone (``name``-teacher-width), on its family's tokenizer."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(plan.seed)
-    settings = replace(settings, config=settings.config | {"dim": width})
     teacher: Teacher = checkpoints.family(settings).Teacher(checkpoints.config(settings), settings.filter)
     teacher.tokenizer = checkpoints.tokenizer(settings)
+    width = settings.config["dim"]
     report = reporter(f"{name}, {width} wide")
     network = train_teacher(teacher, plan, plan.seed + 1, report)
     checkpoints.save(network, f"{folder}/{name}-teacher-{width}.safetensors", MADE, torch.float16)

@@ -134,7 +134,7 @@ def test_peaks_are_those_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SIZE", {"cpu": 64})
     monkeypatch.setattr(clock, "READ", {"cpu": 1000})
     monkeypatch.setattr(clock, "_best", lambda call, device, seconds: (call(), 0.5)[1])
-    assert clock.peaks(CPU, torch.float32) == clock.Peaks(2 * 64**3 / 0.5, 4000 / 0.5)
+    assert clock.peaks(CPU, "fp16") == clock.Peaks(2 * 64**3 / 0.5, 4000 / 0.5)
 
 
 # ---- flow matching

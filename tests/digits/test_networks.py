@@ -1,6 +1,8 @@
 """The embedded default's data, networks and recipes."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +213,23 @@ def test_a_family_is_made_from_scratch(name: str, tmp_path: Path, monkeypatch: p
     shipped = checkpoints.teacher(settings)
     assert not torch.equal(shipped.codebook, made.codebook)
     if name == "digits-llamagen":
-        pretrain.make_wide("new", settings, 64, plan, str(tmp_path))
+        pretrain.make_wide("new", pretrain.widened(settings, 64), plan, str(tmp_path))
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
         place = f"{tmp_path}/new-teacher-64.safetensors"
-        wide = dataclasses.replace(settings, config=settings.config | {"dim": 64}, checkpoint=place)
+        wide = dataclasses.replace(pretrain.widened(settings, 64), checkpoint=place)
         assert checkpoints.teacher(wide).network.tok_embeddings.weight.shape[1] == 64
         assert torch.equal(taught[1], shipped.codebook), "on the tokenizer of the settings"
     card = pretrain.make_card(str(tmp_path), {"new": plan})
     assert "| `new-teacher.safetensors` |" in card
     assert "teacher 2 steps of 64 sequences" in card
+
+
+def test_a_width_that_a_family_cannot_have_is_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/train_digits.py", "--widths", "64", "63"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "dim is 63 with 4 heads" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
