@@ -192,7 +192,7 @@ def test_a_signal_while_ray_starts_is_one_like_any_other() -> None:
     """Ray's own handler for SIGTERM, which it sets first, ends a process with status 15 and says nothing."""
     done = run(
         "import ray, threading\nthreading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "with signals.kept():\n    ray.init(num_cpus=1, include_dashboard=False)"
+        "with signals.kept():\n    ray.init('local', num_cpus=1, include_dashboard=False)"
     )
     assert (done.returncode, done.stdout) == (143, "")
     assert "Stopped by SIGTERM" in done.stderr
@@ -201,7 +201,7 @@ def test_a_signal_while_ray_starts_is_one_like_any_other() -> None:
 def test_a_local_ray_ends_with_its_job() -> None:
     done = run(
         "import psutil, ray\nwith signals.kept():\n"
-        "    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "    ray.init('local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
         "print('started', *(child.pid for child in psutil.Process().children(recursive=True)))\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
