@@ -56,6 +56,7 @@ def benchmark(recipe: Recipe) -> str:
     if "serving" in recipe.benchmark.sections:
         check_packages()
     storage.check_writable(recipe.benchmark_uri)
+    cluster.keep_priority()  # as a server's replicas have it
     with tracking.Run.start(recipe, "benchmark") as run, tempfile.TemporaryDirectory(prefix="dd-") as folder:
         bench = Bench(recipe, folder)
         sections: list[Section] = []

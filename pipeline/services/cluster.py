@@ -75,6 +75,15 @@ def enter(cpus: int, gpus: float = 0) -> None:
                 _join()
 
 
+def keep_priority() -> None:
+    """Let the workers of a local Ray that is still to be started have this process's priority.
+
+    Ray gives them a niceness of 15, so that all else on the machine goes first: kind to who works beside a job of
+    hours, and a delay for who waits for an image.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 @contextmanager
 def session(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
     """Everything that a job does on Ray: join or start it, say what it waits for, translate what it raises.

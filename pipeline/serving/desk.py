@@ -37,8 +37,10 @@ class Desk:
     def __init__(self, service: Service, about: About, work: Mapping[Model, Work]) -> None:
         self.service, self.about, self.state = service, about, "RUNNING"
         replicas: dict[Model, int] = {"student": service.replicas, "teacher": 1}
+        halved = service.device == "cpu"  # where time grows with a batch; a GPU takes hardly less for half of one
         self._gatherings = {
-            model: Gathering(draw, service.batch, replicas[model], service.queue) for model, draw in work.items()
+            model: Gathering(draw, service.batch, replicas[model], service.queue, halved)
+            for model, draw in work.items()
         }
 
     async def draw(self, order: Order) -> list[Drawn]:

@@ -121,6 +121,7 @@ def serve(service: Service) -> None:
     from pipeline.serving import deployment, server  # Ray Serve, which takes seconds to import
 
     with _listener(service) as place, cluster.translated():
+        cluster.keep_priority()
         cluster.enter(service.replicas + service.teacher)
         service = replace(service, device=service.device or deployment.device())
         deployment.check_free()

@@ -199,14 +199,18 @@ def test_a_signal_while_ray_starts_is_one_like_any_other() -> None:
 
 
 def test_a_local_ray_ends_with_its_job() -> None:
+    """And what a server starts has its priority, until then."""
     done = run(
-        "import psutil, ray\nwith signals.kept():\n"
-        "    ray.init('local', num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+        "import psutil, ray\nfrom pipeline.services import cluster\nos.environ.pop('RAY_ADDRESS', None)\n"
+        "with signals.kept():\n    cluster.keep_priority()\n    cluster.enter(1)\n"
+        "    print('niceness', ray.get(ray.remote(lambda: os.nice(0)).remote()))\n"
         "print('started', *(child.pid for child in psutil.Process().children(recursive=True)))\n"
         "os.kill(os.getpid(), signal.SIGTERM)"
     )
     assert done.returncode == 143
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("started "))
+    lines = done.stdout.splitlines()
+    assert "niceness 0" in lines
+    (line,) = (line for line in lines if line.startswith("started "))
     started = [int(pid) for pid in line.split()[1:]]
     assert len(started) > 3
     deadline = time.monotonic() + 10

@@ -34,11 +34,13 @@ def sample(seed: int) -> Sample:
     return Sample(3, seed, 0, (1,))
 
 
-def gathered(brush: Brush, seeds: range, gone: Sequence[int] = (), devices: int = 1) -> list[int | str]:
+def gathered(
+    brush: Brush, seeds: range, gone: Sequence[int] = (), devices: int = 1, halved: bool = False
+) -> list[int | str]:
     """One request after the other, and none is drawn before the last has come; of each its pixel, or the error."""
 
     async def ask() -> list[list[Drawn] | BaseException]:
-        gathering = Gathering(brush, 8, devices, 64)
+        gathering = Gathering(brush, 8, devices, 64, halved)
         tasks = []
         for seed in seeds:
             tasks.append(asyncio.create_task(gathering.draw([sample(seed)])))
@@ -63,6 +65,14 @@ def test_each_device_has_one_batch_and_one_ahead() -> None:
     brush = Brush()
     gathered(brush, range(30), devices=2)
     assert [len(batch) for batch in brush.batches] == [1, 1, 4, 4, 8, 8, 4]
+
+
+def test_what_is_less_than_a_batch_is_halved_where_that_is_sooner() -> None:
+    brush = Brush()
+    assert gathered(brush, range(25), halved=True) == [*range(13), *["ValueError"] * 8, 21, 22, 23, 24]
+    assert brush.batches == [[0], [1, 2, 3, 4], [*range(5, 13)], [*range(13, 21)], [21, 22, 23, 24]]
+    assert gathered(brush := Brush(), range(12), halved=True) == list(range(12))
+    assert brush.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
 
 
 def test_less_than_half_a_batch_waits_until_a_device_is_free() -> None:
