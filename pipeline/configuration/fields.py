@@ -53,6 +53,7 @@ Size = Annotated[int, Range(1, 2**31 - 1, "1 or more, and below 2^31")]  # what 
 SizeOrOff = Annotated[int, Range(0, 2**31 - 1, "0 or more, and below 2^31")]
 Pool = Annotated[int, Range(1, 10_000, "1 or more, and at most 10,000")]  # processes, files: what is listed one by one
 PoolOrOff = Annotated[int, Range(0, 10_000, "0 or more, and at most 10,000")]
+Workers = PoolOrOff | tuple[Pool, Pool]  # so many, or from one number to another
 Weight = Annotated[float, Range(0, LARGEST, "0 or more, and finite")]
 Positive = Annotated[float, Range(math.nextafter(0, 1), LARGEST, "above 0, and finite")]
 Share = Annotated[float, Range(0, math.nextafter(1, 0), "0 or more, and below 1")]
@@ -69,7 +70,7 @@ class Kind:
     """A type, taken apart: what values are of, what limits them, whether None is one, and the types of its parts.
 
     ``of`` is bool, int, float, str, Any, a dataclass, tuple, list or dict, or for a Literal the tuple of its choices.
-    ``length`` is that of a tuple whose length is fixed.
+    ``length`` is that of a tuple whose length is fixed; ``others`` are types whose values may stand there instead.
     """
 
     of: Any
@@ -77,11 +78,13 @@ class Kind:
     optional: bool = False
     parts: tuple[Kind, ...] = ()
     length: int | None = None
+    others: tuple[Kind, ...] = ()
 
     @property
     def text(self) -> str:
         """What it holds, for people: "a whole number, 1 or more"."""
-        return self._noun + (", or null" if self.optional else "")
+        texts = [self._noun, *(other.text for other in self.others), *["null"] * self.optional]
+        return ", or ".join(texts)
 
     @property
     def _noun(self) -> str:
@@ -95,6 +98,13 @@ class Kind:
 
     def fits(self, value: Any) -> bool:
         """Whether a value is of the type, its parts and limits aside; true and false are no numbers."""
+        return self._fits(value) or any(other.fits(value) for other in self.others)
+
+    def taken_for(self, value: Any) -> Kind:
+        """The type that a value is of, of this one and those that may stand instead; this one where it is of none."""
+        return self if self._fits(value) else next((other for other in self.others if other.fits(value)), self)
+
+    def _fits(self, value: Any) -> bool:
         if isinstance(self.of, tuple):
             return isinstance(value, str) and value in self.of
         if self.of is dict:
@@ -113,8 +123,8 @@ def kind(hint: Any) -> Kind:
         return replace(kind(hint.__origin__), limits=hint.__metadata__)
     inside = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        (required,) = (part for part in inside if part is not type(None))
-        return replace(kind(required), optional=True)
+        first, *others = (kind(part) for part in inside if part is not type(None))
+        return replace(first, optional=type(None) in inside, others=tuple(others))
     if get_origin(hint) is Literal:
         return Kind(inside)
     of, parts = get_origin(hint) or hint, tuple(kind(part) for part in inside if part is not ...)
@@ -163,6 +173,7 @@ def check_value(value: Any, wanted: Kind, name: str) -> None:
         raise Refused(f"{name} has no value; it must be {wanted.text}. Leave the key out for the default.")
     if not wanted.fits(value):
         raise Refused(f"{name} is {shown(value)}; it must be {wanted.text}.")
+    wanted = wanted.taken_for(value)
     for limit in wanted.limits:
         limit.check(value, name)
     if isinstance(value, float) and not math.isfinite(value):
@@ -209,8 +220,9 @@ def _cast(value: Any, wanted: Kind, scalar: Callable[[str], Any]) -> Any:
         value = scalar(value)
     if wanted.of is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
-    if wanted.of is tuple and isinstance(value, list | tuple):
-        return tuple(_cast(part, wanted.parts[0], scalar) for part in value)
+    for one in (wanted, *wanted.others):
+        if one.of is tuple and isinstance(value, list | tuple):
+            return tuple(_cast(part, one.parts[0], scalar) for part in value)
     return value
 
 
@@ -272,7 +284,7 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)  # as it is written in YAML
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

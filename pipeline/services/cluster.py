@@ -58,7 +58,7 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
-    replicas = max(recipe.pairs.actors, recipe.train.workers, recipe.evaluate.actors)
+    replicas = max(recipe.pairs.actors, recipe.train.most, recipe.evaluate.actors)
     enter(math.ceil(replicas * recipe.cluster.cpus), recipe.cluster.gpus)
     _warn_about_local_folder(recipe)
 

@@ -9,7 +9,6 @@ from pipeline.configuration import fields
 from pipeline.configuration.fields import (
     Count,
     Pool,
-    PoolOrOff,
     Positive,
     Range,
     Seed,
@@ -18,6 +17,7 @@ from pipeline.configuration.fields import (
     SizeOrOff,
     Uri,
     Weight,
+    Workers,
 )
 from pipeline.numerics.precision import Wanted
 
@@ -57,7 +57,9 @@ class TrainSettings:
         compile: torch.compile the student's blocks. Changes float rounding only.
         recompute: keep less for the backward pass and compute it again there (activation checkpointing): in the
             student's blocks, the decoder's and LPIPS's trunk's. The same student in less memory and longer steps.
-        workers: DDP workers; 0 trains in the driver's process.
+        workers: DDP workers; 0 trains in the driver's process. [fewest, most] takes as many as the cluster has places
+            for: it goes on with fewer where a node is lost, and looks every minute whether there is room for more.
+            The student is the same but for rounding.
         hang_minutes: how long the workers wait for one of them. One that hangs, or whose network does, ends them all
             then; they are replaced and go on from the last checkpoint. Exports and checkpoints of rank 0 count, too.
         checkpoint_every: optimiser steps between checkpoints.
@@ -92,7 +94,7 @@ class TrainSettings:
     precision: Wanted = "fp32"
     compile: bool = False
     recompute: bool = False
-    workers: PoolOrOff = 0
+    workers: Workers = 0
     hang_minutes: Annotated[float, Range(0.05, 10_000, "0.05 or more, and at most 10,000")] = 15.0
     checkpoint_every: Count = 500
     keep: Pool = 2
@@ -105,6 +107,16 @@ class TrainSettings:
     def student_options(self) -> dict[str, Any]:
         """The settings that shape a student where its family takes them, by their names in exported files too."""
         return {name: getattr(self, name) for name in STUDENT}
+
+    @property
+    def fewest(self) -> int:
+        """Workers that training waits for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that there are where the cluster has room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def __post_init__(self) -> None:
         fields.check(self, "train")
@@ -121,8 +133,22 @@ class TrainSettings:
             bool(steps) and steps[0] == 1 and list(steps) == sorted(set(steps)),
             f"train.start_steps is {list(steps)}; it must rise and begin with 1, the step of pure noise.",
         )
-        if self.workers:
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        if isinstance(self.workers, int):
             fields.require(
-                self.batch % self.workers == 0,
+                not self.workers or self.batch % self.workers == 0,
                 f"train.batch {self.batch} is not a multiple of train.workers {self.workers}; change one of them.",
             )
+            return
+        fields.require(
+            self.fewest < self.most,
+            f"train.workers is [{self.fewest}, {self.most}]; the first number must be below the second. For a fixed"
+            " number give that alone.",
+        )
+        fields.require(
+            self.most <= self.batch,
+            f"train.batch {self.batch} is too small for train.workers [{self.fewest}, {self.most}]: each needs a sample"
+            " of it; change one of them.",
+        )

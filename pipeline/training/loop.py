@@ -69,6 +69,8 @@ def train(config: dict[str, Any]) -> None:
 
     # 4. Rank 0 also speaks, looks at the held-out pairs and exports the moving average.
     observer = Observer(plan, state, loss, encode, report, config["mlflow_run"]) if rank == 0 else None
+    if observer and settings.fewest < settings.most:
+        report(_of_number(state, world, settings.most))
 
     # 5. Optimiser steps. Nothing waits for the device between two log lines.
     pairs = batches.stream(plan)
@@ -124,6 +126,12 @@ def recorded(report: Report, record: Callable[[dict[str, float]], object]) -> Re
         report(message)
 
     return both
+
+
+def _of_number(state: TrainingState, workers: int, most: int) -> Message:
+    """What the driver prints where a recipe leaves the number of workers open."""
+    count = f"{workers} worker{'s' * (workers > 1)}, of at most {most}"
+    return Message(state.step, {}, [], f"Training with {count}, from step {state.step:,} on.")
 
 
 def _of_machine(state: TrainingState, report: Report) -> Callable[[dict[str, float]], None]:

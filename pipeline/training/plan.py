@@ -195,8 +195,8 @@ def check_batch(plan: TrainingPlan) -> None:
 
 
 def at_once(settings: TrainSettings) -> int:
-    """Samples that a worker takes through the networks together."""
-    share = math.ceil(settings.batch / max(1, settings.workers))
+    """Samples that a worker takes through the networks together, at most."""
+    share = math.ceil(settings.batch / max(1, settings.fewest))
     return min(settings.micro_batch or share, share)
 
 

@@ -107,7 +107,7 @@ def seconds_per_step(recipe: Recipe) -> float:
     student, loss = build(recipe, device)
     state = TrainingState(student, settings)
     prepare(student, loss)
-    pairs = batches.made_up(layout, settings.batch // max(1, settings.workers))
+    pairs = batches.made_up(layout, settings.batch // max(1, settings.most))
     encode = encoder.conditioner(recipe.text, device)
     batch = batches.noised(pairs, 0, settings, layout, loss.tokenizer.codebook, encode)
     ends = []

@@ -140,10 +140,10 @@ def of_training(recipe: Recipe) -> Cost:
         f"steps        {found.total:,} of {settings.batch} pairs; {left:,} are left",
         *footprints.of_training(recipe).lines(at_once, "train.micro_batch", recipe.cluster.runs_on == "cuda"),
     ]
-    workers = max(1, settings.workers)
+    workers = max(1, settings.most)
 
     def measure() -> tuple[float, str]:
-        on_ray = bool(settings.workers)
+        on_ray = bool(settings.most)
         seconds = cluster.on_worker(recipe, step.seconds_per_step, recipe) if on_ray else step.seconds_per_step(recipe)
         how = f"one step     {duration(seconds)} on each of {workers} worker{'s' * (workers > 1)}"
         return seconds * left * workers, f"{how}, communication and reading not counted"

@@ -65,7 +65,7 @@ def distill(recipe: Recipe) -> str:
         return f"Nothing is missing: {plan.result} is the student of this recipe, after {plan.total:,} steps."
     storage.check_writable(plan.at())
     events.tell("begun", folder=plan.at(), fingerprint=plan.fingerprint, unit="step", total=plan.total)
-    if workers := plan.recipe.train.workers:
+    if workers := plan.recipe.train.fewest:
         with cluster.session(plan.recipe, workers, "training workers"):
             preflight.check_workers(plan.recipe, "distill", plan.at())
     earlier = training_plan.claimed(plan) or {}
@@ -152,7 +152,7 @@ def fit(plan: TrainingPlan, run: tracking.Run) -> float | None:
         if not recipe.train.workers:
             _fit(recipe, config | {"report": receive})
             return loss
-        with cluster.session(recipe, recipe.train.workers, "training workers"), _relay(receive) as report:
+        with cluster.session(recipe, recipe.train.fewest, "training workers"), _relay(receive) as report:
             _fit(recipe, config | {"report": report})
     return loss
 
@@ -251,7 +251,7 @@ def _fit_once(recipe: Recipe, config: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     gpu = {"GPU": recipe.cluster.gpus} if recipe.cluster.gpus else {}
     scaling = ScalingConfig(
-        num_workers=recipe.train.workers,
+        num_workers=recipe.train.workers,  # type: ignore[arg-type]  # 2.60 declares the first Ray Train's class
         use_gpu=bool(gpu),
         resources_per_worker={"CPU": recipe.cluster.cpus} | gpu,
     )

@@ -624,17 +624,18 @@ def test_a_dry_run_for_gpus_plans_memory_without_one(
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("lpips", "micro_batch", "optimizer"), [(1.0, 3, "adamw"), (0.0, 0, "adamw"), (1.0, 3, "muon")]
+    ("lpips", "micro_batch", "optimizer", "workers"),
+    [(1.0, 3, "adamw", (1, 2)), (0.0, 0, "adamw", 2), (1.0, 3, "muon", 2)],
 )
 def test_two_workers_follow_the_curve_of_one(
-    recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float, micro_batch: int, optimizer: str
+    recipe: Recipe, journal: Journal, ray_cluster: None, lpips: float, micro_batch: int, optimizer: str, workers: Any
 ) -> None:
     recipe = with_train(recipe, lpips=lpips, split=1 if lpips else 3, optimizer=optimizer)
     alone = with_train(recipe, uri=f"{recipe.run}/alone")
     distill(alone)
     expected = journal.curve()
     journal.history.clear()
-    together = with_train(recipe, uri=f"{recipe.run}/together", workers=2, micro_batch=micro_batch)
+    together = with_train(recipe, uri=f"{recipe.run}/together", workers=workers, micro_batch=micro_batch)
     distill(together)
     assert journal.curve() == pytest.approx(expected, rel=1e-4)
     assert journal.images

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -227,6 +228,30 @@ def test_a_worker_that_hangs_is_replaced(full: Nodes, tmp_path: Path) -> None:
     out = finish(job)
     assert "Lost workers (" in out
     assert "Resuming" in out
+
+
+@pytest.mark.faults("student: fewer nodes, and then more")
+def test_workers_become_fewer_and_more_with_the_nodes(full: Nodes, tmp_path: Path) -> None:
+    """Four on two nodes; two while one is gone, with what was learnt until the last checkpoint; four again after."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=104)
+    finish(start("generate_pairs", recipe, tmp_path, full.address))
+    settings: dict[str, Any] = {"epochs": 200, "checkpoint_every": 10, "log_every": 5, "lpips": 0.0, "split": 9}
+    recipe = trained(recipe, **settings)
+    finish(start("distill", trained(recipe, uri=str(tmp_path / "straight"), workers=0), tmp_path, full.address))
+    job = start("distill", trained(recipe, workers=(1, 4)), tmp_path, full.address)
+
+    def groups() -> list[str]:
+        return re.findall(r"Training with (\d) workers, of at most 4", LOGS[job.pid].read_text())
+
+    wait(job, partial(steps, recipe), 20)
+    full.lose("node", random.Random(4))
+    wait(job, lambda: len(groups()), 2)
+    full.fill()
+    out = finish(job)
+    assert groups() == ["4", "2", "4"], out
+    expected, found = (load_file(f"{place}/model.safetensors") for place in (tmp_path / "straight", recipe.student_uri))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.faults("report: node lost")
