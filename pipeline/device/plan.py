@@ -17,6 +17,7 @@ ON_GRAPHS: tuple[Kind, ...] = ("benchmark", "pairs", "memory")  # steps whose te
 # than ten minutes, for most steps end before their time.
 WANTED: dict[Kind, float] = {"tests": 130, "benchmark": 95, "pairs": 95, "memory": 40, "training": 45}
 LEAST: dict[Kind, float] = {"tests": 40, "benchmark": 45, "pairs": 50, "memory": 25, "training": 25}
+PATIENCE = {"cuda": 1.0, "cpu": 2.0}  # device -> of these seconds: two cores that also do other things need more
 PLAIN = 4  # the batch at which the teacher stands beside a straightforward loop
 
 
@@ -69,7 +70,7 @@ def steps(device: str) -> list[Step]:
         for name, batch in RECIPES[device].items():
             if kind != "training" or "var" in name:
                 out.append(Step(kind, name, WANTED[kind], LEAST[kind], _figures(kind, name, device), batch))
-    return out
+    return [replace(one, wanted=PATIENCE[device] * one.wanted, least=PATIENCE[device] * one.least) for one in out]
 
 
 def chosen(every: Sequence[Step], only: Sequence[str]) -> list[Step]:
