@@ -90,6 +90,13 @@ def client(**changes: str) -> Iterator[None]:
 @contextmanager
 def serve() -> Iterator[Relay]:
     """The server and its relay; afterwards nothing of either is left."""
+    with mini("127.0.0.1") as ports, Relay(ports["-s3.port"], ports["-filer.port"]).running() as relay:
+        yield relay
+
+
+@contextmanager
+def mini(host: str) -> Iterator[dict[str, int]]:
+    """The server alone, at an address of this machine; its ports by the flags that set them."""
     folder = tempfile.mkdtemp(prefix="dd-s3-", dir="/tmp")
     names = [f"-{name}.port{kind}" for name in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")]
     sockets = [_reserved() for _ in names]
@@ -98,7 +105,7 @@ def serve() -> Iterator[Relay]:
         other.close()
     with open(f"{folder}/log", "wb") as log:
         process = subprocess.Popen(
-            _command(folder, ports),
+            _command(folder, host, ports),
             cwd=folder,
             env=os.environ | {"GOMEMLIMIT": "256MiB"},  # it grows to 600 MB otherwise
             stdout=log,
@@ -106,9 +113,8 @@ def serve() -> Iterator[Relay]:
             start_new_session=True,
         )
     try:
-        _wait(process, ports["-s3.port"], Path(folder, "log"))
-        with Relay(ports["-s3.port"], ports["-filer.port"]).running() as relay:
-            yield relay
+        _wait(process, f"http://{host}:{ports['-s3.port']}", Path(folder, "log"))
+        yield ports
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -119,7 +125,7 @@ def serve() -> Iterator[Relay]:
                 place.unlink(missing_ok=True)
 
 
-def _command(folder: str, ports: dict[str, int]) -> list[str]:
+def _command(folder: str, host: str, ports: dict[str, int]) -> list[str]:
     accounts = [(KEY, SECRET, ["Read", "Write", "List"]), (READER, READER_SECRET, ["Read", "List"])]
     identities = [
         {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
@@ -132,20 +138,20 @@ def _command(folder: str, ports: dict[str, int]) -> list[str]:
     switches = "-master.telemetry=false -webdav=false -admin.ui=false -s3.port.iceberg=0 -s3.port.lance=0"
     return [
         *leash,
-        *(str(PROGRAM), "-logtostderr=true", "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *switches.split()),
+        *(str(PROGRAM), "-logtostderr=true", "mini", f"-ip={host}", f"-ip.bind={host}", *switches.split()),
         *(f"-dir={folder}/data", f"-s3.config={folder}/accounts.json", f"-bucket={BUCKET}"),
         *(f"{name}={port}" for name, port in ports.items()),
     ]
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
     """Return once the server knows the account and the bucket."""
     import botocore.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     settings = Config(retries={"total_max_attempts": 1})
-    s3 = botocore.session.Session().create_client("s3", endpoint_url=f"http://127.0.0.1:{port}", config=settings)
+    s3 = botocore.session.Session().create_client("s3", endpoint_url=endpoint, config=settings)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
