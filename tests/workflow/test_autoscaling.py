@@ -45,10 +45,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def submit(dashboard: str, folder: Path, job: str, *flags: str) -> subprocess.Popen[str]:
-    """The command of the README, typed in the root of the repository."""
+    """The command of the README, but that the nodes have this checkout.
+
+    They are processes with one folder for Ray's files. With --working-dir each that comes would unpack the upload there
+    once more, after deleting what the job and the nodes before it run from (tests/cluster/test_two_machines.py has it).
+    """
     environment = {"env_vars": {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}}
-    command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", str(ROOT)]
-    command += ["--runtime-env-json", json.dumps(environment), "--", "python", f"jobs/{job}.py"]
+    command = [RAY, "job", "submit", "--address", dashboard, "--runtime-env-json", json.dumps(environment)]
+    command += ["--", "env", "--chdir", str(ROOT), "python", f"jobs/{job}.py"]
     command += ["--config", f"{folder}/recipe.yaml", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
