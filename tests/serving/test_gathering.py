@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
 
 from pipeline.host.errors import Outage
+from pipeline.serving.desk import About, Desk
 from pipeline.serving.gathering import Gathering
 from pipeline.serving.orders import Sample
 from pipeline.serving.painter import Drawn
+from pipeline.serving.service import Service
 
 
 class Brush:
@@ -73,6 +76,12 @@ def test_what_is_less_than_a_batch_is_halved_where_that_is_sooner() -> None:
     assert brush.batches == [[0], [1, 2, 3, 4], [*range(5, 13)], [*range(13, 21)], [21, 22, 23, 24]]
     assert gathered(brush := Brush(), range(12), halved=True) == list(range(12))
     assert brush.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11]]
+
+
+@pytest.mark.parametrize(("device", "halved"), [("cpu", True), ("cuda", False)])
+def test_halves_are_for_devices_that_take_half_the_time(device: str, halved: bool) -> None:
+    desk = Desk(Service("student", device=device), cast(About, None), {"student": Brush()})
+    assert desk._gatherings["student"].halved is halved
 
 
 def test_less_than_half_a_batch_waits_until_a_device_is_free() -> None:

@@ -47,3 +47,8 @@ def test_consistent_settings_pass() -> None:
     plan.check_losses(
         replace(SETTINGS, perceptual="digits", split=0, cross_entropy=0.0), replace(LAYOUT, image_size=32)
     )
+
+
+def test_a_worker_of_the_fewest_takes_the_most_at_once() -> None:
+    assert plan.at_once(TrainSettings(batch=12, workers=(2, 3))) == 6
+    assert plan.at_once(TrainSettings(batch=12, workers=3)) == 4
