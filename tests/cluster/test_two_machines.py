@@ -35,13 +35,13 @@ pytestmark = [
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment() -> Iterator[dict[str, str]]:
     """Of all machines, with an S3 server that all of them reach."""
     with machines.network(), s3server.mini(OURS) as ports:
         kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         kept["PATH"] = f"{BIN}:{kept['PATH']}"
         store = s3server.environment(AWS_ENDPOINT_URL=f"http://{OURS}:{ports['-s3.port']}")
-        yield kept | store | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_DISABLE_IMPORT_WARNING": "1"}
+        yield kept | store | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @pytest.fixture

@@ -42,10 +42,11 @@ class Machine:
         self.address, self.environment = f"{NETWORK}.{number}", environment | {"HOME": "/tmp"}
         mounts = "; ".join(f"mount -t tmpfs tmpfs {place}" for place in OWN)
         command = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec"]
-        self._first = subprocess.Popen([*command, f"{mounts}; touch /tmp/ready; exec sleep infinity"])
+        self._first = subprocess.Popen([*command, f"{mounts}; exec sleep infinity"])
         self._pid = self._inner()
-        _run("ip", "link", "add", f"dd-{number}", "type", "veth", "peer", "name", "eth0", "netns", str(self._pid))
-        _run("ip", "link", "set", f"dd-{number}", "master", BRIDGE, "up")
+        self._link = f"dd-{number}"
+        _run("ip", "link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", str(self._pid))
+        _run("ip", "link", "set", self._link, "master", BRIDGE, "up")
         for line in (f"address add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             self.run("ip", *line.split())
 
@@ -59,6 +60,7 @@ class Machine:
             subprocess.Popen([*self._inside(), *command], env=self.environment, stdout=out, stderr=out)
 
     def end(self) -> None:
+        _run("ip", "link", "delete", self._link)  # the kernel takes its time with those of a namespace that is gone
         self._first.kill()
         self._first.wait()
 
@@ -66,11 +68,11 @@ class Machine:
         return ["nsenter", "--target", str(self._pid), "--net", "--mount", "--pid", "--wd=/tmp"]
 
     def _inner(self) -> int:
-        """The id of its first process, once its mounts are there."""
+        """The id of its first process, which sleeps once its mounts are there."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             for child in psutil.Process(self._first.pid).children():
-                if Path(f"/proc/{child.pid}/root/tmp/ready").exists() and child.name() == "sleep":
+                if child.name() == "sleep":
                     return child.pid
             time.sleep(0.05)
         raise RuntimeError("the machine did not start.")
