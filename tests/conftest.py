@@ -17,6 +17,7 @@ s3server.enter()  # before Ray starts: its workers keep the environment of this 
 os.environ["DD_TESTS"] = str(os.getpid())  # marks the processes of this session, which its tests may kill
 os.environ["RAY_AUTH_MODE"] = "disabled"  # loopback and throw-away; never read or write ~/.ray
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {"RAY_worker_niceness": "0"}  # and not Ray's 15: its workers starved beside the tests' processes
 os.environ["RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION"] = "0"  # asks the dashboard, which is off, every second
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # silences a notice of Ray's on machines without a GPU
 startup.keep_to_one_thread()  # as jobs do

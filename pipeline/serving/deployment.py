@@ -74,6 +74,7 @@ def start(service: Service) -> tuple[About, dict[Model, Work]]:
     Raises Unfinished, one sentence, where they cannot be started.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # here, where its news are none; replicas have their files
+    logging.getLogger("asyncio").addFilter(without_the_gone)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
     replicas: dict[Model, int] = {"student": service.replicas}
@@ -86,6 +87,15 @@ def start(service: Service) -> tuple[About, dict[Model, Work]]:
         said = [line for line in str(error).splitlines() if line.strip()]
         raise Unfinished(f"the student could not be started: {said[-1].strip()}") from None
     return about, {model: _work(handle) for model, handle in handles.items()}
+
+
+def without_the_gone(record: logging.LogRecord) -> bool:
+    """Whether a record of asyncio's is worth a line: that a replica has died is said once, by its status.
+
+    Serve asks a replica how much it has to do in a task that it leaves alone where that takes long; asyncio then prints
+    the traceback of a task that nobody waits for.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], RayActorError))
 
 
 def _run(service: Service, model: Model, replicas: int, quiet: LoggingConfig) -> DeploymentHandle:

@@ -202,6 +202,7 @@ def test_a_local_ray_ends_with_its_job() -> None:
     """And what a server starts has its priority, until then."""
     done = run(
         "import psutil, ray\nfrom pipeline.services import cluster\nos.environ.pop('RAY_ADDRESS', None)\n"
+        "os.environ.pop('RAY_worker_niceness', None)\n"  # conftest's, for the tests' own Ray
         "with signals.kept():\n    cluster.keep_priority()\n    cluster.enter(1)\n"
         "    print('niceness', ray.get(ray.remote(lambda: os.nice(0)).remote()))\n"
         "print('started', *(child.pid for child in psutil.Process().children(recursive=True)))\n"

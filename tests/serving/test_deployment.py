@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
+import logging
 import os
 import signal
 import socket
@@ -23,6 +25,7 @@ import pytest
 import ray
 import requests
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from shared_student import shared
 from tiny import tiny
 
@@ -153,12 +156,38 @@ def test_a_replica_that_dies_is_said_and_replaced(running: Running) -> None:
     with ThreadPoolExecutor(4) as pool:  # so many that it has something to draw at any moment
         asking = [pool.submit(ask_on, i) for i in range(4)]
         time.sleep(0.5)
+        replica.suspend()  # so that what it draws, or is given next, is with it when it dies
+        time.sleep(2)
         replica.kill()
         for one in asking:
             one.result()
     assert gone in said
     again = requests.post(f"{running.address}/images", json={"labels": [1]}, timeout=240)
     assert again.status_code == 200, again.text
+
+
+def test_a_task_of_serves_that_asked_the_dead_is_not_printed(caplog: pytest.LogCaptureFixture) -> None:
+    """Any other task that fails unseen is."""
+
+    async def fail_unseen(error: Exception) -> None:
+        async def fail() -> None:
+            raise error
+
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    asyncio_log = logging.getLogger("asyncio")
+    asyncio_log.addFilter(deployment.without_the_gone)
+    try:
+        asyncio.run(fail_unseen(ActorDiedError()))
+        assert not caplog.records
+        asyncio.run(fail_unseen(KeyError("ours")))
+        assert "never retrieved" in caplog.text
+    finally:
+        asyncio_log.removeFilter(deployment.without_the_gone)
 
 
 @pytest.mark.faults("signals: SIGTERM while a student is served")
