@@ -46,7 +46,7 @@ def benchmark(recipe: Recipe) -> str:
 
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
-    recipe = cluster.portable(recipe)
+    recipe = cluster.counted(cluster.portable(recipe))
     preflight.check_services(recipe)
     preflight.check_teacher(recipe)
     if recipe.dry_run:

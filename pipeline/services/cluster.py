@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -17,10 +17,12 @@ from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import NodeDiedError, RaySystemError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch.cuda import device_count
 
 from pipeline import storage
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
+from pipeline.configuration.fields import Actors
 from pipeline.files.places import is_relative
 from pipeline.host import events, signals
 from pipeline.host.errors import Outage, Refused
@@ -45,6 +47,9 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount
 POOL = "ray.data._internal.execution.operators.actor_pool_map_operator"  # the logger that knows of failed starts
 
+MOST = 256  # replicas that a cluster is asked for by ``actors: auto``
+GROWING = 8  # replicas that a cluster is reckoned to have a place for soon, where it has none now
+
 LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
 
@@ -58,7 +63,8 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
-    replicas = max(recipe.pairs.actors, recipe.train.most, recipe.evaluate.actors)
+    pools = [recipe.pairs.actors, recipe.train.most, recipe.evaluate.actors]
+    replicas = max(own_places(recipe) if pool == "auto" else pool for pool in pools)
     enter(math.ceil(replicas * recipe.cluster.cpus), recipe.cluster.gpus)
     _warn_about_local_folder(recipe)
 
@@ -85,14 +91,16 @@ def keep_priority() -> None:
 
 
 @contextmanager
-def session(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
+def session(recipe: Recipe, replicas: Actors, what: str = "replicas") -> Iterator[None]:
     """Everything that a job does on Ray: join or start it, say what it waits for, translate what it raises.
+
+    Of ``auto`` replicas one is waited for.
 
     A Refused or Unfinished raised in a worker comes out as itself, whatever else Ray raises as Unfinished, a sentence.
     Settings of Ray Data made in the body are gone after it.
     """
     connect(recipe)
-    with _own_settings(), waiting(recipe, replicas, what), translated():
+    with _own_settings(), waiting(recipe, 1 if replicas == "auto" else replicas, what), translated():
         yield
 
 
@@ -194,6 +202,50 @@ def places(recipe: Recipe) -> int:
         if node["Alive"]
     )
     return sum(found)
+
+
+def own_places(recipe: Recipe) -> int:
+    """Replicas of the recipe that this machine alone has a place for: by its GPUs, or by its cores; at least one."""
+    settings = recipe.cluster
+    found, need = (device_count(), settings.gpus) if settings.gpus else (os.cpu_count() or 1, settings.cpus)
+    return max(1, int(found / need + 1e-9)) if need else 1
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many replicas share some units of work: ``most`` are asked for, and ``now`` there is a place for."""
+
+    most: int
+    now: int
+
+
+def crew(recipe: Recipe, actors: Actors, units: int) -> Crew:
+    """For a recipe's ``actors``, on the Ray that is joined, or on this machine.
+
+    Of ``auto``, a cluster is asked for ``MOST``, so that it grows as far as it can. Those without a place wait for one.
+    """
+    if actors != "auto":
+        return Crew(min(actors, units), min(actors, units))
+    if address() == LOCAL:
+        return Crew(min(own_places(recipe), units), min(own_places(recipe), units))
+    if not ray.is_initialized():
+        connect(recipe)
+    return Crew(min(MOST, units), min(max(places(recipe), GROWING), units))
+
+
+def counted(recipe: Recipe) -> Recipe:
+    """The recipe with numbers in the place of ``auto``, those that there is a place for now: for what is measured."""
+
+    def number(actors: Actors) -> int:
+        if actors != "auto":
+            return actors
+        if address() == LOCAL:
+            return own_places(recipe)
+        connect(recipe)
+        return max(1, places(recipe))
+
+    pairs, evaluate = (replace(part, actors=number(part.actors)) for part in (recipe.pairs, recipe.evaluate))
+    return replace(recipe, pairs=pairs, evaluate=evaluate)
 
 
 def cpus_of_a_node(recipe: Recipe) -> float:

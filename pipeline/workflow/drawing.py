@@ -112,9 +112,11 @@ def parts_of(
     """
     weights = instruments.weights(plan.recipe.evaluate)
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
-    actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
+    parts = sum(draw.items for draw in plan.draws())
+    actors = cluster.crew(plan.recipe, plan.recipe.evaluate.actors, len(units)).most
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
-    with cluster.session(plan.recipe, actors, "sampling actors"), beat:
+    waited = "auto" if plan.recipe.evaluate.actors == "auto" else actors
+    with cluster.session(plan.recipe, waited, "sampling actors"), beat:
         shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
         yield from made(beat, plan.recipe, actors, units, artist, plan, todo, frequencies, shared, **more)
 

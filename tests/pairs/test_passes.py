@@ -69,9 +69,9 @@ def test_one_ill_replica_costs_no_shard(
 def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What hangs is named, with its node, and taken away when it is over the limit."""
+    """What hangs is named, with its node, and taken away when it is over the limit; nobody else could make it."""
     monkeypatch.setattr(heartbeat, "LOOK", 0.1)
-    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=2)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=1)
     recipe = replace(recipe, cluster=replace(recipe.cluster, heartbeat_minutes=0.02, stall_minutes=0.2))
     outcomes = run(recipe, Noted(4), replica=faulty.Hangs, folder=str(tmp_path))
     assert sorted(outcome.number for outcome in outcomes if outcome.shard) == [0, 1, 2, 3]
@@ -164,6 +164,7 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
 
     monkeypatch.setattr(passes, "_rows", rows)
     monkeypatch.setattr(passes, "Heartbeat", Beat)
+    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
     progress = Noted(40)
     outcomes = list(passes.commits(recipe, Gap.among((), PairFacts.of(recipe), 640), progress))
     assert [outcome.number for outcome in outcomes if outcome.shard] == list(range(40))
@@ -176,8 +177,8 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
 
 def worker(recipe: Recipe) -> ReplicaWorker:
     """One in this process, which has nobody to announce its work to."""
-    announcer: Any = None
-    return ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, announcer)
+    nobody: Any = None
+    return ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, nobody, nobody)
 
 
 def attempt(worker: ReplicaWorker, *errors: Exception, monkeypatch: pytest.MonkeyPatch) -> Failure | None:
