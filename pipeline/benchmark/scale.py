@@ -23,6 +23,7 @@ from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import commits
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
+from pipeline.services.parts import counted
 from pipeline.workflow import generate
 
 PART = 10  # the first of two runs makes one part in so many; both show whether memory grows with the rows
@@ -37,7 +38,7 @@ def scale(recipe: Recipe) -> str:
 
     The sets lie in <run>/scale. Raises ValueError for one that is there already: it would be measured half made.
     """
-    recipe = cluster.counted(cluster.portable(recipe))
+    recipe = counted(cluster.portable(recipe))
     folder = storage.join(recipe.run, "scale")
     if storage.listing(folder):
         raise Refused(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")

@@ -30,6 +30,7 @@ from pipeline.sampling import speed
 from pipeline.sampling.samplers import Autoregressive, Sampler
 from pipeline.sampling.speed import Speed
 from pipeline.services import cluster
+from pipeline.services.parts import MOST, crew_for
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def time_alone(
     settings = plan.recipe.cluster
     cpus = settings.cpus
     if not settings.gpus and actors != 1:
-        count = cluster.crew(plan.recipe, actors, cluster.MOST).most
+        count = crew_for(plan.recipe, actors, MOST).most
         cpus = max(cpus, min(cpus * count, cluster.cpus_of_a_node(plan.recipe)))
     threads = max(1, int(cpus))
     return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)

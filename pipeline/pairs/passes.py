@@ -14,15 +14,14 @@ import json
 import math
 import os
 import socket
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,26 +30,25 @@ import torch
 from ray.data import DataContext, TaskPoolStrategy
 
 from pipeline.host import errors, signals
-from pipeline.host.errors import Outage, Refused, Unfinished
-from pipeline.host.progress import Progress, duration
-from pipeline.pairs import manifest, shards
+from pipeline.host.errors import Refused, Unfinished
+from pipeline.host.progress import Progress
+from pipeline.pairs import shards
+from pipeline.pairs.commits import answer, commit
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.replica import Replica
 from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Stragglers, opened
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.services.cluster import Crew
 from pipeline.services.heartbeat import Announcer, Heartbeat
 from pipeline.services.metrics import Recorder
+from pipeline.services.parts import Crew, crew_for
 from pipeline.services.ray_errors import device_error
 
 TRIES = 2  # passes in which a shard has to fail, or in a row that make nothing
 DEATHS = 5  # times that a shard may take its process down with it, or lose its node, in a pass
 FAILURES = 10  # shards that may fail in a pass for each replica before it ends: new processes may do better
 COMMITS = 2  # shards that are written at once, for each replica
-PAUSE, LONGEST = 1.0, 60.0  # seconds before a storage that does not answer is asked again: at first, doubling, at most
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ class ReplicaWorker:
         if number == SPARE:
             late = self.stragglers.wait()
             if late is None:
-                return _row(SPARE)
+                return answer(SPARE)
             number, rows = late
         return self.made(number, rows, copy)
 
@@ -152,9 +150,9 @@ class ReplicaWorker:
             self.announcer.tell(text, text)
             cluster.end_process(RuntimeError(outcome.text))
         if copy >= FIRST_SPARE:  # what becomes of the first copy counts
-            return _row(SPARE)
+            return answer(SPARE)
         self.stragglers.end(number)
-        return _row(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
+        return answer(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
 
     def count(self, rows: int, teacher: float, flow: float) -> None:
         """Tell Prometheus how a batch was made, as ``Replica.spent`` hears of it."""
@@ -213,67 +211,6 @@ def _free(device: str) -> str:
     return f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"
 
 
-def commit(
-    table: pa.Table,
-    uri: str,
-    facts: PairFacts,
-    hours: float,
-    announcer: Announcer,
-    stragglers: Stragglers,
-    record: Recorder,
-) -> dict[str, np.ndarray]:
-    """Write the Arrow table of one shard, if the folder still belongs to its set, or hand on what came instead of it.
-
-    A second copy of what is or was written comes to nothing.
-
-    While the storage does not answer it is asked again, for so many hours. ``record`` hears of what is committed.
-    """
-    if "error" in table.column_names:
-        return {name: table[name].to_numpy() for name in table.column_names}
-    number = facts.shard_of(int(table["sample_id"][0].as_py()))
-    if not stragglers.claim(number, table["copy"][0].as_py()):
-        return _row(SPARE)
-    write, begun = partial(write_owned, uri, facts, table["host"][0].as_py(), table), time.monotonic()
-
-    def say(text: str) -> None:
-        announcer.tell(uri, text)
-        announcer.wait(number)
-
-    try:
-        shard = patiently(write, hours, say)
-        announcer.go_on(number, uri)
-        seconds = time.monotonic() - begun
-        record({"dd_pairs_committed_total": shard.rows, "dd_pairs_commit_seconds_total": seconds})
-        return _row(number, shard)
-    except (Refused, Unfinished) as error:
-        return _row(number, error=str(error), fatal=type(error).__name__)
-    except Exception as error:
-        return _row(number, error=f"{type(error).__name__}: {error}")
-
-
-def write_owned(uri: str, facts: PairFacts, host: str, table: pa.Table) -> Shard:
-    """Write the Arrow table of a shard that ``host`` made, if the folder still belongs to its set."""
-    manifest.check_owner(uri, facts)
-    return shards.write_shard(uri, facts, table, host)
-
-
-def patiently(write: Callable[[], T], hours: float, say: Callable[[str], None]) -> T:
-    """What ``write`` returns; it is called again while it raises Outage, for so many hours, which ``say`` is told."""
-    start, pause = time.monotonic(), PAUSE
-    while True:
-        try:
-            return write()
-        except Outage as error:
-            if time.monotonic() - start > 3600 * hours:
-                raise
-            say(
-                f"{error} It is tried again until it answers, for {duration(3600 * hours)} at most"
-                " (pairs.patience_hours); what is made waits, and so do the teachers."
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST)
-
-
 def commits(
     recipe: Recipe,
     gap: Gap,
@@ -287,7 +224,7 @@ def commits(
     the storage says that waiting does not change, at once.
     """
     verdicts = Verdicts(gap.missing)
-    crew = cluster.crew(recipe, recipe.pairs.actors, len(verdicts.missing))
+    crew = crew_for(recipe, recipe.pairs.actors, len(verdicts.missing))
     with Heartbeat(recipe, "shards", progress.total, progress.done, progress.begin, COMMITS * crew.now) as beat:
         run = partial(_rows, recipe, gap, beat, crew, replica, more)
         while verdicts.missing:
@@ -362,14 +299,3 @@ def _rows(
     finally:
         if not signals.stopping():
             ray.kill(book)  # after the pass: a copy that is late to come may not be written
-
-
-def _row(number: int, shard: Shard | None = None, error: str = "", fatal: str = "") -> dict[str, np.ndarray]:
-    """A row for the driver: the shard's line of the manifest, or what went wrong; ``fatal`` names the class of it."""
-    line = json.dumps(asdict(shard)) if shard else ""
-    return {
-        "number": np.array([number]),
-        "error": np.array([error]),
-        "fatal": np.array([fatal]),
-        "shard": np.array([line]),
-    }

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -46,9 +46,6 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 
 STARTS = 5  # replicas in a row that may fail to start: a hub that is busy, a node without its mount
 POOL = "ray.data._internal.execution.operators.actor_pool_map_operator"  # the logger that knows of failed starts
-
-MOST = 256  # replicas that a cluster is asked for by ``actors: auto``
-GROWING = 8  # replicas that a cluster is reckoned to have a place for soon, where it has none now
 
 LOOK = 2.0  # seconds between two looks at the cluster's nodes
 REMIND = 600.0  # seconds after which a job that has no place at all says so again
@@ -209,43 +206,6 @@ def own_places(recipe: Recipe) -> int:
     settings = recipe.cluster
     found, need = (device_count(), settings.gpus) if settings.gpus else (os.cpu_count() or 1, settings.cpus)
     return max(1, int(found / need + 1e-9)) if need else 1
-
-
-@dataclass(frozen=True)
-class Crew:
-    """How many replicas share some units of work: ``most`` are asked for, and ``now`` there is a place for."""
-
-    most: int
-    now: int
-
-
-def crew(recipe: Recipe, actors: Actors, units: int) -> Crew:
-    """For a recipe's ``actors``, on the Ray that is joined, or on this machine.
-
-    Of ``auto``, a cluster is asked for ``MOST``, so that it grows as far as it can. Those without a place wait for one.
-    """
-    if actors != "auto":
-        return Crew(min(actors, units), min(actors, units))
-    if address() == LOCAL:
-        return Crew(min(own_places(recipe), units), min(own_places(recipe), units))
-    if not ray.is_initialized():
-        connect(recipe)
-    return Crew(min(MOST, units), min(max(places(recipe), GROWING), units))
-
-
-def counted(recipe: Recipe) -> Recipe:
-    """The recipe with numbers in the place of ``auto``, those that there is a place for now: for what is measured."""
-
-    def number(actors: Actors) -> int:
-        if actors != "auto":
-            return actors
-        if address() == LOCAL:
-            return own_places(recipe)
-        connect(recipe)
-        return max(1, places(recipe))
-
-    pairs, evaluate = (replace(part, actors=number(part.actors)) for part in (recipe.pairs, recipe.evaluate))
-    return replace(recipe, pairs=pairs, evaluate=evaluate)
 
 
 def cpus_of_a_node(recipe: Recipe) -> float:

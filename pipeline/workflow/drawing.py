@@ -28,7 +28,7 @@ from pipeline.sampling import sample_files
 from pipeline.scoring import instruments
 from pipeline.scoring.tally import Outline, Statistics, outline
 from pipeline.services import cluster
-from pipeline.services.parts import made
+from pipeline.services.parts import crew_for, made
 
 
 class Shelf(Mapping[Draw, Statistics]):
@@ -113,7 +113,7 @@ def parts_of(
     weights = instruments.weights(plan.recipe.evaluate)
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
     parts = sum(draw.items for draw in plan.draws())
-    actors = cluster.crew(plan.recipe, plan.recipe.evaluate.actors, len(units)).most
+    actors = crew_for(plan.recipe, plan.recipe.evaluate.actors, len(units)).most
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
     waited = "auto" if plan.recipe.evaluate.actors == "auto" else actors
     with cluster.session(plan.recipe, waited, "sampling actors"), beat:

@@ -14,7 +14,7 @@ from tiny import tiny, with_pairs
 
 from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
-from pipeline.pairs import manifest, passes, shards
+from pipeline.pairs import commits, manifest, passes, shards
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import Failure, Outcome, ReplicaWorker, Verdicts
@@ -101,19 +101,19 @@ def test_a_folder_that_is_lost_ends_the_work_at_once(ray_cluster: str, tmp_path:
 @pytest.mark.faults("pairs: storage does not answer for longer than it is waited for")
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, said = [0.0], list[str]()
-    monkeypatch.setattr(passes.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(passes.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(commits.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(commits.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
 
     def write() -> str:
         if clock[0] < 1800:
             raise Outage("s3://b/x could not be written.")
         return "written"
 
-    assert passes.patiently(write, 1.0, said.append) == "written"
+    assert commits.patiently(write, 1.0, said.append) == "written"
     assert said[0].startswith("s3://b/x could not be written. It is tried again until it answers, for 1 h 0 min")
     clock[0] = 0.0
     with pytest.raises(Outage):
-        passes.patiently(write, 0.25, said.append)
+        commits.patiently(write, 0.25, said.append)
 
 
 def test_a_shard_fails_when_another_replica_has_failed_it() -> None:
@@ -153,7 +153,7 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
         asked.append(list(numbers))
         for number in numbers:
             shard = manifest.Shard(f"shard-{number:05d}.parquet", number, 16, 1, "")
-            row = passes._row(number, error="ill") if len(asked) == 1 else passes._row(number, shard)
+            row = commits.answer(number, error="ill") if len(asked) == 1 else commits.answer(number, shard)
             yield {key: value[0] for key, value in row.items()}
 
     class Beat(heartbeat.Heartbeat):

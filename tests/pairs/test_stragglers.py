@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny, with_pairs
 
 from pipeline import storage
-from pipeline.pairs import manifest, passes, stragglers
+from pipeline.pairs import commits, manifest, stragglers
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Book
 from tests.pairs.test_passes import Noted, run, worker
@@ -106,10 +106,10 @@ def test_a_spare_task_makes_what_is_late_and_one_copy_is_written(tmp_path: Path)
     other = elsewhere(task(1, 16, 0))
     assert not other.equals(first)
     write = (uri, facts, 0.0, both[1], both[0], heard.append)
-    row = passes.commit(second, *write)
+    row = commits.commit(second, *write)
     assert row["number"] == [1]
     before = storage.read_bytes(f"{uri}/shard-00001.parquet")
-    late = passes.commit(other, *write)
+    late = commits.commit(other, *write)
     assert (late["number"], late["shard"], late["error"]) == ([SPARE], [""], [""])
     assert storage.read_bytes(f"{uri}/shard-00001.parquet") == before
     assert len(heard) == 1, "and counted once"

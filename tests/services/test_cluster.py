@@ -14,7 +14,7 @@ import ray
 from pipeline.files import places
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.services.cluster import Crew
+from pipeline.services.parts import GROWING, MOST, Crew, counted, crew_for
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.pairs import PairSettings
@@ -163,21 +163,21 @@ def test_auto_is_what_a_machine_has_or_a_cluster_may_get(monkeypatch: pytest.Mon
     few, gpus = Recipe(cluster=ClusterSettings(cpus=4)), Recipe(cluster=ClusterSettings(gpus=0.5, cpus=1))
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.crew(Recipe(), 7, 100) == Crew(7, 7), "a number is a number"
-    assert cluster.crew(Recipe(), 7, 3) == Crew(3, 3)
-    assert cluster.crew(Recipe(), "auto", 100) == Crew(6, 6)
-    assert cluster.crew(few, "auto", 100) == Crew(1, 1)
-    assert cluster.crew(gpus, "auto", 100) == Crew(8, 8)
-    assert cluster.crew(gpus, "auto", 2) == Crew(2, 2)
+    assert crew_for(Recipe(), 7, 100) == Crew(7, 7), "a number is a number"
+    assert crew_for(Recipe(), 7, 3) == Crew(3, 3)
+    assert crew_for(Recipe(), "auto", 100) == Crew(6, 6)
+    assert crew_for(few, "auto", 100) == Crew(1, 1)
+    assert crew_for(gpus, "auto", 100) == Crew(8, 8)
+    assert crew_for(gpus, "auto", 2) == Crew(2, 2)
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(cluster, "connect", lambda recipe: None)
-    assert cluster.crew(Recipe(), "auto", 1000) == Crew(cluster.MOST, 11)
-    assert cluster.crew(few, "auto", 1000) == Crew(cluster.MOST, cluster.GROWING), "it may grow"
-    assert cluster.crew(few, "auto", 3) == Crew(3, 3)
+    assert crew_for(Recipe(), "auto", 1000) == Crew(MOST, 11)
+    assert crew_for(few, "auto", 1000) == Crew(MOST, GROWING), "it may grow"
+    assert crew_for(few, "auto", 3) == Crew(3, 3)
     recipe = Recipe(pairs=PairSettings(actors="auto"), evaluate=EvaluateSettings(actors=3))
-    counted = cluster.counted(recipe)
-    assert (counted.pairs.actors, counted.evaluate.actors) == (11, 3)
+    found = counted(recipe)
+    assert (found.pairs.actors, found.evaluate.actors) == (11, 3)
 
 
 def test_a_local_ray_has_room_for_auto(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
