@@ -87,10 +87,18 @@ def uniform(seed: int, ids: Sequence[int] | np.ndarray, length: int) -> np.ndarr
     return _open_unit(_bits(seed, ids, UNIFORM, length))
 
 
-def choice(seed: int, ids: Sequence[int] | np.ndarray, draw: int, options: int) -> np.ndarray:
-    """One of ``options`` per sample, all equally likely: int64 [len(ids)]; ``draw`` counts a sample's choices."""
+def choice(
+    seed: int, ids: Sequence[int] | np.ndarray, draw: int, options: int, weights: Sequence[float] | None = None
+) -> np.ndarray:
+    """One of ``options`` per sample: int64 [len(ids)]; ``draw`` counts a sample's choices.
+
+    All are equally likely, or as their ``weights``, whose sum is free.
+    """
     unit = _open_unit(_bits(seed, ids, CHOICE, 1, block=draw))[:, 0]
-    return (unit * options).astype(np.int64)
+    if weights is None:
+        return (unit * options).astype(np.int64)
+    ends = np.cumsum(weights, dtype=np.float64)
+    return np.searchsorted(ends[:-1] / ends[-1], unit, side="right").astype(np.int64)
 
 
 def labels(ids: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:

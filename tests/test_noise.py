@@ -25,6 +25,13 @@ def test_the_stream_is_pinned() -> None:
     assert noise.digest(1, 16, 4).startswith(PINNED_DIGEST)
 
 
+def test_weighted_choices_are_as_often_as_their_weights() -> None:
+    drawn = noise.choice(1, range(30_000), 3, 3, (2, 1, 5))
+    assert np.bincount(drawn) / len(drawn) == pytest.approx([2 / 8, 1 / 8, 5 / 8], abs=0.01)
+    assert np.array_equal(noise.choice(1, [7, 5], 3, 3, (2, 1, 5)), drawn[[7, 5]])
+    assert np.array_equal(noise.choice(1, range(999), 3, 4, (3, 3, 3, 3)), noise.choice(1, range(999), 3, 4))
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     whole = noise.gaussian(7, range(20), 5, 4)
     for i in (0, 3, 19):

@@ -224,6 +224,8 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--pairs.noise", "kept"], "pairs.noise"),
         (["--pairs.solver.name", "euler"], "pairs.solver.name"),
         (["--pairs.solver.evaluations", "7"], "choose one of 5, 6, 8"),
+        (["--train.start_weights", "[2]"], "train.start_weights has 1 numbers for the 2 steps of train.start_steps"),
+        (["--train.start_weights", "[1, 0]"], "train.start_weights[1] is 0.0; it must be above 0, and finite"),
         (["--train.start_steps", "[2, 3]"], "train.start_steps is [2, 3]; it must rise and begin with 1"),
         (["--evaluate.samplers", "[1]"], "evaluate.samplers"),
         (["--pairs.count", "0"], "pairs.count is 0; it must be 1 or more"),

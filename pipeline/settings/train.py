@@ -33,6 +33,8 @@ class TrainSettings:
     Attributes:
         uri: folder of checkpoints and exported students; default <run>/student.
         start_steps: the AR steps t that training draws from, in paper numbering (1 is pure noise).
+        start_weights: how often training draws each of them beside the others, as [2, 1]; by default all equally often,
+            as in the paper.
         split: leading AR steps whose embeddings come from the logits head; later ones from the embedding head.
         cross_entropy: weight of the cross-entropy on logits.
         lpips: weight of the perceptual loss on decoded images.
@@ -74,6 +76,7 @@ class TrainSettings:
 
     uri: Uri | None = None
     start_steps: tuple[Size, ...] = (1, 6)
+    start_weights: tuple[Positive, ...] | None = None
     split: SizeOrOff = 5
     cross_entropy: Weight = 0.1
     lpips: Weight = 1.0
@@ -132,6 +135,11 @@ class TrainSettings:
         fields.require(
             bool(steps) and steps[0] == 1 and list(steps) == sorted(set(steps)),
             f"train.start_steps is {list(steps)}; it must rise and begin with 1, the step of pure noise.",
+        )
+        fields.require(
+            self.start_weights is None or len(self.start_weights) == len(steps),
+            f"train.start_weights has {len(self.start_weights or ())} numbers for the {len(steps)} steps of"
+            " train.start_steps; give one for each, or leave it out.",
         )
         self._check_workers()
 

@@ -102,11 +102,11 @@ def noised(
 ) -> Batch:
     """X_t of Alg. 2: the codes of the tokens before AR step t, noise from there on; on the codebook's device.
 
-    t is drawn evenly from ``start_steps`` by (seed, sample id, ``draw``), the epoch. ``encode`` turns the condition
-    into what the networks are given; None for classes, which are given as they are.
+    t is drawn from ``start_steps``, as often as ``start_weights`` say, by (seed, sample id, ``draw``), the epoch.
+    ``encode`` turns the condition into what the networks are given; None for classes, which are given as they are.
     """
     starts = np.array(settings.start_steps)
-    t = starts[noise.choice(settings.seed, pairs.ids.numpy(), draw, len(starts))]
+    t = starts[noise.choice(settings.seed, pairs.ids.numpy(), draw, len(starts), settings.start_weights)]
     before = np.array([layout.before(step) for step in range(1, layout.steps + 1)])[t - 1]
     is_data = torch.from_numpy(np.arange(layout.length) < before[:, None])
     host = (is_data, pairs.noise, torch.from_numpy(t), pairs.tokens)

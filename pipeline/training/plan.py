@@ -28,7 +28,7 @@ NOT_FACTS = (
 
 # Fields that came after students had been made: where they say what was done before them, facts do not name them, so
 # that those students keep their fingerprints.
-LATER = {"optimizer": "adamw"}
+LATER = {"optimizer": "adamw", "start_weights": None}
 
 
 @dataclass(frozen=True)

@@ -833,8 +833,11 @@ def test_facts_leave_out_what_does_not_change_the_student(plan: training_plan.Tr
     assert with_(compile=True, recompute=True, micro_batch=2) == plan.fingerprint
     assert with_(seed=4) != plan.fingerprint
     assert with_(optimizer="adamw") == plan.fingerprint
-    assert "optimizer" not in plan.facts["train"], "students of before there was a choice keep their fingerprints"
+    before = "students of before there was a choice keep their fingerprints"
+    assert not {"optimizer", "start_weights"} & plan.facts["train"].keys(), before
     assert with_(optimizer="muon") != plan.fingerprint
+    weights = (1.0,) * len(plan.recipe.train.start_steps)
+    assert with_(start_weights=weights) != plan.fingerprint
     assert with_(precision="bf16") != plan.fingerprint
     gpus = replace(plan.recipe, cluster=replace(plan.recipe.cluster, gpus=1))
     tf32 = replace(gpus, train=replace(gpus.train, precision="tf32"))
