@@ -255,10 +255,14 @@ def _next(pulled: queue.Queue[Any]) -> Any:
 
 
 def _pull(dataset: Any, put: Callable[[Any], None]) -> None:
-    """Hand on the rows, and then END or what was raised."""
+    """Hand on the rows as they come, and then END or what was raised.
+
+    Not by ``iter_rows``, which fetches ahead: it would keep the last row that there is until another one comes.
+    """
     try:
-        for row in dataset.iter_rows():
-            put(row)
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in block.to_pylist():
+                put(row)
     except Exception as error:
         put(error)
     else:
