@@ -37,10 +37,10 @@ from pipeline.pairs.commits import answer, commit
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.replica import Replica
-from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Stragglers, opened
+from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Book, Stragglers
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.services.heartbeat import Announcer, Heartbeat
+from pipeline.services.heartbeat import Announcer, Heartbeat, beside_driver
 from pipeline.services.metrics import Recorder
 from pipeline.services.parts import Crew, crew_for
 from pipeline.services.ray_errors import device_error
@@ -277,7 +277,7 @@ def _rows(
     tasks = [{"number": k, "rows": gap.rows_of(k), "copy": copy} for copy in range(copies) for k in numbers]
     spares = [] if again else [FIRST_SPARE + i for i in range(crew.now - 1)]
     tasks += [{"number": SPARE, "rows": 0, "copy": copy} for copy in spares]
-    book = opened()
+    book = beside_driver(Book)
     stragglers = Stragglers(book)
     tables = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         ReplicaWorker,

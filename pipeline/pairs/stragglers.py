@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LATE = 1.5  # times what a shard takes, in the median of those that were made, after which one is late
 PAUSE = 1.0  # seconds between two questions of a replica that has nothing to make
@@ -86,9 +85,3 @@ class Stragglers:
             RayError
         ):  # the pass is over, or its other copy would be written twice: another pass makes what is missing
             return False
-
-
-def opened() -> Any:
-    """A new book, on the driver's node: on no spot node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Book).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()

@@ -150,8 +150,7 @@ class Heartbeat:
         self._taken = Counter[str]()
 
     def __enter__(self) -> Heartbeat:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
-        self._board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._board = beside_driver(Board)
         self.announcer = Announcer(self._board, self._slots)
         return self
 
@@ -236,6 +235,12 @@ class Heartbeat:
                 self._lines.add(line)
                 self._say(line)
         return [work for work in found if work.node in alive]
+
+
+def beside_driver(cls: type) -> Any:
+    """An actor of this class on the driver's node, which is no spot node; it takes no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(cls).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def _named(work: list[Work]) -> str:

@@ -49,6 +49,7 @@ def counted(recipe: Recipe) -> Recipe:
     """The recipe with numbers in the place of ``auto``, those that there is a place for now: for what is measured."""
 
     def number(actors: Actors) -> int:
+        """Of the actors of one pool."""
         if actors != "auto":
             return actors
         if address() == LOCAL:
@@ -56,8 +57,8 @@ def counted(recipe: Recipe) -> Recipe:
         cluster.connect(recipe)
         return max(1, cluster.places(recipe))
 
-    pairs, evaluate = (replace(part, actors=number(part.actors)) for part in (recipe.pairs, recipe.evaluate))
-    return replace(recipe, pairs=pairs, evaluate=evaluate)
+    pairs = replace(recipe.pairs, actors=number(recipe.pairs.actors))
+    return replace(recipe, pairs=pairs, evaluate=replace(recipe.evaluate, actors=number(recipe.evaluate.actors)))
 
 
 def made(

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from pipeline import storage
+from pipeline.configuration.fields import Actors
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.draws import Draw
 from pipeline.evaluation.plan import EvaluationPlan
@@ -115,7 +116,7 @@ def parts_of(
     parts = sum(draw.items for draw in plan.draws())
     actors = crew_for(plan.recipe, plan.recipe.evaluate.actors, len(units)).most
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
-    waited = "auto" if plan.recipe.evaluate.actors == "auto" else actors
+    waited: Actors = "auto" if plan.recipe.evaluate.actors == "auto" else actors
     with cluster.session(plan.recipe, waited, "sampling actors"), beat:
         shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
         yield from made(beat, plan.recipe, actors, units, artist, plan, todo, frequencies, shared, **more)
