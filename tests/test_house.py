@@ -14,6 +14,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 HOMES = {  # package -> the modules that may import it
     "ray": {
         "pairs.passes",
+        "pairs.stragglers",
         "services.cluster",
         "services.heartbeat",
         "services.metrics",

@@ -115,13 +115,13 @@ class WatchedArtist(Artist):
 def generation(recipe: Recipe, folder: str) -> Section:
     """Pairs from the job's own pool, beside its teacher's loop alone."""
     place = storage.join(folder, "pairs")
-    count = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
+    count = SHARDS * recipe.pairs.replicas * recipe.pairs.shard_rows
     recipe = replace(recipe, run=folder, pairs=replace(recipe.pairs, uri=place, count=count))
     facts, begun, cpu, size = PairFacts.of(recipe), time.time(), _cpu(), 0
     manifest.claim(place, facts, recipe)
     gap = Gap.among((), facts, count)
     progress = Progress(len(gap.missing), "shards")
-    with cluster.session(recipe, recipe.pairs.actors), tempfile.TemporaryDirectory() as watched:
+    with cluster.session(recipe, recipe.pairs.replicas), tempfile.TemporaryDirectory() as watched:
         for outcome in commits(recipe, gap, progress, WatchedReplica, folder=watched):
             if outcome.shard is None:
                 raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")
@@ -131,13 +131,13 @@ def generation(recipe: Recipe, folder: str) -> Section:
     busy = sum(span.busy["teacher"] for span in spans) / len(spans)
     section = Section(
         "Generation",
-        f"{len(spans)} shards of {rows:,} rows from {recipe.pairs.actors} replicas of {recipe.cluster.cpus:g} CPU"
+        f"{len(spans)} shards of {rows:,} rows from {recipe.pairs.replicas} replicas of {recipe.cluster.cpus:g} CPU"
         f" ({recipe.cluster.gpus:g} GPU), noise {recipe.pairs.noise}, through Ray to Parquet. *end to end* counts"
         " from a replica's first shard to its last; *bare* is the same replicas' teacher and flow matching alone, in"
         " the same seconds, without noise, tables, hand-over and files.",
     )
-    row: Row = {"rows / s, end to end": share * rows * recipe.pairs.actors / busy}
-    row |= {"bare": rows * recipe.pairs.actors / busy, "end to end / bare": share}
+    row: Row = {"rows / s, end to end": share * rows * recipe.pairs.replicas / busy}
+    row |= {"bare": rows * recipe.pairs.replicas / busy, "end to end / bare": share}
     row |= {"bytes a row": size / count, "first shard began after, s": spans[0].begin - begun}
     row |= {"of it a replica's start, s": spans[0].born, "driver, % of a core": 100 * (_cpu() - cpu) / wall}
     section.rows.append(row)
@@ -149,11 +149,11 @@ def evaluation(recipe: Recipe, folder: str, student: str) -> Section:
     """Images drawn and scored by the job's own pool, beside what its networks alone take."""
     listed: list[dict[str, Any]] = [{"name": "Autoregressive"}, {"name": "FewStep", "steps": [1]}]
     settings = replace(recipe.evaluate, uri=storage.join(folder, "report"), student=student, samplers=listed)
-    settings = replace(settings, count=PART_IMAGES * PARTS * settings.actors, curve_count=0, npz=False)
+    settings = replace(settings, count=PART_IMAGES * PARTS * settings.replicas, curve_count=0, npz=False)
     plan = prepare(replace(recipe, run=folder, evaluate=settings))
     section = Section(
         "Evaluation",
-        f"Parts of {PART_IMAGES:,} images from {settings.actors} actors of {recipe.cluster.cpus:g} CPU"
+        f"Parts of {PART_IMAGES:,} images from {settings.replicas} actors of {recipe.cluster.cpus:g} CPU"
         f" ({recipe.cluster.gpus:g} GPU), from an actor's first part to its last. Drawing (network and decoder) and"
         " scoring share a device, so the slowest stage is that device: both of them; the rest is statistics, hand-over"
         " and waiting.",
@@ -175,7 +175,7 @@ def _scored(plan: EvaluationPlan, draw: Draw) -> Row:
     drawing, scoring = _share(spans, "drawing"), _share(spans, "scoring")
     busy = sum(sum(span.busy.values()) for span in spans) / len(spans)
     share = drawing + scoring
-    row: Row = {"sampler": draw.name, "images / s": share * PART_IMAGES * plan.recipe.evaluate.actors / busy}
+    row: Row = {"sampler": draw.name, "images / s": share * PART_IMAGES * plan.recipe.evaluate.replicas / busy}
     return row | {"drawing, %": 100 * drawing, "scoring, %": 100 * scoring, "end to end / device": share}
 
 

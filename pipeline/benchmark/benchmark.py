@@ -34,6 +34,7 @@ from pipeline.pairs.facts import PairFacts
 from pipeline.recipe import Recipe
 from pipeline.report import legend
 from pipeline.services import cluster, tracking
+from pipeline.services.parts import counted
 from pipeline.serving.serve import check_packages
 from pipeline.training.step import settled
 from pipeline.workflow import preflight
@@ -46,7 +47,7 @@ def benchmark(recipe: Recipe) -> str:
 
     Raises ValueError, one sentence, for a GPU or files that are not there.
     """
-    recipe = cluster.portable(recipe)
+    recipe = counted(cluster.portable(recipe))
     preflight.check_services(recipe)
     preflight.check_teacher(recipe)
     if recipe.dry_run:

@@ -26,7 +26,7 @@ def describe(recipe: Recipe) -> str:
         timed = f"{turns} measurements of {recipe.benchmark.seconds:g} s" if turns else ""
         lines.append(f"{part:<12}{', '.join(filter(None, (timed, beside)))}")
     gpus = f" and {recipe.cluster.gpus:g} GPU" if recipe.cluster.gpus else ""
-    pool = max(recipe.pairs.actors, recipe.evaluate.actors)
+    pool = max(recipe.pairs.replicas, recipe.evaluate.replicas)
     lines.append(f"needs       the driver and up to {pool} replicas, each with {recipe.cluster.cpus:g} CPU{gpus}")
     lines.append(
         f"time        about {duration(budget)} of measuring at benchmark.seconds {recipe.benchmark.seconds:g}, and what"
@@ -40,13 +40,13 @@ def _batches(recipe: Recipe) -> str:
 
 
 def _generation(recipe: Recipe) -> tuple[int, str]:
-    rows = SHARDS * recipe.pairs.actors * recipe.pairs.shard_rows
-    return 0, f"{rows:,} pairs by {recipe.pairs.actors} replicas"
+    rows = SHARDS * recipe.pairs.replicas * recipe.pairs.shard_rows
+    return 0, f"{rows:,} pairs by {recipe.pairs.replicas} replicas"
 
 
 def _evaluation(recipe: Recipe) -> tuple[int, str]:
-    images = PART_IMAGES * PARTS * recipe.evaluate.actors
-    return 0, f"{images:,} images of the teacher and as many of a student, by {recipe.evaluate.actors} actors"
+    images = PART_IMAGES * PARTS * recipe.evaluate.replicas
+    return 0, f"{images:,} images of the teacher and as many of a student, by {recipe.evaluate.replicas} actors"
 
 
 def _growth(recipe: Recipe) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import commits
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
+from pipeline.services.parts import counted
 from pipeline.workflow import generate
 
 PART = 10  # the first of two runs makes one part in so many; both show whether memory grows with the rows
@@ -37,7 +38,7 @@ def scale(recipe: Recipe) -> str:
 
     The sets lie in <run>/scale. Raises ValueError for one that is there already: it would be measured half made.
     """
-    recipe = cluster.portable(recipe)
+    recipe = counted(cluster.portable(recipe))
     folder = storage.join(recipe.run, "scale")
     if storage.listing(folder):
         raise Refused(f"{folder} is not empty; delete it, or give another --run: a set is measured from its start.")
@@ -50,7 +51,7 @@ def scale(recipe: Recipe) -> str:
         f"# Scale of {recipe.name}",
         "",
         f"{layout.length} tokens of {layout.code_dim} dimensions, noise {recipe.pairs.noise}; a teacher that costs"
-        f" nothing; {recipe.pairs.actors} actors of {recipe.cluster.cpus:g} CPU.",
+        f" nothing; {recipe.pairs.replicas} actors of {recipe.cluster.cpus:g} CPU.",
         "",
         *_full(recipe, folder),
         "",
@@ -70,7 +71,7 @@ def plan(recipe: Recipe, folder: str) -> str:
             json.dumps(recipe.resolved(), indent=2),
             f"scale     {folder}",
             f"rows      {count // PART:,}, then {count:,}, in shards of {settings.shard_rows:,} by"
-            f" {settings.actors} actors whose teacher costs nothing",
+            f" {settings.replicas} actors whose teacher costs nothing",
             f"storage   at most {count * row / 1e9:,.2f} GB, {row:,} bytes a row",
             f"pools     {pools} actors that sleep {SECONDS:g} s a shard, {SHARDS} shards each, noise derived",
             f"time      {duration(sleeping)} of sleeping, and the making of the rows, which is what is measured",
@@ -144,7 +145,7 @@ def commit_times(recipe: Recipe, shards: int) -> Iterator[float]:
     facts = PairFacts.of(recipe)
     gap = Gap.among((), facts, recipe.pairs.count)
     manifest.claim(recipe.pairs_uri, facts, recipe)
-    with cluster.session(recipe, recipe.pairs.actors), Progress(shards, "shards") as progress:
+    with cluster.session(recipe, recipe.pairs.replicas), Progress(shards, "shards") as progress:
         for outcome in commits(recipe, gap, progress):
             if outcome.error:
                 raise Unfinished(f"shard {outcome.number} failed: {outcome.error}; see Ray's logs.")

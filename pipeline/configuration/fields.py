@@ -53,6 +53,7 @@ Size = Annotated[int, Range(1, 2**31 - 1, "1 or more, and below 2^31")]  # what 
 SizeOrOff = Annotated[int, Range(0, 2**31 - 1, "0 or more, and below 2^31")]
 Pool = Annotated[int, Range(1, 10_000, "1 or more, and at most 10,000")]  # processes, files: what is listed one by one
 PoolOrOff = Annotated[int, Range(0, 10_000, "0 or more, and at most 10,000")]
+Actors = Pool | Literal["auto"]  # so many, or as many as there are places for
 Workers = PoolOrOff | tuple[Pool, Pool]  # so many, or from one number to another
 Weight = Annotated[float, Range(0, LARGEST, "0 or more, and finite")]
 Positive = Annotated[float, Range(math.nextafter(0, 1), LARGEST, "above 0, and finite")]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pipeline import storage
+from pipeline.configuration.fields import Actors
 from pipeline.evaluation import equal_code
 from pipeline.evaluation.artist import load_models, load_student
 from pipeline.evaluation.plan import EvaluationPlan
@@ -29,6 +30,7 @@ from pipeline.sampling import speed
 from pipeline.sampling.samplers import Autoregressive, Sampler
 from pipeline.sampling.speed import Speed
 from pipeline.services import cluster
+from pipeline.services.parts import MOST, crew_for
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,18 @@ def facts(plan: EvaluationPlan) -> dict[str, Any]:
         "graphs": recipe.teacher.graphs,
         "runs on": plan.device,
         "gpus": resources.gpus,
-        "cpus": resources.cpus if resources.gpus else resources.cpus * settings.actors,
+        "cpus": resources.cpus if resources.gpus else _cores(settings.actors, resources.cpus),
         "torch": importlib.metadata.version("torch"),
         "code": plan.facts["code"] | {equal_code.MEASURING: equal_code.of_measuring()},
     }
     if plan.prompts:
         out |= {"prompts": plan.facts["prompts"], "encoder": plan.facts["encoder"]}
     return json.loads(json.dumps(out))
+
+
+def _cores(actors: Actors, cpus: float) -> float | str:
+    """Of so many actors together, each of which has so many."""
+    return actors if actors == "auto" else cpus * actors
 
 
 def recalled(plan: EvaluationPlan) -> Times | None:
@@ -94,17 +101,19 @@ def keep(plan: EvaluationPlan, times: Times) -> Times:
 
 
 def time_alone(
-    plan: EvaluationPlan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: int = 1
+    plan: EvaluationPlan, frequencies: np.ndarray | None, batches: tuple[int, ...], actors: Actors = 1
 ) -> Times:
-    """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them.
+    """``time_samplers`` in a Ray task with the resources of so many actors, as far as one machine has them; of ``auto``
+    that is all of it.
 
     For the report those of the whole pool, which is gone by then: what a user at the same machine would wait.
     A sampler runs on one GPU, so further ones would stand idle.
     """
     settings = plan.recipe.cluster
     cpus = settings.cpus
-    if not settings.gpus and actors > 1:
-        cpus = max(cpus, min(cpus * actors, cluster.cpus_of_a_node(plan.recipe)))
+    if not settings.gpus and actors != 1:
+        count = crew_for(plan.recipe, actors, MOST).most
+        cpus = max(cpus, min(cpus * count, cluster.cpus_of_a_node(plan.recipe)))
     threads = max(1, int(cpus))
     return cluster.on_worker(plan.recipe, time_samplers, plan, frequencies, batches, threads, cpus=cpus)
 

@@ -14,11 +14,13 @@ from pipeline.host import events
 from pipeline.host.errors import Refused, Unfinished
 from pipeline.host.progress import Progress, pace
 from pipeline.pairs import manifest, shards
+from pipeline.pairs.commits import patiently
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
-from pipeline.pairs.passes import FAILURES, commits, patiently
+from pipeline.pairs.passes import FAILURES, commits
 from pipeline.recipe import Recipe
 from pipeline.services import tracking
+from pipeline.services.parts import crew_for
 
 NAMED = 10  # shards that a sentence names
 LEDGER = 60.0  # seconds between two records of what is committed; what a killed driver has not recorded is read again
@@ -82,7 +84,7 @@ def _make(recipe: Recipe, gap: Gap, new: list[Shard], record: Callable[[], None]
     """Make and commit the missing shards, with progress, into ``new``; Unfinished naming those that failed."""
     failures: set[int] = set()
     missing, total = gap.missing, len(gap.present)
-    limit = FAILURES * min(recipe.pairs.actors, len(missing))
+    limit = FAILURES * crew_for(recipe, recipe.pairs.actors, len(missing)).now
     rows, size, last = 0, 0, time.monotonic()
     with Progress(total, "shards", done=total - len(missing)) as progress:
         for outcome in commits(recipe, gap, progress):

@@ -3,7 +3,8 @@
 An actor makes one whole shard with its ``Replica``, a task without a CPU of its own commits it: the replicas may have
 taken all there are, and a device never waits for storage. Where the storage does not answer, the commits wait, and with
 them the teachers. Ray gives a shard whose process died to the process that follows it. What failed all the same comes
-into another pass, whose replicas are new processes: so a shard has failed when another replica has failed it, too.
+into another pass, whose replicas are new processes: so a shard has failed when another replica has failed it, too. At
+the end of a pass nobody waits for a replica that is slow (``stragglers``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ import json
 import math
 import os
 import socket
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,25 +29,26 @@ import ray.data
 import torch
 from ray.data import DataContext, TaskPoolStrategy
 
-from pipeline.host import errors
-from pipeline.host.errors import Outage, Refused, Unfinished
-from pipeline.host.progress import Progress, duration
-from pipeline.pairs import manifest, shards
+from pipeline.host import errors, signals
+from pipeline.host.errors import Refused, Unfinished
+from pipeline.host.progress import Progress
+from pipeline.pairs import shards
+from pipeline.pairs.commits import answer, commit
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.replica import Replica
+from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Book, Stragglers
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
-from pipeline.services.heartbeat import Announcer, Heartbeat
+from pipeline.services.heartbeat import Announcer, Heartbeat, beside_driver
 from pipeline.services.metrics import Recorder
+from pipeline.services.parts import Crew, crew_for
 from pipeline.services.ray_errors import device_error
 
 TRIES = 2  # passes in which a shard has to fail, or in a row that make nothing
 DEATHS = 5  # times that a shard may take its process down with it, or lose its node, in a pass
 FAILURES = 10  # shards that may fail in a pass for each replica before it ends: new processes may do better
 COMMITS = 2  # shards that are written at once, for each replica
-PAUSE, LONGEST = 1.0, 60.0  # seconds before a storage that does not answer is asked again: at first, doubling, at most
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,30 +104,55 @@ class ReplicaWorker:
     """
 
     def __init__(
-        self, replica: type[Replica], recipe: Recipe, facts: PairFacts, more: dict[str, Any], announcer: Announcer
+        self,
+        replica: type[Replica],
+        recipe: Recipe,
+        facts: PairFacts,
+        more: dict[str, Any],
+        announcer: Announcer,
+        stragglers: Stragglers,
     ) -> None:
         self.host, self.recipe, self.facts, self.announcer = socket.gethostname(), recipe, facts, announcer
+        self.stragglers = stragglers
         self.record = Recorder(recipe)
         self.replica = replica(recipe, facts, **more)
         self.replica.spent = self.count
 
     def __call__(self, task: dict[str, np.ndarray]) -> Any:
-        """{"number": [k], "rows": [r]} -> the Arrow table of the first r rows of shard k, or a row with the failure.
+        """{"number": [k], "rows": [r], "copy": [c]} -> the Arrow table of the first r rows of shard k, or a row with
+        the failure; a ``SPARE`` task makes a shard that is late, or comes to nothing.
 
         A process that has lost its device ends; Ray gives the shard to the one that follows it.
         """
-        number = int(task["number"][0])
+        number, rows, copy = (int(task[name][0]) for name in ("number", "rows", "copy"))
+        if number == SPARE:
+            late = self.stragglers.wait()
+            if late is None:
+                return answer(SPARE)
+            number, rows = late
+        return self.made(number, rows, copy)
+
+    def made(self, number: int, rows: int, copy: int) -> Any:
+        """A copy of a shard as ``__call__`` returns it."""
         self.announcer.pause()
-        with self.announcer.working(f"shard {number}"):
-            outcome = self.attempt(number, int(task["rows"][0]))
+        if copy < FIRST_SPARE:
+            self.stragglers.begin(number, rows)
+        with self.announcer.working(f"shard {number}" if copy < FIRST_SPARE else f"a second copy of shard {number}"):
+            outcome = self.attempt(number, rows)
         if not isinstance(outcome, Failure):
-            return outcome.append_column("host", pa.array([self.host] * outcome.num_rows))
+            self.stragglers.end(number)
+            for name, value in (("host", self.host), ("copy", copy)):
+                outcome = outcome.append_column(name, pa.array([value] * outcome.num_rows))
+            return outcome
         if outcome.device_lost:
             node = ray.util.get_node_ip_address()
             text = f"a replica on node {node} lost its device and gets a new process: {outcome.text}"
             self.announcer.tell(text, text)
             cluster.end_process(RuntimeError(outcome.text))
-        return _row(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
+        if copy >= FIRST_SPARE:  # what becomes of the first copy counts
+            return answer(SPARE)
+        self.stragglers.end(number)
+        return answer(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
 
     def count(self, rows: int, teacher: float, flow: float) -> None:
         """Tell Prometheus how a batch was made, as ``Replica.spent`` hears of it."""
@@ -185,57 +211,6 @@ def _free(device: str) -> str:
     return f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB are free"
 
 
-def commit(
-    table: pa.Table, uri: str, facts: PairFacts, hours: float, announcer: Announcer, record: Recorder
-) -> dict[str, np.ndarray]:
-    """Write the Arrow table of one shard, if the folder still belongs to its set, or hand on what came instead of it.
-
-    While the storage does not answer it is asked again, for so many hours. ``record`` hears of what is committed.
-    """
-    if "error" in table.column_names:
-        return {name: table[name].to_numpy() for name in table.column_names}
-    number = facts.shard_of(int(table["sample_id"][0].as_py()))
-    write, begun = partial(write_owned, uri, facts, table["host"][0].as_py(), table), time.monotonic()
-
-    def say(text: str) -> None:
-        announcer.tell(uri, text)
-        announcer.wait(number)
-
-    try:
-        shard = patiently(write, hours, say)
-        announcer.go_on(number, uri)
-        seconds = time.monotonic() - begun
-        record({"dd_pairs_committed_total": shard.rows, "dd_pairs_commit_seconds_total": seconds})
-        return _row(number, shard)
-    except (Refused, Unfinished) as error:
-        return _row(number, error=str(error), fatal=type(error).__name__)
-    except Exception as error:
-        return _row(number, error=f"{type(error).__name__}: {error}")
-
-
-def write_owned(uri: str, facts: PairFacts, host: str, table: pa.Table) -> Shard:
-    """Write the Arrow table of a shard that ``host`` made, if the folder still belongs to its set."""
-    manifest.check_owner(uri, facts)
-    return shards.write_shard(uri, facts, table, host)
-
-
-def patiently(write: Callable[[], T], hours: float, say: Callable[[str], None]) -> T:
-    """What ``write`` returns; it is called again while it raises Outage, for so many hours, which ``say`` is told."""
-    start, pause = time.monotonic(), PAUSE
-    while True:
-        try:
-            return write()
-        except Outage as error:
-            if time.monotonic() - start > 3600 * hours:
-                raise
-            say(
-                f"{error} It is tried again until it answers, for {duration(3600 * hours)} at most"
-                " (pairs.patience_hours); what is made waits, and so do the teachers."
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST)
-
-
 def commits(
     recipe: Recipe,
     gap: Gap,
@@ -249,9 +224,9 @@ def commits(
     the storage says that waiting does not change, at once.
     """
     verdicts = Verdicts(gap.missing)
-    slots = COMMITS * min(recipe.pairs.actors, len(verdicts.missing))
-    with Heartbeat(recipe, "shards", progress.total, progress.done, progress.begin, slots) as beat:
-        run = partial(_rows, recipe, gap, beat, slots, replica, more)
+    crew = crew_for(recipe, recipe.pairs.actors, len(verdicts.missing))
+    with Heartbeat(recipe, "shards", progress.total, progress.done, progress.begin, COMMITS * crew.now) as beat:
+        run = partial(_rows, recipe, gap, beat, crew, replica, more)
         while verdicts.missing:
             successes: set[int] = set()
             reasons: dict[int, str] = {}
@@ -266,8 +241,10 @@ def commits(
                     elif row["error"]:
                         _say_first(progress, reasons, number, row["error"], last=verdicts.failures[number] > 0)
                     beat.done = progress.done
-                    whole = len(reasons) < FAILURES * recipe.pairs.actors
-                    if not whole:
+                    whole = len(reasons) < FAILURES * crew.now
+                    # Of a later pass, a shard that has failed once may still be made by another replica.
+                    over = successes if verdicts.passes else successes | reasons.keys()
+                    if not whole or len(over) == len(verdicts.missing):
                         break
                 else:
                     whole = True
@@ -285,7 +262,7 @@ def _rows(
     recipe: Recipe,
     gap: Gap,
     beat: Heartbeat,
-    slots: int,
+    crew: Crew,
     replica: type[Replica],
     more: dict[str, Any],
     numbers: list[int],
@@ -296,33 +273,29 @@ def _rows(
     Of a pass that comes ``again`` every replica gets a shard, copies where there are few: one replica may be ill.
     """
     DataContext.get_current().max_errored_blocks = -1  # of shards whose process died every time; they are missed here
-    actors = recipe.pairs.actors
-    tasks = [{"number": number, "rows": gap.rows_of(number)} for number in numbers]
-    tasks *= math.ceil(actors / len(tasks)) if again else 1
+    copies = math.ceil(crew.most / len(numbers)) if again else 1
+    tasks = [{"number": k, "rows": gap.rows_of(k), "copy": copy} for copy in range(copies) for k in numbers]
+    spares = [] if again else [FIRST_SPARE + i for i in range(crew.now - 1)]
+    tasks += [{"number": SPARE, "rows": 0, "copy": copy} for copy in spares]
+    book = beside_driver(Book)
+    stragglers = Stragglers(book)
     tables = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         ReplicaWorker,
-        fn_constructor_args=(replica, recipe, gap.facts, more, beat.announcer),
+        fn_constructor_args=(replica, recipe, gap.facts, more, beat.announcer, stragglers),
         batch_size=1,
-        **cluster.pool(recipe, min(actors, len(tasks)), DEATHS),
+        **cluster.pool(recipe, min(crew.most, len(numbers) * copies), DEATHS),
     )
     settings = {"uri": recipe.pairs_uri, "facts": gap.facts, "hours": recipe.pairs.patience_hours}
     outcomes = tables.map_batches(
         commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
-        fn_kwargs=settings | {"announcer": beat.announcer, "record": Recorder(recipe)},
+        fn_kwargs=settings | {"announcer": beat.announcer, "stragglers": stragglers, "record": Recorder(recipe)},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
-        compute=TaskPoolStrategy(size=min(slots, len(tasks))),
+        compute=TaskPoolStrategy(size=min(COMMITS * crew.now, len(tasks))),
     )
-    yield from beat.rows(outcomes)
-
-
-def _row(number: int, shard: Shard | None = None, error: str = "", fatal: str = "") -> dict[str, np.ndarray]:
-    """A row for the driver: the shard's line of the manifest, or what went wrong; ``fatal`` names the class of it."""
-    line = json.dumps(asdict(shard)) if shard else ""
-    return {
-        "number": np.array([number]),
-        "error": np.array([error]),
-        "fatal": np.array([fatal]),
-        "shard": np.array([line]),
-    }
+    try:
+        yield from beat.rows(outcomes)
+    finally:
+        if not signals.stopping():
+            ray.kill(book)  # after the pass: a copy that is late to come may not be written

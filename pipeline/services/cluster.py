@@ -17,10 +17,12 @@ from ray._private import auto_init_hook
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import NodeDiedError, RaySystemError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch.cuda import device_count
 
 from pipeline import storage
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import PLACEHOLDER
+from pipeline.configuration.fields import Actors
 from pipeline.files.places import is_relative
 from pipeline.host import events, signals
 from pipeline.host.errors import Outage, Refused
@@ -58,7 +60,8 @@ def connect(recipe: Recipe) -> None:
 
     Raises NoGpu where the recipe asks for GPUs and a local machine has too few for one replica.
     """
-    replicas = max(recipe.pairs.actors, recipe.train.most, recipe.evaluate.actors)
+    pools = [recipe.pairs.actors, recipe.train.most, recipe.evaluate.actors]
+    replicas = max(own_places(recipe) if pool == "auto" else pool for pool in pools)
     enter(math.ceil(replicas * recipe.cluster.cpus), recipe.cluster.gpus)
     _warn_about_local_folder(recipe)
 
@@ -85,14 +88,16 @@ def keep_priority() -> None:
 
 
 @contextmanager
-def session(recipe: Recipe, replicas: int, what: str = "replicas") -> Iterator[None]:
+def session(recipe: Recipe, replicas: Actors, what: str = "replicas") -> Iterator[None]:
     """Everything that a job does on Ray: join or start it, say what it waits for, translate what it raises.
+
+    Of ``auto`` replicas one is waited for.
 
     A Refused or Unfinished raised in a worker comes out as itself, whatever else Ray raises as Unfinished, a sentence.
     Settings of Ray Data made in the body are gone after it.
     """
     connect(recipe)
-    with _own_settings(), waiting(recipe, replicas, what), translated():
+    with _own_settings(), waiting(recipe, 1 if replicas == "auto" else replicas, what), translated():
         yield
 
 
@@ -194,6 +199,13 @@ def places(recipe: Recipe) -> int:
         if node["Alive"]
     )
     return sum(found)
+
+
+def own_places(recipe: Recipe) -> int:
+    """Replicas of the recipe that this machine alone has a place for: by its GPUs, or by its cores; at least one."""
+    settings = recipe.cluster
+    found, need = (device_count(), settings.gpus) if settings.gpus else (os.cpu_count() or 1, settings.cpus)
+    return max(1, int(found / need + 1e-9)) if need else 1
 
 
 def cpus_of_a_node(recipe: Recipe) -> float:

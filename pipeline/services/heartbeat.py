@@ -150,8 +150,7 @@ class Heartbeat:
         self._taken = Counter[str]()
 
     def __enter__(self) -> Heartbeat:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
-        self._board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._board = beside_driver(Board)
         self.announcer = Announcer(self._board, self._slots)
         return self
 
@@ -238,6 +237,12 @@ class Heartbeat:
         return [work for work in found if work.node in alive]
 
 
+def beside_driver(cls: type) -> Any:
+    """An actor of this class on the driver's node, which is no spot node; it takes no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(cls).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+
+
 def _named(work: list[Work]) -> str:
     """shard 1 in work since 12 min on node 10.0.0.7, and 4 more."""
     if not work:
@@ -255,10 +260,14 @@ def _next(pulled: queue.Queue[Any]) -> Any:
 
 
 def _pull(dataset: Any, put: Callable[[Any], None]) -> None:
-    """Hand on the rows, and then END or what was raised."""
+    """Hand on the rows as they come, and then END or what was raised.
+
+    Not by ``iter_rows``, which fetches ahead: it would keep the last row that there is until another one comes.
+    """
     try:
-        for row in dataset.iter_rows():
-            put(row)
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in block.to_pylist():
+                put(row)
     except Exception as error:
         put(error)
     else:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
-from pipeline.configuration.fields import Name, Pool, Range, Seed, Size, SizeOrOff, Uri
+from pipeline.configuration.fields import Actors, Name, Pool, Range, Seed, Size, SizeOrOff, Uri
 from pipeline.numerics.precision import Precision
 from pipeline.report.names import metric_name
 from pipeline.settings.text import UnseenSettings
@@ -64,7 +64,7 @@ class EvaluateSettings:
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
         compile: torch.compile the student's blocks. Changes float rounding only.
         batch: samples that an actor draws at once.
-        actors: sampling actors.
+        actors: sampling actors: so many, and the cluster scales to it, or auto, as many as there are places for.
         grid: columns of the sample grid, one noise each.
         curve_count: samples per exported student for the curve over training; 0 leaves the curve out.
         timing_batches: batch sizes whose speed is measured, 1 always among them: every sampler at every size, however
@@ -94,7 +94,7 @@ class EvaluateSettings:
     precision: Precision = "fp32"
     compile: bool = False
     batch: Size = 250
-    actors: Pool = 2
+    actors: Actors = 2
     grid: Pool = 12
     curve_count: Annotated[int, Range(0, 10**12, "0, or 2 or more, and at most 10^12")] = 1_000
     timing_batches: tuple[Annotated[int, Range(1, 1 << 16, "1 or more, and at most 65,536")], ...] = (1, 4, 16, 64, 256)
@@ -144,3 +144,9 @@ class EvaluateSettings:
     def flavours(self) -> tuple[Flavour, ...]:
         """Those that are scored, the one of the main column first."""
         return ("torch-fidelity", "pytorch-fid") if self.flavour == "both" else (self.flavour,)
+
+    @property
+    def replicas(self) -> int:
+        """``actors`` where they are a number, as in a recipe that is ``counted``."""
+        assert self.actors != "auto", "it was to be counted"
+        return self.actors

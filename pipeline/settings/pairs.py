@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pipeline.configuration import fields
-from pipeline.configuration.fields import Count, Pool, Range, Seed, Size, Uri
+from pipeline.configuration.fields import Actors, Count, Range, Seed, Size, Uri
 from pipeline.flow.matching import Solver
 from pipeline.noise import Dtype
 
@@ -27,7 +27,8 @@ class PairSettings:
             large. The noise of an evaluation is always rounded to float16, so that all students are scored on the same.
         solver: how the flow-matching ODE is solved.
         batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
-        actors: teacher replicas. Fixed, and the cluster scales to it.
+        actors: teacher replicas: so many, and the cluster scales to it; or auto, as many as there are places for, and
+            more as the cluster grows.
         patience_hours: how long finished shards wait for a storage that does not answer, and the replicas with them.
         verify: check the finished set instead of generating: every shard, and some rows again through the teacher.
     """
@@ -40,7 +41,7 @@ class PairSettings:
     dtype: Dtype = "float16"
     solver: Solver = field(default_factory=Solver)
     batch: Size = 250
-    actors: Pool = 2
+    actors: Actors = 2
     patience_hours: Annotated[float, Range(0, 10_000, "0 or more, and at most 10,000")] = 24
     verify: bool = False
 
@@ -51,3 +52,9 @@ class PairSettings:
             f"pairs.count {self.count} in shards of pairs.shard_rows {self.shard_rows} rows makes more than {SHARDS:,}"
             " files; make the shards larger.",
         )
+
+    @property
+    def replicas(self) -> int:
+        """``actors`` where they are a number, as in a recipe that is ``counted``."""
+        assert self.actors != "auto", "it was to be counted"
+        return self.actors

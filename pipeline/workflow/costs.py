@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from pipeline import storage
+from pipeline.configuration.fields import Actors
 from pipeline.evaluation import artist
 from pipeline.evaluation import plan as evaluation
 from pipeline.generator import folder
@@ -122,7 +123,7 @@ def of_pairs(recipe: Recipe) -> Cost:
         seconds = cluster.on_actor(recipe, Replica, (recipe, facts), "measure")
         return seconds * left / batch, f"one batch    {batch} rows in {duration(seconds)} on one replica"
 
-    replicas = max(1, min(recipe.pairs.actors, missing))
+    replicas = max(1, min(_counted(recipe.pairs.actors), missing))
     return Cost("pairs (generate_pairs)", lines, replicas, measure if left else None)
 
 
@@ -179,4 +180,9 @@ def of_evaluation(recipe: Recipe) -> Cost:
         total = sum(seconds[sampler] * count for sampler, count in images if sampler in seconds)
         return total, f"one batch    {recipe.evaluate.batch} images of each sampler; scoring and baselines not counted"
 
-    return Cost("report (evaluate)", lines, recipe.evaluate.actors, measure if images else None)
+    return Cost("report (evaluate)", lines, _counted(recipe.evaluate.actors), measure if images else None)
+
+
+def _counted(actors: Actors) -> int:
+    """Replicas that the time is said for: one of ``auto``, for a plan is made before the cluster is joined."""
+    return 1 if actors == "auto" else actors

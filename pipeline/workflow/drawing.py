@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from pipeline import storage
+from pipeline.configuration.fields import Actors
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.draws import Draw
 from pipeline.evaluation.plan import EvaluationPlan
@@ -28,7 +29,7 @@ from pipeline.sampling import sample_files
 from pipeline.scoring import instruments
 from pipeline.scoring.tally import Outline, Statistics, outline
 from pipeline.services import cluster
-from pipeline.services.parts import made
+from pipeline.services.parts import crew_for, made
 
 
 class Shelf(Mapping[Draw, Statistics]):
@@ -112,9 +113,11 @@ def parts_of(
     """
     weights = instruments.weights(plan.recipe.evaluate)
     units = [{"draw": i, "item": item} for i, draw in enumerate(todo) for item in range(draw.items)]
-    actors, parts = min(plan.recipe.evaluate.actors, len(units)), sum(draw.items for draw in plan.draws())
+    parts = sum(draw.items for draw in plan.draws())
+    actors = crew_for(plan.recipe, plan.recipe.evaluate.actors, len(units)).most
     beat = cluster.Heartbeat(plan.recipe, "parts", parts, done=parts - len(units))
-    with cluster.session(plan.recipe, actors, "sampling actors"), beat:
+    waited: Actors = "auto" if plan.recipe.evaluate.actors == "auto" else actors
+    with cluster.session(plan.recipe, waited, "sampling actors"), beat:
         shared = None if weights is None else ray.put(weights)  # a generator, so that it lives as long as the actors
         yield from made(beat, plan.recipe, actors, units, artist, plan, todo, frequencies, shared, **more)
 

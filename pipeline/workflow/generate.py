@@ -67,7 +67,8 @@ def _at_work(recipe: Recipe, gap: Gap) -> Iterator[None]:
     if not gap.missing:
         yield
         return
-    with cluster.session(recipe, min(recipe.pairs.actors, len(gap.missing))):
+    actors = recipe.pairs.actors
+    with cluster.session(recipe, actors if actors == "auto" else min(actors, len(gap.missing))):
         preflight.check_workers(recipe, "generate_pairs", recipe.pairs_uri)
         yield
 

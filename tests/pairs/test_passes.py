@@ -14,7 +14,7 @@ from tiny import tiny, with_pairs
 
 from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
-from pipeline.pairs import manifest, passes, shards
+from pipeline.pairs import commits, manifest, passes, shards
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
 from pipeline.pairs.passes import Failure, Outcome, ReplicaWorker, Verdicts
@@ -69,9 +69,9 @@ def test_one_ill_replica_costs_no_shard(
 def test_a_replica_that_hangs_or_cannot_start_holds_nothing_up(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What hangs is named, with its node, and taken away when it is over the limit."""
+    """What hangs is named, with its node, and taken away when it is over the limit; nobody else could make it."""
     monkeypatch.setattr(heartbeat, "LOOK", 0.1)
-    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=2)
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=4, shard_rows=1, batch=1, actors=1)
     recipe = replace(recipe, cluster=replace(recipe.cluster, heartbeat_minutes=0.02, stall_minutes=0.2))
     outcomes = run(recipe, Noted(4), replica=faulty.Hangs, folder=str(tmp_path))
     assert sorted(outcome.number for outcome in outcomes if outcome.shard) == [0, 1, 2, 3]
@@ -101,19 +101,19 @@ def test_a_folder_that_is_lost_ends_the_work_at_once(ray_cluster: str, tmp_path:
 @pytest.mark.faults("pairs: storage does not answer for longer than it is waited for")
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, said = [0.0], list[str]()
-    monkeypatch.setattr(passes.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(passes.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(commits.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(commits.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
 
     def write() -> str:
         if clock[0] < 1800:
             raise Outage("s3://b/x could not be written.")
         return "written"
 
-    assert passes.patiently(write, 1.0, said.append) == "written"
+    assert commits.patiently(write, 1.0, said.append) == "written"
     assert said[0].startswith("s3://b/x could not be written. It is tried again until it answers, for 1 h 0 min")
     clock[0] = 0.0
     with pytest.raises(Outage):
-        passes.patiently(write, 0.25, said.append)
+        commits.patiently(write, 0.25, said.append)
 
 
 def test_a_shard_fails_when_another_replica_has_failed_it() -> None:
@@ -153,7 +153,7 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
         asked.append(list(numbers))
         for number in numbers:
             shard = manifest.Shard(f"shard-{number:05d}.parquet", number, 16, 1, "")
-            row = passes._row(number, error="ill") if len(asked) == 1 else passes._row(number, shard)
+            row = commits.answer(number, error="ill") if len(asked) == 1 else commits.answer(number, shard)
             yield {key: value[0] for key, value in row.items()}
 
     class Beat(heartbeat.Heartbeat):
@@ -164,6 +164,7 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
 
     monkeypatch.setattr(passes, "_rows", rows)
     monkeypatch.setattr(passes, "Heartbeat", Beat)
+    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
     progress = Noted(40)
     outcomes = list(passes.commits(recipe, Gap.among((), PairFacts.of(recipe), 640), progress))
     assert [outcome.number for outcome in outcomes if outcome.shard] == list(range(40))
@@ -176,8 +177,8 @@ def test_too_many_failures_of_one_replica_end_a_pass_and_not_the_job(
 
 def worker(recipe: Recipe) -> ReplicaWorker:
     """One in this process, which has nobody to announce its work to."""
-    announcer: Any = None
-    return ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, announcer)
+    nobody: Any = None
+    return ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, nobody, nobody)
 
 
 def attempt(worker: ReplicaWorker, *errors: Exception, monkeypatch: pytest.MonkeyPatch) -> Failure | None:

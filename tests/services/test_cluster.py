@@ -14,6 +14,7 @@ import ray
 from pipeline.files import places
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
+from pipeline.services.parts import GROWING, MOST, Crew, counted, crew_for
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.pairs import PairSettings
@@ -151,6 +152,42 @@ def test_places_are_counted_node_by_node(
     nodes = [node(3), node(3, 1), node(5, 2), node(64, 8, alive=False)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert cluster.places(Recipe(cluster=ClusterSettings(gpus=gpus, cpus=cpus))) == places
+
+
+def test_auto_is_what_a_machine_has_or_a_cluster_may_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(cluster, "device_count", lambda: 4)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    nodes = [node(3), node(3, 1), node(5, 2)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    few, gpus = Recipe(cluster=ClusterSettings(cpus=4)), Recipe(cluster=ClusterSettings(gpus=0.5, cpus=1))
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert crew_for(Recipe(), 7, 100) == Crew(7, 7), "a number is a number"
+    assert crew_for(Recipe(), 7, 3) == Crew(3, 3)
+    assert crew_for(Recipe(), "auto", 100) == Crew(6, 6)
+    assert crew_for(few, "auto", 100) == Crew(1, 1)
+    assert crew_for(gpus, "auto", 100) == Crew(8, 8)
+    assert crew_for(gpus, "auto", 2) == Crew(2, 2)
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(cluster, "connect", lambda recipe: None)
+    assert crew_for(Recipe(), "auto", 1000) == Crew(MOST, 11)
+    assert crew_for(few, "auto", 1000) == Crew(MOST, GROWING), "it may grow"
+    assert crew_for(few, "auto", 3) == Crew(3, 3)
+    recipe = Recipe(pairs=PairSettings(actors="auto"), evaluate=EvaluateSettings(actors=3))
+    found = counted(recipe)
+    assert (found.pairs.actors, found.evaluate.actors) == (11, 3)
+
+
+def test_a_local_ray_has_room_for_auto(started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(cluster, "device_count", lambda: 8)
+    cluster.connect(Recipe(pairs=PairSettings(actors="auto"), cluster=ClusterSettings(cpus=2)))
+    assert started[0]["num_cpus"] == 6 + cluster.SPARE
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 8})
+    cluster.connect(Recipe(pairs=PairSettings(actors="auto"), cluster=ClusterSettings(gpus=1, cpus=4)))
+    assert started[1]["num_cpus"] == 32 + cluster.SPARE, "each GPU's replica has its four"
 
 
 def test_who_waits_says_for_what(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

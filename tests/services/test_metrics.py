@@ -99,10 +99,11 @@ class Told(list[dict[str, float]]):
 
 def test_a_replica_tells_three_numbers_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a shard costs three records for each of its batches, and its commit two."""
-    told, announcer = Told(), None
+    told = Told()
+    nobody: Any = None
     monkeypatch.setattr(passes, "Recorder", lambda recipe: told)
     recipe = with_pairs(tiny(tmp_path), shard_rows=16, batch=6)
-    worker = ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, announcer)  # type: ignore[arg-type]
+    worker = ReplicaWorker(Replica, recipe, PairFacts.of(recipe), {}, nobody, nobody)
     begun = time.perf_counter()
     worker.replica.rows(0, 16)
     seconds = time.perf_counter() - begun

@@ -100,6 +100,19 @@ def test_nodes_come_for_a_job_and_go(dashboard: str, recipe: Recipe, tmp_path: P
     assert shards.verify(recipe.pairs_uri)["count"] == 160
 
 
+def test_auto_takes_all_the_nodes_that_may_come(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:
+    """Two, by the cluster's own file; the job asks for more, and waits for one alone."""
+    with watched(dashboard) as seen:
+        job = submit(dashboard, tmp_path, "generate_pairs", *REHEARSAL, "--pairs.actors", "auto", "--pairs.seed", "5")
+        out, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, out
+    print(out, seen)
+    assert max(seen) == 2
+    assert "Waiting for nodes: 0 of 1 replicas have a place." in out
+    assert "Made 160 pairs" in out
+    assert shards.verify(recipe.pairs_uri)["count"] == 160
+
+
 def test_a_job_that_cannot_work_says_so_and_fails(dashboard: str, recipe: Recipe, tmp_path: Path) -> None:
     job = submit(dashboard, tmp_path, "distill", *REHEARSAL)
     out, _ = job.communicate(timeout=200)

@@ -31,9 +31,10 @@ from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
 from pipeline.pairs import completion, manifest, verification
 from pipeline.pairs import shards as pairs
+from pipeline.pairs.commits import write_owned
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
-from pipeline.pairs.passes import Outcome, write_owned
+from pipeline.pairs.passes import Outcome
 from pipeline.pairs.replica import Replica
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe

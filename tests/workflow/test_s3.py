@@ -27,7 +27,7 @@ from pipeline.command_line import parse
 from pipeline.evaluation import timing
 from pipeline.files import places
 from pipeline.host.errors import Outage, Refused
-from pipeline.pairs import completion, manifest, passes
+from pipeline.pairs import commits, completion, manifest, passes
 from pipeline.pairs import shards as pairs
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
@@ -262,7 +262,7 @@ def test_a_shard_that_cannot_be_written_is_reported(folder: str, s3_server: Rela
     manifest.claim(folder, facts, recipe)
     down = pytest.raises(Outage, match=r"shard-00000\.parquet could not be written")
     with s3_server.failing(lambda method, target: "slow down" if method == "PUT" else ""), down:
-        passes.write_owned(folder, facts, "here", pairs.table(facts, rows))
+        commits.write_owned(folder, facts, "here", pairs.table(facts, rows))
     assert storage.listing(folder) == ["_recipe.json"]
 
 
@@ -373,7 +373,7 @@ def run_with_trouble(recipe: Recipe, server: Relay, patch: pytest.MonkeyPatch) -
     def one_shard(recipe: Recipe, gap: Gap, *rest: Any) -> Iterator[passes.Outcome]:
         """What Ray's workers do, here: they take seconds to start."""
         table = pairs.table(gap.facts, Replica(recipe, gap.facts).rows(0, 12))
-        yield passes.Outcome(0, passes.write_owned(recipe.pairs_uri, gap.facts, "here", table))
+        yield passes.Outcome(0, commits.write_owned(recipe.pairs_uri, gap.facts, "here", table))
         raise Stopped
 
     def three_steps(observer: Observer, metrics: dict[str, float]) -> None:
