@@ -54,6 +54,7 @@ SizeOrOff = Annotated[int, Range(0, 2**31 - 1, "0 or more, and below 2^31")]
 Pool = Annotated[int, Range(1, 10_000, "1 or more, and at most 10,000")]  # processes, files: what is listed one by one
 PoolOrOff = Annotated[int, Range(0, 10_000, "0 or more, and at most 10,000")]
 Workers = PoolOrOff | tuple[Pool, Pool]  # so many, or from one number to another
+Switch = bool | Literal["auto"]  # auto: whoever asks settles it by where the models run
 Weight = Annotated[float, Range(0, LARGEST, "0 or more, and finite")]
 Positive = Annotated[float, Range(math.nextafter(0, 1), LARGEST, "above 0, and finite")]
 Share = Annotated[float, Range(0, math.nextafter(1, 0), "0 or more, and below 1")]
