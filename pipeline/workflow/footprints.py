@@ -74,11 +74,12 @@ def _generated(recipe: Recipe, steps: int) -> tuple[Footprint, int]:
         return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
     def work(samples: int) -> None:
+        """A generation, or two where the second is recorded."""
         nonlocal nodes
         condition, rehearsal = conditions.blank(samples, caption), Rehearsal()
         teacher.graphs = Graphs(lambda: rehearsal, "cpu") if recorded else None
         footprint.hollow(teacher)
-        for _ in range(2 if recorded else 1):  # the second records
+        for _ in range(2 if recorded else 1):
             teacher.generate(condition, choose, stop=steps + 1)
         nodes = rehearsal.nodes
 

@@ -150,12 +150,13 @@ def test_another_precision_is_another_graph(tmp_path: Path) -> None:
 def test_on_a_cpu_nothing_is_recorded(tmp_path: Path) -> None:
     """A student may be drawn with elsewhere than its recipe ran; its teacher's ``graphs`` come along."""
     eager, elsewhere = both(tmp_path, "var", {})
-    elsewhere.student.jumps = elsewhere.teacher.decodes = Replays()
+    elsewhere.student.jumps, elsewhere.teacher.decodes = Replays(), Replays()
     elsewhere.teacher.graphs = Graphs()
     for seed in range(3):
         assert_equal(drawn(elsewhere, TWO, seed), drawn(eager, TWO, seed))
         assert torch.equal(Drawn(elsewhere.teacher, seed).codes, Drawn(eager.teacher, seed).codes)
     assert not elsewhere.student.jumps.kept
+    assert not elsewhere.teacher.decodes.kept
     assert elsewhere.teacher.graphs.recording is None
 
 
