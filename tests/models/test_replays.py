@@ -11,7 +11,7 @@ import pytest
 import torch
 from step import stirred
 from tape import Tapes
-from tiny import Family, tiny
+from tiny import Family, tiny, tiny_text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -22,11 +22,13 @@ from pipeline.models import checkpoints
 from pipeline.models.conditions import Captions, Labels, Prompts, tensors_of
 from pipeline.models.graphs import Graphs, Replays
 from pipeline.numerics.precision import Precision
+from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep, Inputs, Models, Sampler
 from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.teacher import TeacherSettings
+from pipeline.text import encoder
 from tests.models.test_graphs import CAPTIONS, GPU, Drawn, condition_of, condition_without_numbers
 
 NETWORKS = pytest.mark.parametrize(("family", "config"), [("var", {}), ("llamagen", {}), ("llamagen", CAPTIONS)])
@@ -35,11 +37,14 @@ RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
 
 def both(folder: Path, family: Family, config: dict[str, Any], precision: Precision = "fp32") -> tuple[Models, Models]:
+    return twice(tiny(folder, family, **config).teacher, precision)
+
+
+def twice(settings: TeacherSettings, precision: Precision = "fp32") -> tuple[Models, Models]:
     """The same networks twice: eager, and with jumps and decoding recorded on tape.
 
     The student is one that could be trained: autocast keeps casts of such weights alone.
     """
-    settings = tiny(folder, family, **config).teacher
     teacher = checkpoints.teacher(settings)
     student = stirred(checkpoints.new_student(settings, teacher, {}, 0)).eval()
     eager = Models(teacher, student, Solver(), 0, student_precision=precision)  # type: ignore[arg-type]
@@ -115,6 +120,19 @@ def test_captions_of_other_positions_are_other_graphs(tmp_path: Path) -> None:
         assert_equal(drawn(recorded, TWO, seed, 3, positions), drawn(eager, TWO, seed, 3, positions))
     (first, *_) = recorded.student.jumps.kept.values()
     assert first.given[2].shape == (3, 16, CAPTIONS["caption_dim"])
+
+
+def test_prompts_are_encoded_and_then_replayed(tmp_path: Path) -> None:
+    recipe = tiny_text(tmp_path)
+    encode = encoder.conditioner(recipe.text, "cpu")
+    eager, recorded = (
+        replace(models, conditioning=conditioning(recipe), encode=encode) for models in twice(recipe.teacher)
+    )
+    for start in range(0, 16, 4):
+        ids = range(start, start + 4)
+        found, expected = (TWO.draw(models, ids) for models in (recorded, eager))
+        assert torch.equal(found, expected)
+    assert len(recorded.student.jumps.kept) == 2
 
 
 @NETWORKS
