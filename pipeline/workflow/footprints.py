@@ -28,7 +28,10 @@ TRACED = 16  # AR steps of a raster sequence that are traced
 
 
 class Rehearsal:
-    """A ``graphs.Capture`` without a GPU: a replay does the work again. ``nodes`` are those of all its graphs."""
+    """A ``graphs.Capture`` for tensors without content: functions run when they are recorded, and replays do nothing.
+
+    ``nodes`` are those of all its graphs.
+    """
 
     def __init__(self) -> None:
         self.nodes = 0
@@ -37,11 +40,7 @@ class Rehearsal:
         with Nodes() as counter:
             function()
         self.nodes += counter.count
-
-        def replay() -> None:
-            function()
-
-        return replay
+        return lambda: None
 
 
 def of_generation(recipe: Recipe) -> Footprint:
@@ -74,13 +73,13 @@ def _generated(recipe: Recipe, steps: int) -> tuple[Footprint, int]:
         return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
     def work(samples: int) -> None:
-        """A generation, or two where the second is recorded."""
+        """A generation, and where it is to be recorded a step of one before it: the second of a size is."""
         nonlocal nodes
         condition, rehearsal = conditions.blank(samples, caption), Rehearsal()
         teacher.graphs = Graphs(lambda: rehearsal, "cpu") if recorded else None
         footprint.hollow(teacher)
-        for _ in range(2 if recorded else 1):
-            teacher.generate(condition, choose, stop=steps + 1)
+        for last in [1] * recorded + [steps]:
+            teacher.generate(condition, choose, stop=last + 1)
         nodes = rehearsal.nodes
 
     return footprint.trace(work), nodes
