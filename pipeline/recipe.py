@@ -80,11 +80,21 @@ class Recipe:
                 f" set {name}.precision to fp32, or cluster.gpus above 0.",
             )
 
-        fields.require(
-            self.cluster.runs_on == "cuda" or not self.teacher.graphs,
-            f"teacher.graphs is true, but the models run on the CPU (cluster.gpus {self.cluster.gpus:g}, cluster.device"
-            f" {self.cluster.device}), and CUDA graphs need a GPU; set teacher.graphs to false, or run on GPUs.",
-        )
+        for name in ("teacher", "evaluate"):
+            fields.require(
+                self.cluster.runs_on == "cuda" or getattr(self, name).graphs is not True,
+                f"{name}.graphs is true, but the models run on the CPU (cluster.gpus {self.cluster.gpus:g},"
+                f" cluster.device {self.cluster.device}), and CUDA graphs need a GPU; set {name}.graphs to false, or"
+                " run on GPUs.",
+            )
+
+    def records(self, section: Literal["teacher", "evaluate"]) -> bool:
+        """Whether CUDA graphs are recorded: a teacher's AR steps, or an evaluation's students and decoder.
+
+        What ``graphs`` of the section says, with auto settled.
+        """
+        wanted = getattr(self, section).graphs
+        return self.cluster.runs_on == "cuda" if wanted == "auto" else bool(wanted)
 
     @property
     def pairs_uri(self) -> str:

@@ -20,6 +20,7 @@ from pipeline.benchmark.matching import inputs, likeliest, usual_condition
 from pipeline.benchmark.sheet import Claim, Row, Section
 from pipeline.models import checkpoints
 from pipeline.models.base import Teacher
+from pipeline.models.graphs import Replays
 from pipeline.numerics import footprint
 from pipeline.pairs.facts import conditioning
 from pipeline.recipe import Recipe
@@ -167,6 +168,8 @@ def sampling(recipe: Recipe, teacher: Teacher, batches: tuple[int, ...], seconds
     device = teacher.codebook.device
     asked, seed = recipe.train.student_options, recipe.train.seed
     student = checkpoints.new_student(recipe.teacher, teacher, asked, seed).eval().to(device)
+    if recipe.records("evaluate"):
+        student.jumps, teacher.decodes = Replays(), Replays()
     precisions = recipe.teacher.precision, recipe.evaluate.precision
     models = Models(teacher, student, recipe.pairs.solver, recipe.evaluate.seed, None, device, *precisions)
     encode = encoder.conditioner(recipe.text, device)

@@ -55,6 +55,7 @@ Pool = Annotated[int, Range(1, 10_000, "1 or more, and at most 10,000")]  # proc
 PoolOrOff = Annotated[int, Range(0, 10_000, "0 or more, and at most 10,000")]
 Actors = Pool | Literal["auto"]  # so many, or as many as there are places for
 Workers = PoolOrOff | tuple[Pool, Pool]  # so many, or from one number to another
+Switch = bool | Literal["auto"]  # auto: whoever asks settles it by where the models run
 Weight = Annotated[float, Range(0, LARGEST, "0 or more, and finite")]
 Positive = Annotated[float, Range(math.nextafter(0, 1), LARGEST, "above 0, and finite")]
 Share = Annotated[float, Range(0, math.nextafter(1, 0), "0 or more, and below 1")]

@@ -44,7 +44,13 @@ def parser(doc: str | None) -> Parser:
     add("--minutes", type=float, default=MINUTES, help="of the whole, default %(default)g; what does not fit is left")
     add("--only", default="", metavar="STEPS", help=f"kinds ({', '.join(plan.KINDS)}) or names of steps, with commas")
     add("--out", default=OUT, metavar="FOLDER", help="of the sheet, logs and weights, default %(default)s")
-    add("--graphs", type=truth, default=True, metavar="BOOL", help="AR steps as CUDA graphs, default true")
+    add(
+        "--graphs",
+        type=truth,
+        default=True,
+        metavar="BOOL",
+        help="what is drawn with as CUDA graphs, default true",
+    )
     add("--cpu", type=truth, default=False, metavar="BOOL", help="rehearse with small recipes on the CPU")
     return out
 

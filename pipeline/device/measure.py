@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> None:
     out.add_argument("--folder", type=Path, required=True, help="of the sheet")
     out.add_argument("--notes", type=Path, required=True, help="file for the figures")
     out.add_argument("--seconds", type=float, required=True)
-    out.add_argument("--graphs", type=truth, required=True, help="AR steps as CUDA graphs")
+    out.add_argument("--graphs", type=truth, required=True, help="what is drawn with as CUDA graphs")
     out.carry_out(carry_out, args)
 
 
@@ -62,11 +62,12 @@ def recipe_of(name: str, device: str, kept: Path, run: Path, graphs: bool) -> Re
     place = kept / WEIGHTS / name
     place.mkdir(parents=True, exist_ok=True)
     rows, batch = SHARDS[device]
+    recorded = {"graphs": graphs and device == "cuda"}
     settings: dict[str, Any] = {
         "run": str(run),
-        "teacher": formula.write(official.teacher, place) | {"graphs": graphs and device == "cuda"},
+        "teacher": formula.write(official.teacher, place) | recorded,
         "pairs": {"count": ROWS, "actors": 1, "shard_rows": rows, "batch": batch or official.pairs.batch},
-        "evaluate": {"actors": 1},
+        "evaluate": {"actors": 1} | recorded,
         "preflight": "this",
     }
     return with_settings(official, settings)

@@ -12,7 +12,7 @@ Kind = Literal["tests", "benchmark", "pairs", "memory", "training"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RECIPES = {"cuda": {"var-d16": 64, "llamagen-l": 256}, "cpu": {"digits-var": 4, "digits-llamagen": 4}}
 """Device -> recipe -> the large batch of its benchmark; on a CPU small recipes rehearse the steps of the large ones."""
-ON_GRAPHS: tuple[Kind, ...] = ("benchmark", "pairs", "memory")  # steps whose teacher records CUDA graphs
+ON_GRAPHS: tuple[Kind, ...] = ("benchmark", "pairs", "memory")  # steps that record CUDA graphs
 # Seconds of a step that has all it wants, and of the least that is worth beginning. Together they are a little more
 # than ten minutes, for most steps end before their time.
 WANTED: dict[Kind, float] = {"tests": 130, "benchmark": 95, "pairs": 95, "memory": 40, "training": 45}

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 import sys
 
-FILES = ("flow/test_kernel", "numerics/test_precision", "models/test_float16", "models/test_graphs")
+FILES = (
+    "flow/test_kernel",
+    "numerics/test_precision",
+    "models/test_float16",
+    "models/test_graphs",
+    "models/test_replays",
+)
 NAMES = "gpu or cuda or kernel or wait_for"  # in a test's name; the tests that compile on a GPU come last
 FINISHED = (0, 1)  # statuses of pytest that has run all tests, whether or not some failed
 LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)

@@ -27,6 +27,7 @@ from pipeline.host.machine import device_name
 from pipeline.host.stopwatch import now, warm_up
 from pipeline.models import checkpoints
 from pipeline.models.base import Student
+from pipeline.models.graphs import Replays
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import set_products
 from pipeline.sampling import sample_files
@@ -155,6 +156,7 @@ def machine(device: str) -> dict[str, str]:
 def load_models(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Models:
     """The teacher of a plan on its device; the student is loaded when a draw needs it."""
     teacher = checkpoints.teacher(plan.recipe.teacher).to(plan.device)
+    teacher.decodes = Replays() if plan.recipe.records("evaluate") else None
     shares = None if frequencies is None else torch.from_numpy(frequencies).to(plan.device)
     recipe = plan.recipe
     precisions = recipe.teacher.precision, recipe.evaluate.precision
@@ -164,10 +166,11 @@ def load_models(plan: EvaluationPlan, frequencies: np.ndarray | None) -> Models:
 
 
 def load_student(plan: EvaluationPlan, uri: str, models: Models) -> Student:
-    """A student of a plan on its device, compiled if the recipe says so."""
+    """A student of a plan on its device, compiled and recorded if the recipe says so."""
     student = checkpoints.student(plan.recipe.teacher, uri, models.teacher.codebook, plan.built).to(plan.device)
     if plan.recipe.evaluate.compile:
         compiled(student)
+    student.jumps = Replays() if plan.recipe.records("evaluate") else None
     return student
 
 
@@ -185,6 +188,7 @@ def seconds_per_image(plan: EvaluationPlan, samplers: list[Sampler]) -> dict[Sam
     if any(sampler.student for sampler in asked):
         student = load_student(plan, plan.student, models) if plan.students else None
         student = student or checkpoints.new_student(recipe.teacher, models.teacher, plan.built, recipe.train.seed)
+        student.jumps = Replays() if recipe.records("evaluate") else None
         models = dataclasses.replace(models, student=student.eval().to(plan.device))
     seconds = {}
     for sampler in asked:

@@ -214,8 +214,8 @@ class EvaluationPlan:
     def fingerprint(self) -> str:
         """Fingerprint of the whole report; compiled and recorded networks are timed anew, not drawn with again."""
         timing = [list(self.recipe.evaluate.timing_batches), self.recipe.teacher.compile, self.recipe.evaluate.compile]
-        if self.recipe.teacher.graphs:  # not named where they are off: the reports from before there was a choice stay
-            timing.append("graphs")
+        # Not named where they are off: the reports from before there was a choice stay.
+        timing += ["graphs"] * self.recipe.records("teacher") + ["student's graphs"] * self.recipe.records("evaluate")
         drawn = {"draws": [self.key(draw) for draw in self.draws()], "reference": self.facts["reference"]}
         return fingerprint(drawn | {"timing": timing})
 

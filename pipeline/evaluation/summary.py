@@ -218,7 +218,8 @@ def _timing(plan: EvaluationPlan, times: Times) -> Timing:
         **times.measurement,
         "compiled teacher": plan.recipe.teacher.compile,
         "compiled student": plan.recipe.evaluate.compile,
-        "CUDA graphs of the teacher": plan.recipe.teacher.graphs,
+        "CUDA graphs of the teacher": plan.recipe.records("teacher"),
+        "CUDA graphs of students and decoder": plan.recipe.records("evaluate"),
         "runs on": plan.device,
     }
 

@@ -54,13 +54,15 @@ def facts(plan: EvaluationPlan) -> dict[str, Any]:
         "student": {"SHA-256": plan.students.get(plan.student), **plan.built, "precision": settings.precision},
         "solver": dataclasses.asdict(recipe.pairs.solver),
         "compile": [recipe.teacher.compile, settings.compile],
-        "graphs": recipe.teacher.graphs,
+        "graphs": recipe.records("teacher"),
         "runs on": plan.device,
         "gpus": resources.gpus,
         "cpus": resources.cpus if resources.gpus else _cores(settings.actors, resources.cpus),
         "torch": importlib.metadata.version("torch"),
         "code": plan.facts["code"] | {equal_code.MEASURING: equal_code.of_measuring()},
     }
+    if recipe.records("evaluate"):  # not named where they are off: times from before there was a choice stay
+        out["student's graphs"] = True
     if plan.prompts:
         out |= {"prompts": plan.facts["prompts"], "encoder": plan.facts["encoder"]}
     return json.loads(json.dumps(out))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.host.errors import Refused
-from pipeline.models.conditions import Condition
+from pipeline.models.conditions import Condition, tensors_of
 from pipeline.models.float16 import Float16
-from pipeline.models.graphs import Graphs, Recording
+from pipeline.models.graphs import Graphs, Recording, Replays
 from pipeline.numerics.precision import full_precision
 from pipeline.settings.teacher import Filter
 
@@ -124,7 +124,7 @@ class Teacher(nn.Module):
     ``network`` is the transformer, with the official state_dict names and its repeated blocks as ``layers``;
     ``tokenizer`` has its own file. A network that can compute in float16 has a method ``to_float16`` and a ``float16``.
     ``caption`` are the positions and the width of the longest captions that it takes, None for one that takes classes.
-    With ``graphs``, AR steps are recorded and replayed, on a GPU.
+    With ``graphs``, AR steps are recorded and replayed, on a GPU; with ``decodes``, decoding is.
     """
 
     layout: Layout
@@ -133,6 +133,7 @@ class Teacher(nn.Module):
     network: nn.Module
     caption: tuple[int, int] | None = None
     graphs: Graphs | None = None
+    decodes: Replays | None = None
 
     @property
     def codebook(self) -> Tensor:
@@ -165,14 +166,18 @@ class Teacher(nn.Module):
 
         ``conditions`` are the positions of a condition, where they shape the first step.
         """
-        if self.graphs is None:
+        device = self.codebook.device
+        if self.graphs is None or device.type != self.graphs.on:
             return None
-        device, shapes = self.codebook.device, [(batch, group, self.layout.vocabulary) for group in self.layout.groups]
+        shapes = [(batch, group, self.layout.vocabulary) for group in self.layout.groups]
         kind = (batch, conditions, self.filter)
         return self.graphs.find(kind, lambda capture: Recording(capture, memory(), shapes, device))
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, n, C] -> images [B, 3, H, W] in [-1, 1]."""
+        return self.decodes(None, self._decoded, embeddings) if self.decodes else self._decoded(embeddings)
+
+    def _decoded(self, embeddings: Tensor) -> Tensor:
         return self.tokenizer.decode(embeddings).clamp(-1, 1)
 
     def span(self, prefix: Tensor | None, stop: int | None) -> tuple[int, int]:
@@ -201,7 +206,8 @@ class Student(nn.Module):
     repeated blocks. ``released`` are the places in a file of the authors' at which their own scripts look for the
     weights; () where they released no student. ``settings`` are those of ``TrainSettings.student_options`` that the
     constructor, after config and codebook, and ``from_teacher`` take by name; a recipe that sets another one is refused
-    in the words of ``no_choice``.
+    in the words of ``no_choice``. With ``jumps``, jumps are recorded and replayed, on a GPU: then weights must stay
+    where they are.
     """
 
     layout: Layout
@@ -209,6 +215,7 @@ class Student(nn.Module):
     released: ClassVar[tuple[tuple[str, ...], ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ()
     no_choice: ClassVar[str] = "students of this family have no such choice"
+    jumps: Replays | None = None
 
     @classmethod
     def from_teacher(cls, teacher: Any, seed: int) -> Student:
@@ -229,6 +236,16 @@ class Student(nn.Module):
         x and noise [B, n, C]; returns embeddings [B, n, C]. Tokens of the first ``split`` AR steps are codes (argmax of
         the logits; kept tokens are snapped to the nearest code), the others are the embedding head's output.
         """
+        if self.jumps is None or not tensors_of(condition):
+            return self._jump(x, noise, t, condition, split)
+        kind: Any = type(condition)
+
+        def jump(x: Tensor, noise: Tensor, *given: Tensor) -> Tensor:
+            return self._jump(x, noise, t, kind(*given), split)
+
+        return self.jumps((kind, t, split), jump, x, noise, *tensors_of(condition))
+
+    def _jump(self, x: Tensor, noise: Tensor, t: int, condition: Condition, split: int) -> Tensor:
         kept, coded = self.layout.before(t), self.layout.before(split + 1)
         x_t = torch.cat([x[:, :kept], noise[:, kept:]], dim=1)
         at = torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)

@@ -122,6 +122,12 @@ def blank(count: int, caption: tuple[int, int] | None) -> Labels | Captions:
     return Captions(torch.zeros(count, *caption), torch.ones(count, caption[0], dtype=torch.bool))
 
 
+def tensors_of(condition: Condition) -> tuple[Tensor, ...]:
+    """The tensors that a condition is made of, so that ``type(condition)(*tensors)`` is the same; () of prompts."""
+    values = tuple(getattr(condition, "__dict__", {}).values())
+    return values if all(isinstance(value, Tensor) for value in values) else ()
+
+
 def labels_of(condition: Condition) -> Tensor:
     """The labels [B] of a class condition; TypeError for another, which a recipe's checks keep away."""
     if not isinstance(condition, Labels):

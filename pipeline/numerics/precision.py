@@ -47,6 +47,25 @@ def products(precision: Precision) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = sums
 
 
+def switches(device: torch.device) -> tuple[object, ...]:
+    """What the process is set to and ``products`` and ``autocast`` change: where it is equal, so are the kernels."""
+    multiplied = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return *multiplied, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+@contextmanager
+def casting_anew() -> Iterator[None]:
+    """Autocast, where it is on, casts weights whenever they are used and keeps no copy: a copy that it keeps is gone
+    when it ends, and a CUDA graph would go on reading there.
+    """
+    before = torch.is_autocast_cache_enabled()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 @contextmanager
 def tuned_convolutions() -> Iterator[None]:
     """cuDNN tries its algorithms for every new shape and keeps the fastest: for decoders, whose shapes are few.

@@ -51,6 +51,7 @@ _HowNetworksRan = TypedDict(
         "compiled teacher": NotRequired[bool],
         "compiled student": NotRequired[bool],
         "CUDA graphs of the teacher": NotRequired[bool],
+        "CUDA graphs of students and decoder": NotRequired[bool],
         "runs on": NotRequired[str],
     },
 )
@@ -63,6 +64,7 @@ class Timing(Measurement, _HowNetworksRan):
         compiled teacher: whether ``torch.compile`` made the teacher faster.
         compiled student: whether it made the student faster.
         CUDA graphs of the teacher: whether its steps were recorded once and played again.
+        CUDA graphs of students and decoder: whether theirs were; missing in reports from before there was a choice.
         runs on: "cuda" or "cpu", where the networks were.
     """
 

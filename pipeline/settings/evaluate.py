@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
-from pipeline.configuration.fields import Actors, Name, Pool, Range, Seed, Size, SizeOrOff, Uri
+from pipeline.configuration.fields import Actors, Name, Pool, Range, Seed, Size, SizeOrOff, Switch, Uri
 from pipeline.numerics.precision import Precision
 from pipeline.report.names import metric_name
 from pipeline.settings.text import UnseenSettings
@@ -63,6 +63,9 @@ class EvaluateSettings:
         precision: of the student: fp32, tf32 (float32 with TF32 products, on GPUs) or bf16 autocast. Where a student
             draws, the decoder follows in fp32 or tf32; where none does, it follows the teacher. Scores are fp32's.
         compile: torch.compile the student's blocks. Changes float rounding only.
+        graphs: record what a GPU does in a student's jump and in decoding as CUDA graphs and replay them, at batch
+            sizes that come twice in a row, as ``teacher.graphs`` does with AR steps: speed-ups then compare like with
+            like. auto does so where the models run on GPUs. Changes nothing but speed; the graphs take memory.
         batch: samples that an actor draws at once.
         actors: sampling actors: so many, and the cluster scales to it, or auto, as many as there are places for.
         grid: columns of the sample grid, one noise each.
@@ -93,6 +96,7 @@ class EvaluateSettings:
     npz: bool = False
     precision: Precision = "fp32"
     compile: bool = False
+    graphs: Switch = False
     batch: Size = 250
     actors: Actors = 2
     grid: Pool = 12

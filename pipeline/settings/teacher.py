@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pipeline.configuration import fields
 from pipeline.configuration.addresses import Address
-from pipeline.configuration.fields import Name, Positive, Range, SizeOrOff, Weight
+from pipeline.configuration.fields import Name, Positive, Range, SizeOrOff, Switch, Weight
 from pipeline.numerics.precision import Precision
 
 
@@ -48,7 +48,8 @@ class TeacherSettings:
             matching are always in full float32. Part of a pair set's fingerprint.
         compile: torch.compile the transformer's blocks. Changes float rounding only.
         graphs: record what a GPU does in every AR step as a CUDA graph and replay it, in generations from the first
-            step on whose batch size comes twice in a row. Changes nothing but speed; the graphs take memory.
+            step on whose batch size comes twice in a row. auto does so where the models run on GPUs. Changes nothing
+            but speed; the graphs take memory.
         unpickle: read .pt and .pth files (students' too) that hold more than tensors and plain values. Reading them
             runs code that they bring along: only for files that you trust.
     """
@@ -60,7 +61,7 @@ class TeacherSettings:
     filter: Filter = field(default_factory=Filter)
     precision: Precision = "fp32"
     compile: bool = False
-    graphs: bool = False
+    graphs: Switch = False
     unpickle: bool = False
 
     def __post_init__(self) -> None:

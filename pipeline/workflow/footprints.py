@@ -6,14 +6,16 @@ batch takes is gone before the other networks' begins, and is less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pipeline.models import checkpoints, conditions
+from pipeline.models.graphs import Graphs
 from pipeline.numerics import footprint
-from pipeline.numerics.footprint import Footprint
+from pipeline.numerics.footprint import Footprint, Nodes
 from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
 from pipeline.text import encoder
@@ -25,35 +27,62 @@ from pipeline.training.step import recomputable, step
 TRACED = 16  # AR steps of a raster sequence that are traced
 
 
+class Rehearsal:
+    """A ``graphs.Capture`` for tensors without content: functions run when they are recorded, and replays do nothing.
+
+    ``nodes`` are those of all its graphs.
+    """
+
+    def __init__(self) -> None:
+        self.nodes = 0
+
+    def __call__(self, function: Callable[[], object]) -> Callable[[], None]:
+        with Nodes() as counter:
+            function()
+        self.nodes += counter.count
+        return lambda: None
+
+
 def of_generation(recipe: Recipe) -> Footprint:
     """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities, the text encoder.
 
     Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
-    sequence only the first steps are traced; each later one adds the same to the cache.
+    sequence only the first steps are traced; each later one adds the same to the cache. Where CUDA graphs are recorded,
+    the generation that does so is traced, with all that a recording keeps, and ``footprint.NODE`` counts for each node.
     """
+    layout = checkpoints.config(recipe.teacher).layout
+    raster = layout.steps > TRACED and len(set(layout.groups)) == 1
+    found, nodes = _generated(recipe, TRACED if raster else layout.steps)
+    if raster:
+        short, few = _generated(recipe, TRACED // 2)
+        more = (layout.steps - TRACED) / (TRACED - TRACED // 2)
+        found = replace(found, sample=round(found.sample + more * (found.sample - short.sample)))
+        nodes = round(nodes + more * (nodes - few))
+    return _with_encoder(replace(found, fixed=found.fixed + footprint.NODE * nodes), recipe)
+
+
+def _generated(recipe: Recipe, steps: int) -> tuple[Footprint, int]:
+    """What the first ``steps`` AR steps need, and the nodes of their graphs."""
     family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    caption = checkpoints.caption_shape(recipe.teacher)
+    caption, recorded = checkpoints.caption_shape(recipe.teacher), recipe.records("teacher")
     with torch.device("meta"):
         teacher = checkpoints.cast(family.Teacher(config, recipe.teacher.filter), recipe.teacher)
+    nodes = 0
 
-    def upto(steps: int) -> Footprint:
-        """What the first ``steps`` AR steps need."""
+    def choose(step: int, log_p: Tensor) -> Tensor:
+        return torch.zeros(log_p.shape[:-1], dtype=torch.long)
 
-        def choose(step: int, log_p: Tensor) -> Tensor:
-            return torch.zeros(log_p.shape[:-1], dtype=torch.long)
+    def work(samples: int) -> None:
+        """A generation, and where it is to be recorded a step of one before it: the second of a size is."""
+        nonlocal nodes
+        condition, rehearsal = conditions.blank(samples, caption), Rehearsal()
+        teacher.graphs = Graphs(lambda: rehearsal, "cpu") if recorded else None
+        footprint.hollow(teacher)
+        for last in [1] * recorded + [steps]:
+            teacher.generate(condition, choose, stop=last + 1)
+        nodes = rehearsal.nodes
 
-        def work(samples: int) -> None:
-            condition = conditions.blank(samples, caption)
-            footprint.hollow(teacher).generate(condition, choose, stop=steps + 1)
-
-        return footprint.trace(work)
-
-    steps = config.layout.steps
-    if steps <= TRACED or len(set(config.layout.groups)) > 1:
-        return _with_encoder(upto(steps), recipe)
-    short, longer = upto(TRACED // 2), upto(TRACED)
-    per_step = (longer.sample - short.sample) / (TRACED - TRACED // 2)
-    return _with_encoder(replace(longer, sample=round(longer.sample + (steps - TRACED) * per_step)), recipe)
+    return footprint.trace(work), nodes
 
 
 def of_training(recipe: Recipe) -> Footprint:

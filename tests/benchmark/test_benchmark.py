@@ -112,7 +112,7 @@ def test_sizes_are_not_mixed_where_graphs_are_those_of_one_size(
 
 def test_what_is_profiled_runs_without_graphs(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, seen = checkpoints.teacher(recipe.teacher), []
-    graphs = teacher.graphs = SimpleNamespace(find=lambda kind, begin: None)  # type: ignore[assignment]
+    graphs = teacher.graphs = SimpleNamespace(find=lambda kind, begin: None, on="cpu")  # type: ignore[assignment]
     monkeypatch.setattr(networks, "in_products", lambda call, device: seen.append(teacher.graphs) or 0.5)
     section = networks.teachers(teacher, recipe.teacher, (1,), 0.01, clock.Peaks(1e12, 1e12))
     assert section.rows[0]["in products, %"] == 50

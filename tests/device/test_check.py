@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.device import check, plan, sheet, suite
+from pipeline.device import check, formula, measure, plan, sheet, suite
 from pipeline.device.budget import CLOSING, Budget, Ending, conduct
 from pipeline.device.check import Session
 from pipeline.device.plan import Step
@@ -249,6 +249,17 @@ def test_a_step_that_ends_without_all_figures_is_cut(session: Session, monkeypat
     assert session.carry_out(step, 30).state == "measured"
     scripted(monkeypatch, session, NOTE + "write(batch=1)")
     assert session.carry_out(step, 30).state == "cut"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "on"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_graphs_are_those_of_teacher_and_student_or_of_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: bool, on: bool
+) -> None:
+    monkeypatch.setattr(formula, "write", lambda settings, folder: {})
+    recipe = measure.recipe_of(next(iter(plan.RECIPES[device])), device, tmp_path, tmp_path / "run", asked)
+    assert (recipe.records("teacher"), recipe.records("evaluate")) == (on, on)
 
 
 def test_a_step_that_fails_on_graphs_is_tried_without(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

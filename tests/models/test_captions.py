@@ -20,6 +20,7 @@ from pipeline.models.base import Prediction, nearest
 from pipeline.models.conditions import Captions, Condition, Labels, Prompts
 from pipeline.models.llamagen import Config, Student, Teacher
 from pipeline.models.llamagen.captions import CaptionEmbedding, caption_columns, caption_mask
+from pipeline.models.llamagen.teacher import RasterPass
 from pipeline.models.llamagen.transformer import rotary
 from pipeline.numerics.precision import autocast
 from pipeline.settings.teacher import Filter
@@ -420,6 +421,19 @@ def test_a_student_under_bf16_is_near_the_exact_one() -> None:
     assert pooled.dtype == torch.float32
     for found, expected in zip(rough, exact, strict=True):
         assert 1e-4 < error(found, expected) < 0.05
+
+
+def test_the_unconditional_half_is_not_one_row() -> None:
+    """The null caption is masked by the length of the sample's own, as officially: no other row can stand for it."""
+    net, condition = captioned(GUIDED), captions()
+    sequence = RasterPass(net, condition, length=1)
+    with torch.no_grad():
+        halves = [condition, net.network.cls_embedding.null(condition)]
+        sequence.begin(1, net.network.embed(halves, TOKENS[:2, :0]))
+    last = sequence.cache[:, 1, 2:, :, sequence.conditions - 1]  # values of the last position, under 7 and 31 tokens
+    first, second = last.unbind(1)
+    torch.testing.assert_close(first[0], second[0], **SAME)
+    assert (first[1] - second[1]).abs().max() > 0.01 * first[1].abs().max()
 
 
 # ---- float16

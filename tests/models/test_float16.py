@@ -157,7 +157,7 @@ def test_recorded_steps_draw_the_same_and_notice_the_same(tmp_path: Path, family
     eager = checkpoints.teacher(in_(tiny(tmp_path, family, **config), "fp16").teacher)
     stirred(eager.network)
     recorded = copy.deepcopy(eager)
-    recorded.graphs = Graphs(lambda: Tapes(recorded))
+    recorded.graphs = Graphs(lambda: Tapes(recorded), "cpu")
     for seed in range(4):
         assert_equal(Drawn(recorded, seed), Drawn(eager, seed))
         recorded.check()
@@ -249,7 +249,7 @@ def test_keys_that_nobody_wrote_are_not_looked_at(
     teacher = checkpoints.teacher(settings)
     assert teacher.network.cache(1, 1).isnan().all()
     recorded = copy.deepcopy(teacher)
-    recorded.graphs = Graphs(lambda: Tapes(recorded))
+    recorded.graphs = Graphs(lambda: Tapes(recorded), "cpu")
     whole = Drawn(teacher, 0)
     for how in ({}, {"stop": 3}, {"prefix": whole.codes[:, :4]}, {"prefix": whole.codes[:, :2], "stop": 3}):
         Drawn(teacher, 1, **how)

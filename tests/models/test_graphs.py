@@ -49,7 +49,7 @@ def pair(settings: TeacherSettings) -> tuple[Teacher, Teacher]:
     eager = checkpoints.teacher(settings)
     stirred(eager.network)
     recorded = copy.deepcopy(eager)
-    recorded.graphs = Graphs(lambda: Tapes(recorded))
+    recorded.graphs = Graphs(lambda: Tapes(recorded), "cpu")
     return eager, recorded
 
 
@@ -162,7 +162,7 @@ def test_compiled_blocks_need_no_other_forms(tmp_path: Path, family: Family) -> 
         function()
         return function
 
-    fast.graphs = Graphs(lambda: again)
+    fast.graphs = Graphs(lambda: again, "cpu")
     for seed in range(3):
         assert torch.equal(Drawn(fast, seed, 4).codes, Drawn(eager, seed, 4).codes)
     assert fast.graphs.recording is not None

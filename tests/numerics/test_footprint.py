@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.models import checkpoints
 from pipeline.models.conditions import Labels
+from pipeline.models.graphs import Graphs
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint, Meter
 from pipeline.recipe import Recipe
@@ -95,11 +96,57 @@ def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Famil
     assert meter.peak == pytest.approx(planned.fixed + samples * planned.sample, rel=0.03)
 
 
-def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny(tmp_path, "llamagen")
+def on_graphs(recipe: Recipe) -> Recipe:
+    return replace(
+        recipe,
+        teacher=replace(recipe.teacher, graphs="auto"),
+        cluster=replace(recipe.cluster, gpus=1),
+        train=replace(recipe.train, workers=1),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_batch_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
+    """Memory that a recording keeps, beside what a batch takes at most, and its graphs' own for every node."""
+    recipe, samples = on_graphs(tiny(tmp_path, family)), 500
+    planned, rehearsal = footprints.of_generation(recipe), footprints.Rehearsal()
+    teacher = checkpoints.teacher(recipe.teacher)
+    with Meter() as meter, torch.no_grad():
+        teacher = copy.deepcopy(teacher)  # so that its weights count
+        teacher.graphs = Graphs(lambda: rehearsal, "cpu")
+        condition = Labels(torch.zeros(samples, dtype=torch.long))
+        for _ in range(3):
+            teacher.generate(condition, lambda step, log_p: torch.zeros(log_p.shape[:-1], dtype=torch.long))
+    graphs = footprint.NODE * rehearsal.nodes
+    assert meter.peak == pytest.approx(planned.fixed - graphs + samples * planned.sample, rel=0.03)
+    eager = replace(recipe, teacher=replace(recipe.teacher, graphs=False))
+    layout, plain = teacher.layout, footprints.of_generation(eager)
+    assert planned.fixed - plain.fixed == pytest.approx(graphs, rel=0.01)
+    assert planned.sample > plain.sample + 4 * max(layout.groups) * layout.vocabulary, "what steps return has its room"
+    assert rehearsal.nodes > layout.steps * 10 * len(list(teacher.network.layers))
+    off = replace(recipe, cluster=replace(recipe.cluster, gpus=0))
+    assert footprints.of_generation(off) == plain, "auto is off on a CPU"
+
+
+def test_nodes_are_what_writes_memory() -> None:
+    with footprint.Nodes() as nodes:
+        x = torch.empty(4, 4)
+        x.view(16)[3:].unsqueeze(0)
+        assert nodes.count == 0
+        x.fill_(2.0)
+        y = x.view(16) + 1
+        y[8:].copy_(y[:8])
+        assert nodes.count == 3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    recipe = on_graphs(tiny(tmp_path, "llamagen")) if recorded else tiny(tmp_path, "llamagen")
     whole = footprints.of_generation(recipe)
     monkeypatch.setattr(footprints, "TRACED", 4)
-    assert footprints.of_generation(recipe).sample == pytest.approx(whole.sample, rel=0.02)
+    part = footprints.of_generation(recipe)
+    assert part.sample == pytest.approx(whole.sample, rel=0.02)
+    assert part.fixed == pytest.approx(whole.fixed, rel=0.01)
 
 
 def test_a_gpu_holds_no_attention_matrices(tmp_path: Path) -> None:

@@ -329,7 +329,9 @@ def test_the_fingerprint_covers_what_shapes_rows_and_nothing_else(recipe: Recipe
     same = [with_pairs(recipe, count=7), with_pairs(recipe, batch=3, actors=9), replace(recipe, name="x", run="/y")]
     same.append(with_pairs(recipe, uri="/elsewhere", verify=True))
     same.append(replace(recipe, teacher=replace(recipe.teacher, compile=True)))
-    same.append(replace(recipe, teacher=replace(recipe.teacher, graphs=True), cluster=ClusterSettings(gpus=1)))
+    for wanted in (True, "auto"):
+        same.append(replace(recipe, teacher=replace(recipe.teacher, graphs=wanted), cluster=ClusterSettings(gpus=1)))
+    same.append(replace(recipe, teacher=replace(recipe.teacher, graphs="auto")))
     defaults = recipe.teacher.config | {"mlp_ratio": 4}
     same.append(replace(recipe, teacher=replace(recipe.teacher, config=defaults)))
     assert {of(changed) for changed in same} == {of(recipe)}

@@ -66,10 +66,11 @@ class Tape(TorchDispatchMode):
             whole.fill_(torch.nan if tensor.is_floating_point() else 1 if tensor.dtype == torch.bool else 10**6)
 
     def replay(self) -> None:
-        for func, args, kwargs, before in self.operations:
-            for old, new in zip(before, tensors(func(*args, **kwargs)), strict=True):
-                if key(old) != key(new):  # else a view, or written in place
-                    old.copy_(new)
+        with torch.autocast("cpu", enabled=False):  # what it cast is on the tape as cast, and nothing is cast again
+            for func, args, kwargs, before in self.operations:
+                for old, new in zip(before, tensors(func(*args, **kwargs)), strict=True):
+                    if key(old) != key(new):  # else a view, or written in place
+                        old.copy_(new)
 
 
 def tensors(tree: Any) -> list[Tensor]:

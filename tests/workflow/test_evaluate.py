@@ -18,7 +18,7 @@ import torch
 
 from pipeline import noise, storage
 from pipeline.digits import networks
-from pipeline.evaluation import draws, plan, students, summary, timing
+from pipeline.evaluation import artist, draws, plan, students, summary, timing
 from pipeline.evaluation.artist import Artist
 from pipeline.evaluation.draws import Draw
 from pipeline.generator import card, folder
@@ -650,11 +650,40 @@ def test_a_students_precision_is_in_its_draws_alone_and_compiling_in_none(recipe
     for draw in base.draws():
         assert (low.key(draw) == base.key(draw)) is not bool(draw.student)
         assert fast.key(draw) == base.key(draw)
-    graphs = dataclasses.replace(recipe.teacher, graphs=True)
-    recorded = plan.prepare(dataclasses.replace(recipe, teacher=graphs, cluster=ClusterSettings(gpus=1)))
-    assert recorded.key(base.draws()[0]) == base.key(base.draws()[0])
-    made = (base, low, fast, recorded)
-    assert len({each.fingerprint() for each in made}) == 4, "what is compiled or recorded is timed anew"
+    auto = dataclasses.replace(recipe.teacher, graphs="auto")
+    on = {"cluster": ClusterSettings(gpus=1)}
+    recorded = plan.prepare(dataclasses.replace(recipe, teacher=auto, **on))
+    jumping = plan.prepare(dataclasses.replace(changed(recipe, graphs="auto"), **on))
+    eager = plan.prepare(dataclasses.replace(changed(recipe, graphs="auto"), teacher=auto))  # on a CPU
+    for other in (recorded, jumping, eager):
+        assert [other.key(draw) for draw in base.draws()] == [base.key(draw) for draw in base.draws()]
+    made = (base, low, fast, recorded, jumping)
+    assert len({each.fingerprint() for each in made}) == 5, "what is compiled or recorded is timed anew"
+    assert eager.fingerprint() == base.fingerprint()
+    assert timing.facts(eager) == timing.facts(base)
+    assert [timing.facts(one)["graphs"] for one in (base, recorded, jumping)] == [False, True, False]
+    assert {"student's graphs"} == timing.facts(jumping).keys() - timing.facts(base).keys()
+    assert summary._timing(jumping, timing.NOTHING)["CUDA graphs of students and decoder"] is True
+    assert summary._timing(recorded, timing.NOTHING)["CUDA graphs of the teacher"] is True
+
+
+def test_what_is_drawn_with_is_recorded_where_the_recipe_says_so(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And eager otherwise; a student that is still to be trained, too. There is no GPU here, so nothing is recorded."""
+    made, seen = plan.prepare(recipe), []
+    monkeypatch.setattr(artist, "draw_images", lambda models, *_: seen.append(models))
+    for section in ("teacher", "evaluate"):
+        monkeypatch.setattr(Recipe, "records", lambda self, asked, section=section: asked == section)
+        models = artist.load_models(made, None)
+        students = [artist.load_student(made, made.student, models)]
+        for one in (made, dataclasses.replace(made, students={})):
+            artist.seconds_per_image(one, [FewStep(1)])
+            students.append(seen[-1].student)
+            assert (seen[-1].teacher.decodes is not None) is (section == "evaluate")
+        assert (models.teacher.decodes is not None) is (section == "evaluate")
+        assert [one.jumps is not None for one in students] == [section == "evaluate"] * 3
+        assert len({id(one.jumps) for one in students}) == (3 if section == "evaluate" else 1)
 
 
 def plan_solver() -> Any:
