@@ -37,7 +37,7 @@ full: setup
 	$(BIN)/python jobs/distill.py --config $(call quoted,$(RECIPE))
 	$(BIN)/python jobs/evaluate.py --config $(call quoted,$(RECIPE))
 
-# One setting at a time around the digits: two training seeds of fourteen recipes, one table.
+# One setting at a time around the digits: two training seeds of fifteen recipes, one table.
 ablate: setup
 	$(BIN)/python jobs/ablate.py --config jobs/recipes/digits-llamagen.yaml --config jobs/recipes/ablate-digits.yaml
 

@@ -184,6 +184,7 @@ class Heartbeat:
                     looked = time.monotonic()
         finally:
             if not ended and not signals.stopping():
+                self._in_work(LOOK)  # what the workers have told until now
                 _end(dataset)
 
     def _look(self, patience: float) -> None:

@@ -213,7 +213,7 @@ def test_a_dry_run_says_what_is_there(recipe: Recipe) -> None:
 def test_the_recipe_of_make_ablate_plans() -> None:
     files = [str(DEFAULT), str(DEFAULT.with_name("ablate-digits.yaml"))]
     plan = ablation_plan.build(parse(None, [f"--config={file}" for file in files]))
-    assert (len(plan.sets), len(plan.students), plan.columns) == (6, 28, ["DD 1 step", "DD at its start steps"])
+    assert (len(plan.sets), len(plan.students), plan.columns) == (6, 30, ["DD 1 step", "DD at its start steps"])
 
 
 # ---- numbers

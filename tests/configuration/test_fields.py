@@ -70,7 +70,14 @@ def addressed(name: str, value: str) -> Any:
 def test_the_walk_is_complete() -> None:
     assert len(NUMBERS) > 35
     assert set(LISTS) == {
-        *("train.start_steps", "train.betas", "evaluate.timing_batches", "ablate.seeds", "benchmark.batches"),
+        *(
+            "train.start_steps",
+            "train.start_weights",
+            "train.betas",
+            "evaluate.timing_batches",
+            "ablate.seeds",
+            "benchmark.batches",
+        ),
     }
     assert all(kind.limits for kind in NUMBERS.values()), "every number says what it may be"
     assert all(kind.parts[0].limits for kind in LISTS.values())

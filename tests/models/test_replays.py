@@ -235,7 +235,8 @@ def test_recipes_of_gpus_record() -> None:
     of_gpus = [recipe for path in whole if (recipe := parse(None, ["--config", str(path)])).cluster.gpus]
     assert len(of_gpus) == 6
     for recipe in of_gpus:
-        assert recipe.teacher.graphs == recipe.evaluate.graphs == "auto", recipe.name
+        wanted = False if recipe.captions.uri else "auto"  # of prompts, positions differ from batch to batch
+        assert (recipe.teacher.graphs, recipe.evaluate.graphs) == (wanted, wanted), recipe.name
 
 
 # ---- on a GPU
