@@ -37,7 +37,7 @@ from pipeline.pairs.commits import answer, commit
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap, Shard
 from pipeline.pairs.replica import Replica
-from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Book, Stragglers
+from pipeline.pairs.stragglers import ORIGINAL, SPARE, Book, Stragglers
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.services.heartbeat import Announcer, Heartbeat, beside_driver
@@ -135,9 +135,9 @@ class ReplicaWorker:
     def made(self, number: int, rows: int, copy: int) -> Any:
         """A copy of a shard as ``__call__`` returns it."""
         self.announcer.pause()
-        if copy < FIRST_SPARE:
+        if copy == ORIGINAL:
             self.stragglers.begin(number, rows)
-        with self.announcer.working(f"shard {number}" if copy < FIRST_SPARE else f"a second copy of shard {number}"):
+        with self.announcer.working(f"shard {number}" if copy == ORIGINAL else f"a second copy of shard {number}"):
             outcome = self.attempt(number, rows)
         if not isinstance(outcome, Failure):
             self.stragglers.end(number)
@@ -149,7 +149,7 @@ class ReplicaWorker:
             text = f"a replica on node {node} lost its device and gets a new process: {outcome.text}"
             self.announcer.tell(text, text)
             cluster.end_process(RuntimeError(outcome.text))
-        if copy >= FIRST_SPARE:  # what becomes of the first copy counts
+        if copy != ORIGINAL:  # what becomes of the first copy counts
             return answer(SPARE)
         self.stragglers.end(number)
         return answer(number, error=outcome.text, fatal=Refused.__name__ if outcome.refused else "")
@@ -274,8 +274,9 @@ def _rows(
     """
     DataContext.get_current().max_errored_blocks = -1  # of shards whose process died every time; they are missed here
     copies = math.ceil(crew.most / len(numbers)) if again else 1
-    tasks = [{"number": k, "rows": gap.rows_of(k), "copy": copy} for copy in range(copies) for k in numbers]
-    spares = [] if again else [FIRST_SPARE + i for i in range(crew.now - 1)]
+    # Those of a later pass may all be written: the replica, or the disk, of the one that comes first may be ill.
+    tasks = [{"number": number, "rows": gap.rows_of(number), "copy": ORIGINAL} for number in numbers] * copies
+    spares = range(1, 1 if again else crew.now)
     tasks += [{"number": SPARE, "rows": 0, "copy": copy} for copy in spares]
     book = beside_driver(Book)
     stragglers = Stragglers(book)

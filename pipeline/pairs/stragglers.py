@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 LATE = 1.5  # times what a shard takes, in the median of those that were made, after which one is late
 PAUSE = 1.0  # seconds between two questions of a replica that has nothing to make
 SPARE = -1  # the number of a task that is to make whatever is late
-FIRST_SPARE = 1_000_000  # above the numbers of other copies: a spare task's is this and its place among them
+ORIGINAL = 0  # the copy that every shard's own task makes; those of spare tasks count from 1
 
 
 class Book:
@@ -81,7 +81,5 @@ class Stragglers:
         """Whether this copy of a shard may be written."""
         try:
             return bool(ray.get(self._book.claim.remote(number, copy)))
-        except (
-            RayError
-        ):  # the pass is over, or its other copy would be written twice: another pass makes what is missing
+        except RayError:  # the pass is over; a shard that nobody has written comes into another
             return False

@@ -10,9 +10,12 @@ import pytest
 from tiny import tiny, with_pairs
 
 from pipeline import storage
-from pipeline.pairs import commits, manifest, stragglers
+from pipeline.pairs import commits, manifest, passes, stragglers
 from pipeline.pairs.facts import PairFacts
-from pipeline.pairs.stragglers import FIRST_SPARE, SPARE, Book
+from pipeline.pairs.manifest import Gap
+from pipeline.pairs.replica import Replica
+from pipeline.pairs.stragglers import ORIGINAL, SPARE, Book
+from pipeline.services.parts import Crew
 from tests.pairs.test_passes import Noted, run, worker
 
 
@@ -56,8 +59,8 @@ def test_what_has_failed_is_not_copied(clock: list[float]) -> None:
 
 def test_the_first_copy_that_asks_is_written_as_often_as_it_is_asked_for() -> None:
     book = Book()
-    assert [book.claim(3, copy) for copy in (0, FIRST_SPARE, 0, FIRST_SPARE)] == [True, False, True, False]
-    assert book.claim(4, FIRST_SPARE)
+    assert [book.claim(3, copy) for copy in (ORIGINAL, 1, ORIGINAL, 1)] == [True, False, True, False]
+    assert book.claim(4, 1)
 
 
 class Local:
@@ -97,13 +100,13 @@ def test_a_spare_task_makes_what_is_late_and_one_copy_is_written(tmp_path: Path)
     manifest.claim(uri, facts, recipe)
     made = worker(recipe)
     made.stragglers, made.announcer = both = Local((1, 16)), Quiet()  # type: ignore[assignment]
-    first = made(task(1, 16, 0))
-    second = made(task(SPARE, 0, FIRST_SPARE))
+    first = made(task(1, 16, ORIGINAL))
+    second = made(task(SPARE, 0, 1))
     assert both[1].units == ["shard 1", "a second copy of shard 1"]
     assert second.drop(["copy"]).equals(first.drop(["copy"]))
     elsewhere = worker(with_pairs(recipe, seed=5))
     elsewhere.stragglers, elsewhere.announcer = both
-    other = elsewhere(task(1, 16, 0))
+    other = elsewhere(task(1, 16, ORIGINAL))
     assert not other.equals(first)
     write = (uri, facts, 0.0, both[1], both[0], heard.append)
     row = commits.commit(second, *write)
@@ -113,7 +116,7 @@ def test_a_spare_task_makes_what_is_late_and_one_copy_is_written(tmp_path: Path)
     assert (late["number"], late["shard"], late["error"]) == ([SPARE], [""], [""])
     assert storage.read_bytes(f"{uri}/shard-00001.parquet") == before
     assert len(heard) == 1, "and counted once"
-    nothing = made(task(SPARE, 0, FIRST_SPARE))
+    nothing = made(task(SPARE, 0, 1))
     assert (nothing["number"], nothing["shard"], nothing["error"]) == ([SPARE], [""], [""])
 
 
@@ -127,8 +130,28 @@ def test_a_copy_that_fails_is_no_failure_of_the_shard(tmp_path: Path, monkeypatc
         raise ArithmeticError("odd")
 
     monkeypatch.setattr(made.replica, "rows", fail)
-    assert made(task(SPARE, 0, FIRST_SPARE))["number"] == [SPARE]
-    assert made(task(1, 16, 0))["error"][0].startswith("ArithmeticError")
+    assert made(task(SPARE, 0, 1))["number"] == [SPARE]
+    assert made(task(1, 16, ORIGINAL))["error"][0].startswith("ArithmeticError")
+
+
+@pytest.mark.parametrize(("again", "copies"), [(False, [ORIGINAL, 1, 2]), (True, [ORIGINAL] * 3)])
+def test_every_copy_of_a_later_pass_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool, copies: list[int]
+) -> None:
+    """The first to come may be from a machine that cannot write; a spare's is one of two that work."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), count=16, shard_rows=16)
+    given = list[list[dict[str, int]]]()
+
+    def from_items(tasks: list[dict[str, int]], **options: Any) -> None:
+        given.append(tasks)
+        raise StopAsyncIteration
+
+    monkeypatch.setattr(passes.ray.data, "from_items", from_items)
+    monkeypatch.setattr(passes, "beside_driver", lambda cls: None)
+    gap, nothing = Gap.among((), PairFacts.of(recipe), 16), Quiet()
+    with pytest.raises(StopAsyncIteration):
+        next(passes._rows(recipe, gap, nothing, Crew(3, 3), Replica, {}, [0], again))  # type: ignore[arg-type]
+    assert [task["copy"] for task in given[0]] == copies
 
 
 @pytest.mark.faults("pairs: a replica that is slower than the others")
