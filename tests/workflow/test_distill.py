@@ -802,6 +802,8 @@ def test_x_t_keeps_the_codes_before_t(plan: training_plan.TrainingPlan) -> None:
         assert torch.equal(batch.x_t[i, kept:], torch.from_numpy(rows.noise[i, kept:]).float())
     alone = training_data.noised(training_data.as_pairs(rows.take(slice(5, 6))), 1, settings, plan.layout, codebook)
     assert torch.equal(alone.t, batch.t[5:6]), "t belongs to the sample, not to its batch"
+    last = replace(settings, start_weights=(1e-9, 1.0))
+    assert set(training_data.noised(training_data.as_pairs(rows), 1, last, plan.layout, codebook).t.tolist()) == {2}
 
 
 def test_choices_are_even_and_differ_by_draw() -> None:
