@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,16 @@ def ray_cluster() -> Iterator[str]:
     yield folder
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def same_ray_data() -> Iterator[None]:
+    """Ray Data's settings of this process are after a test what they were before: tests share processes by chance."""
+    data = sys.modules.get("ray.data")
+    before = data.DataContext.get_current().copy() if data else None
+    yield
+    if data:
+        assert data.DataContext.get_current() == before, "a test has changed Ray Data's settings for those after it"
 
 
 @pytest.fixture(scope="session")

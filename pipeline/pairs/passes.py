@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import DataContext, TaskPoolStrategy
+from ray.data import TaskPoolStrategy
 
 from pipeline.host import errors, signals
 from pipeline.host.errors import Refused, Unfinished
@@ -272,7 +272,6 @@ def _rows(
 
     Of a pass that comes ``again`` every replica gets a shard, copies where there are few: one replica may be ill.
     """
-    DataContext.get_current().max_errored_blocks = -1  # of shards whose process died every time; they are missed here
     copies = math.ceil(crew.most / len(numbers)) if again else 1
     # Those of a later pass may all be written: the replica, or the disk, of the one that comes first may be ill.
     tasks = [{"number": number, "rows": gap.rows_of(number), "copy": ORIGINAL} for number in numbers] * copies
@@ -286,6 +285,7 @@ def _rows(
         batch_size=1,
         **cluster.pool(recipe, min(crew.most, len(numbers) * copies), DEATHS),
     )
+    tables.context.max_errored_blocks = -1  # of shards whose process died every time; they are missed here
     settings = {"uri": recipe.pairs_uri, "facts": gap.facts, "hours": recipe.pairs.patience_hours}
     outcomes = tables.map_batches(
         commit,  # type: ignore[arg-type]  # Ray's type leaves no room for fn_kwargs
