@@ -15,14 +15,15 @@ from pipeline.models import checkpoints
 from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.precision import set_products
 from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.memory import batch_size, trace_replica
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.training import batches, perceptual
 from pipeline.training import step as training
 from pipeline.training.losses import Loss
+from pipeline.training.memory import trace_worker
 from pipeline.training.plan import at_once
 from pipeline.training.state import TrainingState
-from pipeline.workflow import footprints
 
 MOST = 20  # optimiser steps that are counted
 
@@ -61,8 +62,8 @@ def measure(recipe: Recipe, notes: Notes) -> None:
     Memory that torch frees stays reserved until it is told otherwise, so nvidia-smi is asked after the work. Raises
     whatever torch raises, that the memory is too small among it.
     """
-    samples = {"teacher": recipe.pairs.batch, "step": at_once(recipe.train)}
-    traced = {"teacher": footprints.of_generation(recipe), "step": footprints.of_training(recipe)}
+    samples = {"teacher": batch_size(recipe), "step": at_once(recipe.train)}
+    traced = {"teacher": trace_replica(recipe), "step": trace_worker(recipe)}
     predicted = {key: _bytes(traced[key], samples[key], recipe) for key in samples}
     for key in samples:
         notes.put(**{f"{key}_samples": samples[key], f"{key}_predicted": predicted[key] / 1e9})

@@ -45,17 +45,19 @@ class Footprint:
         """Most samples at once on a card of so many GB; 0 if not even one fits."""
         return max(0, int((card * 1e9 - RUNTIME - SLACK * self.fixed) // (SLACK * self.sample)))
 
-    def lines(self, batch: int, field: str, gpu: bool) -> list[str]:
-        """For a plan: the two parts, their sum at ``batch``, which the recipe's ``field`` sets, and what cards hold."""
+    def lines(self, batch: int | None, field: str, gpu: bool) -> list[str]:
+        """For a plan: the two parts, their sum at ``batch``, which the recipe's ``field`` sets, and what cards hold.
+
+        ``batch`` is None where the card says how large it is.
+        """
         parts = f"{self.fixed / 1e9:,.2f} GB and {self.sample / 1e6:,.1f} MB a sample"
         if not gpu:
-            total = (self.fixed + self.sample * batch) / 1e9
-            return [
-                f"memory       {parts}: {total:,.2f} GB a process at {batch} samples, beside Python and its libraries"
-            ]
+            total = "" if batch is None else f"{(self.fixed + self.sample * batch) / 1e9:,.2f} GB at {batch} samples, "
+            return [f"memory       {parts}: {total}in a process, beside Python and its libraries"]
+        total = "" if batch is None else f": about {self.bytes(batch) / 1e9:,.1f} GB of a GPU at {batch} samples"
         cards = ", ".join(f"{self.largest(card)} on {card} GB" for card in CARDS)
         return [
-            f"memory       {parts}: about {self.bytes(batch) / 1e9:,.1f} GB of a GPU at {batch} samples",
+            f"memory       {parts}{total}",
             f"fits         {field} of at most {cards}",
         ]
 

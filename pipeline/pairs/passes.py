@@ -171,25 +171,31 @@ class ReplicaWorker:
             return Failure(text, device_error(error))
 
     def _with_memory(self, number: int, rows: int) -> pa.Table:
-        """The table, at the second attempt if memory is short; Unfinished, which names pairs.batch, if it stays so."""
-        try:
-            return self._table(number, rows)
-        except Exception as error:
-            if not _is_full(error):
-                raise
-        gc.collect()  # what the failed attempt held, which its traceback no longer does
-        device = self.recipe.cluster.runs_on
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            return self._table(number, rows)
-        except Exception as error:
-            if not _is_full(error):
-                raise
-            raise Unfinished(
-                f"pairs.batch is {self.recipe.pairs.batch}, for which the memory does not suffice"
-                f" ({_free(device)}): lower it, or see what else is at work there"
-            ) from error
+        """The table, at the second attempt if memory is short; Unfinished, which names pairs.batch, if it stays so.
+
+        Where the size of a batch is this replica's to choose, it is halved before that, as often as there is need.
+        """
+        device, tried = self.recipe.cluster.runs_on, False
+        while True:
+            try:
+                return self._table(number, rows)
+            except Exception as error:
+                if not _is_full(error):
+                    raise
+                size = self.replica.batch
+                if tried and (size == 1 or self.recipe.pairs.batch != "auto"):
+                    raise Unfinished(
+                        f"pairs.batch is {size}, for which the memory does not suffice"
+                        f" ({_free(device)}): lower it, or see what else is at work there"
+                    ) from error
+            if tried:
+                self.replica.shrink()
+                text = f"batches of {self.replica.batch}: the memory does not suffice for {size} ({_free(device)})"
+                self.announcer.tell(f"memory on {self.host}", f"a replica on {self.host} goes on in {text}.")
+            gc.collect()  # what the failed attempt held, which its traceback no longer does
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            tried = True
 
     def _table(self, number: int, rows: int) -> pa.Table:
         return shards.table(self.facts, self.replica.rows(number, rows))

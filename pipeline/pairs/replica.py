@@ -6,6 +6,7 @@ hears from it how its time is spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -18,8 +19,10 @@ from pipeline.host.ahead import ahead
 from pipeline.host.stopwatch import Stopwatch, now, warm_up
 from pipeline.models import checkpoints
 from pipeline.models.conditions import of_column
+from pipeline.models.graphs import Graphs
 from pipeline.numerics.precision import set_products
 from pipeline.pairs.facts import PairFacts, conditioning
+from pipeline.pairs.memory import batch_size
 from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.text import encoder
@@ -29,7 +32,7 @@ Spent = Callable[[int, float, float], object]
 
 
 class Replica:
-    """A teacher on a device of its own, and the settings under which it makes rows.
+    """A teacher on a device of its own, and the settings under which it makes rows, ``batch`` at once.
 
     ``spent`` is called after every batch; whoever wants to hear of them sets it.
     """
@@ -40,6 +43,7 @@ class Replica:
         torch.set_num_threads(max(1, int(recipe.cluster.cpus)))
         set_products(recipe.teacher.precision)
         self.recipe, self.facts, self.device = recipe, facts, recipe.cluster.runs_on
+        self.batch = batch_size(recipe)
         self.teacher = checkpoints.teacher(recipe.teacher).to(self.device)
         self.conditioning = conditioning(recipe)
         self.encode = encoder.conditioner(recipe.text, self.device)
@@ -51,12 +55,18 @@ class Replica:
         than in a complete shard, and not even the rounding differs. Raises Refused for a teacher whose numbers leave
         the range of its precision, and whatever torch raises.
         """
-        ids, batch = self.facts.ids(number, self.facts.shard_rows), self.recipe.pairs.batch
+        ids, batch = self.facts.ids(number, self.facts.shard_rows), self.batch
         batches = [ids[begin : begin + batch] for begin in range(0, count, batch)]
         gaussian = ahead(map(self.facts.noise, batches))  # the teacher need not wait for noise
         parts = [self.make(*one) for one in zip(batches, gaussian, strict=True)]
         rows = Rows.join(parts).take(slice(0, count))
         return rows if self.facts.noise_is_stored else rows._replace(noise=None)
+
+    def shrink(self) -> None:
+        """Go on with batches of half the size, and without what is kept for larger ones."""
+        self.batch = math.ceil(self.batch / 2)
+        if self.teacher.graphs:
+            self.teacher.graphs = Graphs()
 
     def make(self, ids: np.ndarray, gaussian: np.ndarray) -> Rows:
         """Alg. 1 for the given samples, together; ``gaussian`` [B, n, C] is their noise."""
@@ -70,7 +80,7 @@ class Replica:
 
     def agreement(self, rows: Rows) -> float:
         """Share of the stored codes that flow matching finds again, each given the stored codes before it."""
-        same, batch = 0, self.recipe.pairs.batch
+        same, batch = 0, self.batch
         for begin in range(0, len(rows.ids), batch):
             some = rows.take(slice(begin, begin + batch))
             stored = torch.from_numpy(some.tokens.astype(np.int64)).to(self.device)
@@ -79,14 +89,14 @@ class Replica:
             same += int((torch.cat(answers, dim=1) == stored).sum())
         return same / rows.tokens.size
 
-    def measure(self) -> float:
-        """Seconds of one batch in steady state."""
-        ids = self.facts.ids(0, min(self.recipe.pairs.batch, self.facts.shard_rows))
+    def measure(self) -> tuple[int, float]:
+        """Samples of one batch, and its seconds in steady state."""
+        ids = self.facts.ids(0, min(self.batch, self.facts.shard_rows))
         call = partial(self.make, ids, self.facts.noise(ids))
         warm_up(call)
         start = now(self.device)
         call()
-        return now(self.device) - start
+        return len(ids), now(self.device) - start
 
     @torch.no_grad()
     def _generate(

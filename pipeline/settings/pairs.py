@@ -26,7 +26,8 @@ class PairSettings:
         dtype: what the noise is rounded to before the teacher sees it, and stored as: float16, or float32, twice as
             large. The noise of an evaluation is always rounded to float16, so that all students are scored on the same.
         solver: how the flow-matching ODE is solved.
-        batch: samples that a teacher replica generates at once. Does not change results beyond float rounding.
+        batch: samples that a teacher replica generates at once; or auto, as many as the memory of its own GPU holds by
+            what --dry_run says, 256 at most, and 64 on a CPU. Does not change results beyond float rounding.
         actors: teacher replicas: so many, and the cluster scales to it; or auto, as many as there are places for, and
             more as the cluster grows.
         patience_hours: how long finished shards wait for a storage that does not answer, and the replicas with them.
@@ -40,7 +41,7 @@ class PairSettings:
     noise: Literal["stored", "derived"] = "stored"
     dtype: Dtype = "float16"
     solver: Solver = field(default_factory=Solver)
-    batch: Size = 250
+    batch: Size | Literal["auto"] = 250
     actors: Actors = 2
     patience_hours: Annotated[float, Range(0, 10_000, "0 or more, and at most 10,000")] = 24
     verify: bool = False

@@ -107,7 +107,9 @@ def load(settings: TextSettings, device: torch.device | str) -> Encoder:
 
 
 def memory(settings: TextSettings) -> int:
-    """Bytes of the encoder's weights in their precision, from config.json alone."""
+    """Bytes of the encoder's weights in their precision, from config.json alone; 0 where the recipe has none."""
+    if not settings.encoder:
+        return 0
     wanted = encoder_files.shapes(encoder_files.config(_uri(settings)))
     return sum(map(prod, wanted.values())) * DTYPES[settings.precision].itemsize
 

@@ -24,12 +24,14 @@ from pipeline.models import checkpoints
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
+from pipeline.pairs.memory import trace_replica
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import FewStep
 from pipeline.services import cluster
 from pipeline.training import plan, state, step
-from pipeline.workflow import footprints, preflight
+from pipeline.training.memory import trace_worker
+from pipeline.workflow import preflight
 
 
 @dataclass(frozen=True)
@@ -111,17 +113,18 @@ def of_pairs(recipe: Recipe) -> Cost:
     manifest.check_claim(uri, facts)
     gap = Gap.among(manifest.committed(uri), facts, recipe.pairs.count, manifest.complete(uri))
     left, missing = gap.rows_left, len(gap.missing)
-    batch, row = min(recipe.pairs.batch, facts.shard_rows), facts.row_bytes
+    row, asked = facts.row_bytes, recipe.pairs.batch
+    batch = None if asked == "auto" else min(asked, facts.shard_rows)
     lines = [
         f"pair set     {uri}, fingerprint {facts.fingerprint[:12]}",
         f"rows         {gap.count:,}; {left:,} in {missing} shards are left to make",
         f"storage      at most {left * row / 1e9:,.2f} GB more, {row:,} bytes a row",
-        *footprints.of_generation(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
+        *trace_replica(recipe).lines(batch, "pairs.batch", recipe.cluster.runs_on == "cuda"),
     ]
 
     def measure() -> tuple[float, str]:
-        seconds = cluster.on_actor(recipe, Replica, (recipe, facts), "measure")
-        return seconds * left / batch, f"one batch    {batch} rows in {duration(seconds)} on one replica"
+        rows, seconds = cluster.on_actor(recipe, Replica, (recipe, facts), "measure")
+        return seconds * left / rows, f"one batch    {rows} rows in {duration(seconds)} on one replica"
 
     replicas = max(1, min(_counted(recipe.pairs.actors), missing))
     return Cost("pairs (generate_pairs)", lines, replicas, measure if left else None)
@@ -139,7 +142,7 @@ def of_training(recipe: Recipe) -> Cost:
         f"parameters   {student:,} of the student; weight, gradient, two moments, average: 20 bytes each",
         f"pairs        {found.rows:,} to train on, {found.held_out:,} held out",
         f"steps        {found.total:,} of {settings.batch} pairs; {left:,} are left",
-        *footprints.of_training(recipe).lines(at_once, "train.micro_batch", recipe.cluster.runs_on == "cuda"),
+        *trace_worker(recipe).lines(at_once, "train.micro_batch", recipe.cluster.runs_on == "cuda"),
     ]
     workers = max(1, settings.most)
 

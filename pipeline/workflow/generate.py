@@ -13,13 +13,13 @@ from typing import Any
 from pipeline import storage
 from pipeline.host import events
 from pipeline.host.progress import duration
-from pipeline.pairs import completion, manifest, verification
+from pipeline.pairs import completion, manifest
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, tracking
 from pipeline.text.prompts import PromptList, described
-from pipeline.workflow import costs, preflight, status
+from pipeline.workflow import costs, preflight, status, verification
 
 
 def generate(recipe: Recipe) -> str:

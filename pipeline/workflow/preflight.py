@@ -27,12 +27,13 @@ from pipeline.numerics import compilation
 from pipeline.numerics.precision import emulates_bf16
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.memory import trace_replica
 from pipeline.recipe import Recipe
 from pipeline.services import cluster, mlflow_store, registry
 from pipeline.settings.evaluate import FORMULA
 from pipeline.training import perceptual
 from pipeline.training import plan as training_plan
-from pipeline.workflow import footprints
+from pipeline.training.memory import trace_worker
 
 Job = Literal["generate_pairs", "distill", "evaluate"]
 JOBS: tuple[Job, ...] = get_args(Job)
@@ -227,9 +228,10 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
 def check_memory(recipe: Recipe, job: Job, view: View) -> None:
     """Hold the traced need of one replica against its GPU: Refused where it cannot fit, a warning where it may not."""
     if job == "generate_pairs":
-        need, batch, field = footprints.of_generation(recipe), recipe.pairs.batch, "pairs.batch"
+        need, batch, field = trace_replica(recipe), recipe.pairs.batch, "pairs.batch"
+        batch = 1 if batch == "auto" else batch
     else:
-        need, batch = footprints.of_training(recipe), training_plan.at_once(recipe.train)
+        need, batch = trace_worker(recipe), training_plan.at_once(recipe.train)
         field = "train.micro_batch"
     room = view.memory * min(1.0, recipe.cluster.gpus)
     text = (

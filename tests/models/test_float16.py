@@ -27,12 +27,12 @@ from pipeline.models.var.transformer import unit
 from pipeline.numerics.compilation import compiled
 from pipeline.numerics.precision import products
 from pipeline.pairs.facts import PairFacts
+from pipeline.pairs.memory import trace_replica
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
 from pipeline.sampling.samplers import Autoregressive, Models
 from pipeline.settings.teacher import Filter, TeacherSettings
 from pipeline.settings.train import TrainSettings
-from pipeline.workflow import footprints
 from tests.models.test_graphs import Drawn, assert_equal
 
 FAMILIES = pytest.mark.parametrize("family", list(CONFIG))
@@ -142,7 +142,7 @@ def test_products_of_float16_have_float32_sums() -> None:
 @FAMILIES
 def test_a_plan_counts_float16(tmp_path: Path, family: Family) -> None:
     recipe = tiny(tmp_path, family)
-    plain, low = (footprints.of_generation(in_(recipe, precision)) for precision in ("fp32", "fp16"))
+    plain, low = (trace_replica(in_(recipe, precision)) for precision in ("fp32", "fp16"))
     assert low.fixed < plain.fixed, "the weights of the blocks"
     assert low.sample < plain.sample, "keys and values"
 

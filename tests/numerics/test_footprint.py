@@ -19,13 +19,15 @@ from pipeline.models.conditions import Labels
 from pipeline.models.graphs import Graphs
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint, Meter
+from pipeline.pairs import memory
+from pipeline.pairs.memory import trace_replica
 from pipeline.recipe import Recipe
 from pipeline.settings.text import TextSettings
 from pipeline.text import encoder
 from pipeline.training import batches
 from pipeline.training import step as training_step
+from pipeline.training.memory import trace_worker
 from pipeline.training.state import TrainingState
-from pipeline.workflow import footprints
 
 FAMILIES: list[Family] = ["var", "llamagen"]
 
@@ -59,7 +61,7 @@ def test_attention_matrices_can_be_left_out() -> None:
 def test_a_step_takes_what_the_plan_says(tmp_path: Path, family: Family, recompute: bool) -> None:
     recipe = tiny(tmp_path, family)
     recipe = replace(recipe, train=replace(recipe.train, recompute=recompute))
-    planned = footprints.of_training(recipe)
+    planned = trace_worker(recipe)
     layout, samples = checkpoints.config(recipe.teacher).layout, 20
     with Meter() as meter:
         student, loss = training_step.build(recipe, torch.device("cpu"))
@@ -79,7 +81,7 @@ def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe = replace(recipe, train=replace(recipe.train, micro_batch=1))
     again = replace(recipe, train=replace(recipe.train, recompute=True))
-    plain, less = footprints.of_training(recipe), footprints.of_training(again)
+    plain, less = trace_worker(recipe), trace_worker(again)
     assert less.sample < 0.7 * plain.sample
     assert less.fixed == pytest.approx(plain.fixed, rel=0.05)
 
@@ -87,7 +89,7 @@ def test_a_plan_knows_what_is_computed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_pairs_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
     recipe = tiny(tmp_path, family)
-    planned, samples = footprints.of_generation(recipe), 500
+    planned, samples = trace_replica(recipe), 500
     teacher = checkpoints.teacher(recipe.teacher)
     with Meter() as meter, torch.no_grad():
         teacher = copy.deepcopy(teacher)  # so that its weights count
@@ -109,7 +111,7 @@ def on_graphs(recipe: Recipe) -> Recipe:
 def test_a_recorded_batch_takes_what_the_plan_says(tmp_path: Path, family: Family) -> None:
     """Memory that a recording keeps, beside what a batch takes at most, and its graphs' own for every node."""
     recipe, samples = on_graphs(tiny(tmp_path, family)), 500
-    planned, rehearsal = footprints.of_generation(recipe), footprints.Rehearsal()
+    planned, rehearsal = trace_replica(recipe), memory.Rehearsal()
     teacher = checkpoints.teacher(recipe.teacher)
     with Meter() as meter, torch.no_grad():
         teacher = copy.deepcopy(teacher)  # so that its weights count
@@ -120,12 +122,12 @@ def test_a_recorded_batch_takes_what_the_plan_says(tmp_path: Path, family: Famil
     graphs = footprint.NODE * rehearsal.nodes
     assert meter.peak == pytest.approx(planned.fixed - graphs + samples * planned.sample, rel=0.03)
     eager = replace(recipe, teacher=replace(recipe.teacher, graphs=False))
-    layout, plain = teacher.layout, footprints.of_generation(eager)
+    layout, plain = teacher.layout, trace_replica(eager)
     assert planned.fixed - plain.fixed == pytest.approx(graphs, rel=0.01)
     assert planned.sample > plain.sample + 4 * max(layout.groups) * layout.vocabulary, "what steps return has its room"
     assert rehearsal.nodes > layout.steps * 10 * len(list(teacher.network.layers))
     off = replace(recipe, cluster=replace(recipe.cluster, gpus=0))
-    assert footprints.of_generation(off) == plain, "auto is off on a CPU"
+    assert trace_replica(off) == plain, "auto is off on a CPU"
 
 
 def test_nodes_are_what_writes_memory() -> None:
@@ -142,9 +144,9 @@ def test_nodes_are_what_writes_memory() -> None:
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
     recipe = on_graphs(tiny(tmp_path, "llamagen")) if recorded else tiny(tmp_path, "llamagen")
-    whole = footprints.of_generation(recipe)
-    monkeypatch.setattr(footprints, "TRACED", 4)
-    part = footprints.of_generation(recipe)
+    whole = trace_replica(recipe)
+    monkeypatch.setattr(memory, "TRACED", 4)
+    part = trace_replica(recipe)
     assert part.sample == pytest.approx(whole.sample, rel=0.02)
     assert part.fixed == pytest.approx(whole.fixed, rel=0.01)
 
@@ -152,7 +154,7 @@ def test_a_raster_sequence_is_traced_in_part(tmp_path: Path, monkeypatch: pytest
 def test_a_gpu_holds_no_attention_matrices(tmp_path: Path) -> None:
     recipe = with_precision(tiny(tmp_path), "bf16")  # whose backward pass keeps them on a CPU
     on_gpu = replace(recipe, cluster=replace(recipe.cluster, gpus=1), train=replace(recipe.train, workers=1))
-    assert footprints.of_training(on_gpu).sample < footprints.of_training(recipe).sample
+    assert trace_worker(on_gpu).sample < trace_worker(recipe).sample
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -161,7 +163,7 @@ def test_a_text_encoder_adds_its_weights(tmp_path: Path, precision: str) -> None
     plain = tiny(tmp_path)
     settings = TextSettings(encoder=str(tiny_encoder(tmp_path / "encoder")), precision=precision, clean=False)
     weights = {weight.data_ptr(): weight.nbytes for weight in encoder.load(settings, "cpu").parameters()}
-    for need in (footprints.of_generation, footprints.of_training):
+    for need in (trace_replica, trace_worker):
         before, after = need(plain), need(replace(plain, text=settings))
         assert after == replace(before, fixed=before.fixed + sum(weights.values()))
 
@@ -176,6 +178,9 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
         most = cost.largest(card)
         assert cost.bytes(most) <= card * 1e9 < cost.bytes(most + 1)
     assert Footprint(fixed=30_000_000_000, sample=1).largest(24) == 0
+    alone, cards = cost.lines(None, "pairs.batch", gpu=True)
+    assert alone == "memory       6.56 GB and 1,480.0 MB a sample", "a batch that the card says"
+    assert cards in cost.lines(64, "pairs.batch", gpu=True)
     assert "0 on 24 GB" in Footprint(30_000_000_000, 10**9).lines(64, "train.micro_batch", gpu=True)[1]
 
 
@@ -184,6 +189,6 @@ def test_auto_takes_as_much_as_the_larger_of_its_two(tmp_path: Path) -> None:
     found = {}
     for precision in ("fp32", "bf16", "auto"):
         recipe = tiny(tmp_path)
-        found[precision] = footprints.of_training(replace(recipe, train=replace(recipe.train, precision=precision)))
+        found[precision] = trace_worker(replace(recipe, train=replace(recipe.train, precision=precision)))
     assert found["auto"] == found["fp32"]
     assert found["fp32"].sample > found["bf16"].sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faulty
@@ -14,6 +15,7 @@ from tiny import tiny, with_pairs
 
 from pipeline.host.errors import Outage, Refused
 from pipeline.host.progress import Progress
+from pipeline.models.graphs import Graphs
 from pipeline.pairs import commits, manifest, passes, shards
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.manifest import Gap
@@ -242,3 +244,23 @@ def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
     assert "pairs.batch is 6, for which the memory does not suffice" in failure.text
     assert "GB are free" in failure.text
     assert not failure.device_lost
+
+
+@pytest.mark.faults("pairs: out of memory")
+def test_a_batch_of_auto_is_halved_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the second attempt, as often as there is need, with what graphs keep given up; the shard is made."""
+    made, said = worker(with_pairs(tiny(tmp_path), batch="auto")), list[str]()
+    made.announcer = SimpleNamespace(tell=lambda about, text: said.append(text))  # type: ignore[assignment]
+    made.replica.teacher.graphs = before = Graphs()
+    assert made.replica.batch == 16, "of shards of 16"
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    assert attempt(made, error, error, error, monkeypatch=monkeypatch) is None
+    assert made.replica.batch == 4
+    assert made.replica.teacher.graphs is not before
+    assert [line.split("batches of ")[1].split(" (")[0] for line in said] == [
+        "8: the memory does not suffice for 16",
+        "4: the memory does not suffice for 8",
+    ]
+    failure = attempt(made, *[error] * 4, monkeypatch=monkeypatch)
+    assert failure is not None
+    assert "pairs.batch is 1, for which the memory does not suffice" in failure.text

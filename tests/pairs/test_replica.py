@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tiny import Family, tiny, tiny_text, with_pairs
 from pipeline import noise
 from pipeline.flow import matching, oracle
 from pipeline.models.conditions import Labels, Prompts
+from pipeline.pairs import memory
 from pipeline.pairs.facts import PairFacts
 from pipeline.pairs.replica import Replica
 from pipeline.recipe import Recipe
@@ -100,6 +103,26 @@ def test_batches_are_cut_at_fixed_places(tmp_path: Path, monkeypatch: pytest.Mon
     assert [len(ids) for ids in asked] == [6, 6, 4]
 
 
+@pytest.mark.parametrize(("rows", "batch"), [(16, 16), (64, 64), (100, 50), (1000, 63)])
+def test_auto_cuts_a_shard_into_equal_batches(tmp_path: Path, rows: int, batch: int) -> None:
+    recipe = with_pairs(tiny(tmp_path), shard_rows=rows, batch="auto")
+    assert memory.batch_size(recipe) == batch
+    assert replica(recipe).batch == batch
+
+
+def test_auto_is_what_a_share_of_the_card_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same footprint as a plan's, up to a number from which more brings little."""
+    recipe = with_pairs(tiny(tmp_path, "llamagen"), shard_rows=10_000, batch="auto")
+    recipe = replace(recipe, cluster=replace(recipe.cluster, gpus=0.5))
+    need = memory.trace_replica(recipe)
+    for fit, batch in ((1, 1), (10, 10), (1000, 250)):
+        card = SimpleNamespace(total_memory=2 * need.bytes(fit))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, card=card: card)
+        assert memory.batch_size(recipe) == batch
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1))
+    assert memory.batch_size(recipe) == 1, "which then says what it lacks"
+
+
 def test_derived_noise_is_not_handed_on(tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     stored, derived = replica(recipe).rows(0, 16), replica(with_pairs(recipe, noise="derived")).rows(0, 16)
@@ -126,5 +149,6 @@ def test_agreement_tells_right_rows_from_wrong_ones(tmp_path: Path, monkeypatch:
 def test_measure_takes_the_time_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = replica(with_pairs(tiny(tmp_path), batch=100)), []
     monkeypatch.setattr(made, "make", lambda ids, drawn: asked.append(len(ids)))
-    assert made.measure() > 0
+    rows, seconds = made.measure()
+    assert (rows, seconds > 0) == (16, True)
     assert asked == [16, 16, 16], "no batch is larger than a shard; the second may be recorded as graphs"

@@ -29,7 +29,7 @@ from pipeline import storage
 from pipeline.host import events
 from pipeline.host.errors import Unfinished
 from pipeline.models import checkpoints
-from pipeline.pairs import completion, manifest, verification
+from pipeline.pairs import completion, manifest
 from pipeline.pairs import shards as pairs
 from pipeline.pairs.commits import write_owned
 from pipeline.pairs.facts import PairFacts
@@ -40,6 +40,7 @@ from pipeline.pairs.rows import Rows
 from pipeline.recipe import Recipe
 from pipeline.services import cluster
 from pipeline.settings.cluster import ClusterSettings
+from pipeline.workflow import verification
 from pipeline.workflow.generate import generate
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate_pairs.py"

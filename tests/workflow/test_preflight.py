@@ -16,8 +16,9 @@ from tiny import tiny
 
 from pipeline.command_line import DEFAULT, parse
 from pipeline.host.errors import Refused
+from pipeline.pairs.memory import trace_replica
 from pipeline.recipe import Recipe
-from pipeline.workflow import footprints, preflight
+from pipeline.workflow import preflight
 from pipeline.workflow.generate import generate
 from pipeline.workflow.preflight import Job, View
 
@@ -68,7 +69,7 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(
 ) -> None:
     recipe = tiny(tmp_path)
     recipe = replace(recipe, cluster=replace(recipe.cluster, gpus=1, device="cpu"))
-    need = footprints.of_generation(recipe)
+    need = trace_replica(recipe)
     bare = need.fixed + need.sample * recipe.pairs.batch
     view = View("node-1", "", (), "a card", bare - 1, False)
     with pytest.raises(Refused, match=r"pairs.batch 6 needs about .* and a card on node node-1 has .* at most 0 fit"):

@@ -1,11 +1,12 @@
-"""What generation and training need of memory, traced by running the very code of the jobs without memory.
+"""What a teacher replica needs of memory, traced by running its very code without memory, and the batch that fits.
 
 ``footprint`` knows how to trace; this module knows what. Of a text encoder the weights are added: what its pass over a
-batch takes is gone before the other networks' begins, and is less.
+batch takes is gone before the teacher's begins, and is less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,15 +17,12 @@ from pipeline.models import checkpoints, conditions
 from pipeline.models.graphs import Graphs
 from pipeline.numerics import footprint
 from pipeline.numerics.footprint import Footprint, Nodes
-from pipeline.numerics.recomputation import recomputed
 from pipeline.recipe import Recipe
 from pipeline.text import encoder
-from pipeline.training import batches, perceptual
-from pipeline.training.losses import Loss
-from pipeline.training.state import TrainingState
-from pipeline.training.step import recomputable, step
 
 TRACED = 16  # AR steps of a raster sequence that are traced
+LARGEST = 256  # samples of a batch whose size is ours to choose; of more, reading the weights is a small part
+CPU = 64  # of one on a CPU, which is soon busy
 
 
 class Rehearsal:
@@ -43,7 +41,7 @@ class Rehearsal:
         return lambda: None
 
 
-def of_generation(recipe: Recipe) -> Footprint:
+def trace_replica(recipe: Recipe) -> Footprint:
     """What a batch of Alg. 1 needs on one replica: the teacher's weights, caches and probabilities, the text encoder.
 
     Flow matching's own memory does not grow with the batch and is not traced: what it does depends on p. Of a raster
@@ -58,7 +56,7 @@ def of_generation(recipe: Recipe) -> Footprint:
         more = (layout.steps - TRACED) / (TRACED - TRACED // 2)
         found = replace(found, sample=round(found.sample + more * (found.sample - short.sample)))
         nodes = round(nodes + more * (nodes - few))
-    return _with_encoder(replace(found, fixed=found.fixed + footprint.NODE * nodes), recipe)
+    return replace(found, fixed=found.fixed + footprint.NODE * nodes + encoder.memory(recipe.text))
 
 
 def _generated(recipe: Recipe, steps: int) -> tuple[Footprint, int]:
@@ -85,35 +83,17 @@ def _generated(recipe: Recipe, steps: int) -> tuple[Footprint, int]:
     return footprint.trace(work), nodes
 
 
-def of_training(recipe: Recipe) -> Footprint:
-    """What ``step`` needs on one worker: student, gradients, optimiser, average, frozen networks, activations."""
-    settings = replace(recipe.train, micro_batch=0)  # what is traced is taken at once
-    if settings.precision == "auto":
-        settings = replace(settings, precision="fp32")  # the workers settle it, and this one takes more
-    family, config = checkpoints.family(recipe.teacher), checkpoints.config(recipe.teacher)
-    caption = checkpoints.caption_shape(recipe.teacher)
-    with torch.device("meta"):
-        tokenizer = family.Tokenizer(config).eval().requires_grad_(False)
-        options = checkpoints.student_options(recipe.teacher, settings.student_options)
-        student = family.Student(config, tokenizer.codebook, **options).train()
-    network = perceptual.network(settings.perceptual, pretrained=False) if settings.lpips else None
-    if settings.recompute:
-        recomputed(recomputable(student, tokenizer, network))
+def batch_size(recipe: Recipe) -> int:
+    """``pairs.batch``, where the replica is to work: ``auto`` is what this process's share of its GPU holds.
 
-    def work(samples: int) -> None:
-        """Two optimiser steps on so many samples."""
-        for module in filter(None, (tokenizer, student, network)):
-            footprint.hollow(module)
-        loss, state = Loss(settings, tokenizer, network), TrainingState(student, settings)
-        batch = batches.blank(config.layout, samples, caption)
-        for _ in range(2):  # from the second on, the optimiser has its moments
-            step(student, loss, state, batch, total=2)
-
-    positions = config.layout.length + (caption[0] if caption else 1)
-    found = footprint.trace(work, square=positions if recipe.cluster.runs_on == "cuda" else 0)
-    return _with_encoder(found, recipe)
-
-
-def _with_encoder(found: Footprint, recipe: Recipe) -> Footprint:
-    """The footprint with the weights of the recipe's text encoder, if it has one, in their own precision."""
-    return replace(found, fixed=found.fixed + encoder.memory(recipe.text)) if recipe.text.encoder else found
+    Of ``LARGEST`` samples at most, or of ``CPU`` without a GPU; and a shard is cut into equal batches. Where not even
+    one sample should fit, it is one all the same.
+    """
+    if recipe.pairs.batch != "auto":
+        return recipe.pairs.batch
+    most = CPU
+    if recipe.cluster.runs_on == "cuda":
+        card = torch.cuda.get_device_properties(0).total_memory * min(1.0, recipe.cluster.gpus) / 1e9
+        most = min(LARGEST, max(1, trace_replica(recipe).largest(card)))
+    rows = recipe.pairs.shard_rows
+    return math.ceil(rows / math.ceil(rows / most))
