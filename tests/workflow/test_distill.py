@@ -596,7 +596,7 @@ def test_logits_only_and_embeddings_only(recipe: Recipe, journal: Journal) -> No
 
 
 def test_a_dry_run_plans_and_writes_nothing(recipe: Recipe, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "on_actor", lambda *args: 1.0)  # of the pairs
+    monkeypatch.setattr(cluster, "on_actor", lambda *args: (6, 1.0))  # of the pairs
     plan = distill(replace(recipe, dry_run=True))
     assert "steps        8 of 8 pairs; 8 are left" in plan
     assert "32 to train on, 8 held out" in plan

@@ -439,7 +439,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_price_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """4 of 60 rows a second on each of 2 replicas with half a GPU each."""
-    monkeypatch.setattr(cluster, "on_actor", lambda *args: 15.0)
+    monkeypatch.setattr(cluster, "on_actor", lambda *args: (60, 15.0))
     settings = ClusterSettings(gpus=0.5, usd_per_gpu_hour=3.0)
     recipe = replace(with_pairs(tiny(tmp_path), batch=60, shard_rows=600, count=14_400, actors=2), cluster=settings)
     text = generate(replace(recipe, dry_run=True))
