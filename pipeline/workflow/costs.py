@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.configuration.fields import Actors
 from pipeline.evaluation import artist
 from pipeline.evaluation import plan as evaluation
+from pipeline.evaluation.memory import trace_actor
 from pipeline.generator import folder
 from pipeline.host.errors import Outage, Refused, Unfinished
 from pipeline.host.progress import duration
@@ -164,7 +165,9 @@ def of_evaluation(recipe: Recipe) -> Cost:
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
     report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
     missing = [draw for draw in report.draws() if draw.sampler and not (begun and storage.exists(report.cache(draw)))]
+    settings, gpu = recipe.evaluate, recipe.cluster.runs_on == "cuda"
     lines = [f"report       {recipe.report_uri}"]
+    lines += trace_actor(recipe, report.samplers).lines(settings.batch, "evaluate.batch", gpu)
     drawn = [draw for draw in report.draws() if draw.sampler]
     lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in missing else ", in the cache") for draw in drawn]
     images = [(draw.sampler, draw.count) for draw in missing if draw.sampler]

@@ -19,11 +19,13 @@ import torch
 
 from pipeline import storage
 from pipeline.evaluation import plan
+from pipeline.evaluation.memory import trace_actor
 from pipeline.files.local import TEMPORARY
 from pipeline.host import events
 from pipeline.host.errors import Missing, Outage, Refused
 from pipeline.models import checkpoints
 from pipeline.numerics import compilation
+from pipeline.numerics.footprint import Footprint
 from pipeline.numerics.precision import emulates_bf16
 from pipeline.pairs import manifest
 from pipeline.pairs.facts import PairFacts
@@ -180,7 +182,7 @@ def check_workers(recipe: Recipe, job: Job, folder: str) -> None:
                 f"node {view.node} does not have {', '.join(view.missing)}, which this machine has; put it on storage"
                 " that every node shares, or give an s3://, gs:// or hf:// URI."
             )
-        if view.memory and job != "evaluate":
+        if view.memory:
             check_memory(recipe, job, view)
     warn_of_bf16(recipe, job, any(view.emulates_bf16 for view in views))
 
@@ -226,19 +228,28 @@ def local_files(recipe: Recipe, job: Job) -> Iterator[str]:
 
 
 def check_memory(recipe: Recipe, job: Job, view: View) -> None:
-    """Hold the traced need of one replica against its GPU: Refused where it cannot fit, a warning where it may not."""
-    if job == "generate_pairs":
-        need, batch, field = trace_replica(recipe), recipe.pairs.batch, "pairs.batch"
-        batch = 1 if batch == "auto" else batch
-    else:
-        need, batch = trace_worker(recipe), training_plan.at_once(recipe.train)
-        field = "train.micro_batch"
+    """Hold the traced need of one replica against its GPU: Refused where it cannot fit, a warning where it may not.
+
+    What recordings of an evaluation keep is known less well than the rest, so where they are made it is a warning, too.
+    """
+    need, batch, field = _needed(recipe, job)
     room = view.memory * min(1.0, recipe.cluster.gpus)
     text = (
         f"{field} {batch} needs about {need.bytes(batch) / 1e9:,.1f} GB of a GPU, and {view.gpu} on node {view.node}"
         f" has {room / 1e9:,.1f} GB for it; at most {need.largest(room / 1e9)} fit."
     )
-    if need.fixed + need.sample * batch > room:
+    recorded = job == "evaluate" and recipe.records("evaluate")
+    if need.fixed + need.sample * batch > room and not recorded:
         raise Refused(text)
     if need.bytes(batch) > room:
-        events.warn(f"warning: {text}")
+        events.warn(f"warning: {text}" + " With evaluate.graphs false it needs less." * recorded)
+
+
+def _needed(recipe: Recipe, job: Job) -> tuple[Footprint, int, str]:
+    """What one replica of a job takes, for how many samples at once, and the field that says so many."""
+    if job == "generate_pairs":
+        batch = recipe.pairs.batch
+        return trace_replica(recipe), 1 if batch == "auto" else batch, "pairs.batch"
+    if job == "distill":
+        return trace_worker(recipe), training_plan.at_once(recipe.train), "train.micro_batch"
+    return trace_actor(recipe, plan.inputs(recipe).samplers), recipe.evaluate.batch, "evaluate.batch"

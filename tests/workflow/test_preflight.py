@@ -80,6 +80,28 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(
     assert capsys.readouterr().err == ""
 
 
+def test_an_evaluation_that_may_not_fit_is_warned_of_or_refused(
+    digits: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused where nothing is recorded; of what recordings keep less is known."""
+    samplers = [{"name": "FewStep", "steps": [1]}]
+    gpus, train = replace(digits.cluster, gpus=1, device="cpu"), replace(digits.train, workers=1)
+    evaluate = replace(digits.evaluate, samplers=samplers, graphs=False)
+    recipe = replace(digits, cluster=gpus, train=train, evaluate=evaluate)
+    need = preflight.trace_actor(recipe, preflight.plan.inputs(recipe).samplers)
+    bare = need.fixed + need.sample * recipe.evaluate.batch
+    view = View("node-1", "", (), "a card", bare - 1, False)
+    with pytest.raises(
+        Refused, match=r"^evaluate.batch \d+ needs about .* a card on node node-1 .* at most 0 fit\.$"
+    ):
+        preflight.check_memory(recipe, "evaluate", view)
+    preflight.check_memory(recipe, "evaluate", replace(view, memory=need.bytes(recipe.evaluate.batch) + 1))
+    assert capsys.readouterr().err == ""
+    recorded = replace(recipe, cluster=replace(gpus, device="cuda"), evaluate=replace(evaluate, graphs=True))
+    preflight.check_memory(recorded, "evaluate", view)
+    assert "fit. With evaluate.graphs false it needs less." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("job", "sections"), [("distill", ["train"]), ("evaluate", ["teacher", "evaluate"])])
 def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(
     digits: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: Job, sections: list[str]
