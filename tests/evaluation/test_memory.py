@@ -54,7 +54,14 @@ def test_what_is_not_asked_for_is_not_counted(tmp_path: Path) -> None:
     assert planned(recipe, OneStepStar(), FewStep(1)).fixed > decoded.fixed
     generated = planned(recipe, Autoregressive())
     assert generated.sample >= decoded.sample
-    beside = {"features": "inception", "inception": "w", "flavour": "both", "clip": "x", "dinov2": "y"}
+    beside = {
+        "features": "inception",
+        "inception": "w",
+        "reference": "r",
+        "flavour": "both",
+        "clip": "x",
+        "dinov2": "y",
+    }
     scored = planned(replace(recipe, evaluate=replace(recipe.evaluate, **beside)), OneStepStar())
     assert scored.fixed - decoded.fixed == 2 * INCEPTION + CLIP + DINOV2
 

@@ -91,9 +91,7 @@ def test_an_evaluation_that_may_not_fit_is_warned_of_or_refused(
     need = preflight.trace_actor(recipe, preflight.plan.inputs(recipe).samplers)
     bare = need.fixed + need.sample * recipe.evaluate.batch
     view = View("node-1", "", (), "a card", bare - 1, False)
-    with pytest.raises(
-        Refused, match=r"^evaluate.batch \d+ needs about .* a card on node node-1 .* at most 0 fit\.$"
-    ):
+    with pytest.raises(Refused, match=r"^evaluate.batch \d+ needs about .* a card on node node-1 .* at most 0 fit\.$"):
         preflight.check_memory(recipe, "evaluate", view)
     preflight.check_memory(recipe, "evaluate", replace(view, memory=need.bytes(recipe.evaluate.batch) + 1))
     assert capsys.readouterr().err == ""
