@@ -62,7 +62,9 @@ def measure(recipe: Recipe, notes: Notes) -> None:
     Memory that torch frees stays reserved until it is told otherwise, so nvidia-smi is asked after the work. Raises
     whatever torch raises, that the memory is too small among it.
     """
-    samples = {"teacher": batch_size(recipe), "step": at_once(recipe.train)}
+    batch = batch_size(recipe)  # once: tracing takes seconds of the card's time
+    recipe = replace(recipe, pairs=replace(recipe.pairs, batch=batch))
+    samples = {"teacher": batch, "step": at_once(recipe.train)}
     traced = {"teacher": trace_replica(recipe), "step": trace_worker(recipe)}
     predicted = {key: _bytes(traced[key], samples[key], recipe) for key in samples}
     for key in samples:

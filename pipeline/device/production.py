@@ -13,7 +13,6 @@ from pipeline import storage
 from pipeline.device.notes import Notes
 from pipeline.host.errors import Unfinished
 from pipeline.pairs import manifest
-from pipeline.pairs.memory import batch_size
 from pipeline.recipe import Recipe
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate_pairs.py"
@@ -47,7 +46,7 @@ def measure(recipe: Recipe, folder: Path, notes: Notes) -> None:
     rows, seconds = recipe.pairs.shard_rows * (len(written) - 1), written[-1] - written[0]
     notes.put(pairs_rate=rows / seconds, pairs=rows, seconds=seconds, starting=written[0] - begun)
     notes.put(row_bytes=sum(sizes.values()) / len(sizes) / recipe.pairs.shard_rows)
-    notes.put(f"Shards of {recipe.pairs.shard_rows} pairs, batches of {batch_size(recipe)}.")
+    notes.put(f"Shards of {recipe.pairs.shard_rows} pairs, batches of {recipe.pairs.batch}.")
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = STOPPING - 3) -> None:

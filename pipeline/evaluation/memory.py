@@ -23,7 +23,7 @@ from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.text import encoder
 
 # Bytes of the weights of what scores, all float32: Inception-v3 of FID, CLIP ViT-B/32, DINOv2 ViT-L/14. What they need
-# for a batch is less than decoding it takes, and comes after it.
+# for a batch comes after decoding and is not traced.
 INCEPTION, CLIP, DINOV2 = 96_000_000, 606_000_000, 1_217_000_000
 
 Pass = Callable[[Models, int], object]

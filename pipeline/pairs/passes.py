@@ -190,8 +190,11 @@ class ReplicaWorker:
                     ) from error
             if tried:
                 self.replica.shrink()
-                text = f"batches of {self.replica.batch}: the memory does not suffice for {size} ({_free(device)})"
-                self.announcer.tell(f"memory on {self.host}", f"a replica on {self.host} goes on in {text}.")
+                text = (
+                    f"a replica on {self.host} goes on in batches of {self.replica.batch}: the memory does not suffice"
+                    f" for {size} ({_free(device)})."
+                )
+                self.announcer.tell(text, text)
             gc.collect()  # what the failed attempt held, which its traceback no longer does
             if device == "cuda":
                 torch.cuda.empty_cache()

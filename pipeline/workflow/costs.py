@@ -165,9 +165,9 @@ def of_evaluation(recipe: Recipe) -> Cost:
     begun = storage.exists(student) or not any(s.student for s in evaluation.inputs(recipe).samplers)
     report = evaluation.prepare(recipe) if begun else evaluation.inputs(recipe)
     missing = [draw for draw in report.draws() if draw.sampler and not (begun and storage.exists(report.cache(draw)))]
-    settings, gpu = recipe.evaluate, recipe.cluster.runs_on == "cuda"
+    need = trace_actor(recipe, report.samplers)
     lines = [f"report       {recipe.report_uri}"]
-    lines += trace_actor(recipe, report.samplers).lines(settings.batch, "evaluate.batch", gpu)
+    lines += need.lines(recipe.evaluate.batch, "evaluate.batch", recipe.cluster.runs_on == "cuda")
     drawn = [draw for draw in report.draws() if draw.sampler]
     lines += [f"{draw.count:>12,} x {draw.name}" + ("" if draw in missing else ", in the cache") for draw in drawn]
     images = [(draw.sampler, draw.count) for draw in missing if draw.sampler]

@@ -249,15 +249,15 @@ def test_memory_that_is_short_is_tried_again_and_then_names_the_batch(
 @pytest.mark.faults("pairs: out of memory")
 def test_a_batch_of_auto_is_halved_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the second attempt, as often as there is need, with what graphs keep given up; the shard is made."""
-    made, said = worker(with_pairs(tiny(tmp_path), batch="auto")), list[str]()
-    made.announcer = SimpleNamespace(tell=lambda about, text: said.append(text))  # type: ignore[assignment]
+    made, said = worker(with_pairs(tiny(tmp_path), batch="auto")), dict[str, str]()
+    made.announcer = SimpleNamespace(tell=said.setdefault)  # type: ignore[assignment]  # as the board keeps them
     made.replica.teacher.graphs = before = Graphs()
     assert made.replica.batch == 16, "of shards of 16"
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     assert attempt(made, error, error, error, monkeypatch=monkeypatch) is None
     assert made.replica.batch == 4
     assert made.replica.teacher.graphs is not before
-    assert [line.split("batches of ")[1].split(" (")[0] for line in said] == [
+    assert [line.split("batches of ")[1].split(" (")[0] for line in said.values()] == [
         "8: the memory does not suffice for 16",
         "4: the memory does not suffice for 8",
     ]

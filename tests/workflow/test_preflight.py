@@ -77,7 +77,11 @@ def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(
     preflight.check_memory(recipe, "generate_pairs", replace(view, memory=bare + 1))
     assert "warning: pairs.batch 6 needs about" in capsys.readouterr().err
     preflight.check_memory(recipe, "generate_pairs", replace(view, memory=need.bytes(6) + 1))
+    auto = replace(recipe, pairs=replace(recipe.pairs, batch="auto"))
+    preflight.check_memory(auto, "generate_pairs", replace(view, memory=need.bytes(1) + 1))
     assert capsys.readouterr().err == ""
+    with pytest.raises(Refused, match=r"^pairs.batch 1 needs about .* at most 0 fit\.$"):
+        preflight.check_memory(auto, "generate_pairs", replace(view, memory=need.fixed))
 
 
 def test_an_evaluation_that_may_not_fit_is_warned_of_or_refused(
